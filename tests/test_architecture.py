@@ -1,0 +1,130 @@
+"""The shape of the package: imports go down, no cycles, nothing hidden, and every rule can fail."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import hf_lora
+from tests.architecture_rules import (
+    LAYERS,
+    MOST_LINES,
+    RANK,
+    RULES,
+    Package,
+    Rule,
+    cycles,
+    direction,
+    eager_imports,
+    forbidden_imports,
+    hidden_imports,
+    long_files,
+    missing_docstrings,
+    name_tests,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def package() -> Package:
+    return Package.read(ROOT / "hf_lora")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps_the_rule(package: Package, rule: Rule):
+    assert rule(package) == []
+
+
+def test_every_unit_of_the_layout_but_the_face_is_imported_by_something(package: Package):
+    """The graph is not empty: each row below the top is really used by a row above it."""
+    used = {package.modules[edge.target].unit for edge in package.internal}
+    assert {unit for rank, row in enumerate(LAYERS) if rank < RANK["hf"] for unit in row} <= used
+
+
+@pytest.mark.parametrize("folder", ["tests", "examples"])
+def test_files_beside_the_package_open_with_a_docstring_and_stay_short(folder: str):
+    beside = Package.read(ROOT / folder)
+    assert missing_docstrings(beside) == []
+    assert long_files(beside) == []
+
+
+# Each faulty package: its files, and what the one broken rule must say about it.
+CLEAN = {"__init__.py": "from hf_lora.model.patch import wrap", "model/patch.py": "import torch"}
+FAULTS: list[tuple[Rule, dict[str, str], str]] = [
+    (direction, {"layers/base.py": "from hf_lora.model.patch import wrap"}, "model stands above"),
+    (direction, {"model/a.py": "from ..files import b", "files/b.py": ""}, "must not know"),
+    (direction, {"files/b.py": "from hf_lora.model import patch"}, "must not know"),
+    (direction, {"hf/hub.py": "from hf_lora import wrap"}, "hf_lora stands above hf"),
+    (direction, {"targets.py": "def f():\n    import hf_lora.hf.hub", "hf/hub.py": ""}, "above"),
+    (direction, {"utils/x.py": ""}, "'utils' is in no row"),
+    (cycles, {"hf/a.py": "from hf_lora.hf import b", "hf/b.py": "from .a import f"}, "cycle"),
+    (
+        cycles,
+        {"hf/__init__.py": "from .a import f", "hf/a.py": "from hf_lora.hf import g"},
+        "cycle",
+    ),
+    (hidden_imports, {"hf/a.py": "def f():\n    import json"}, "json inside a function"),
+    (hidden_imports, {"hf/a.py": "class C:\n  def f(self):\n    from . import b"}, "inside"),
+    (eager_imports, {"hf/a.py": "import bitsandbytes.functional"}, "optional: quantized"),
+    (eager_imports, {"hf/a.py": "from transformers.trainer import Trainer"}, "takes seconds"),
+    (forbidden_imports, {"files/a.py": "from peft import LoraConfig"}, "imports peft"),
+    (forbidden_imports, {"files/a.py": "def f():\n    import peft.utils"}, "imports peft.utils"),
+    (
+        forbidden_imports,
+        {"files/a.py": "import importlib\nimportlib.import_module('peft')"},
+        "peft",
+    ),
+    (missing_docstrings, {"hf/a.py": "# no docstring"}, "hf_lora.hf.a"),
+    (long_files, {"hf/a.py": "x = 1\n" * (MOST_LINES + 1)}, "at most"),
+    (name_tests, {"hf/a.py": "def f(name): return 'lora_' in name"}, "'lora_' in name"),
+    (name_tests, {"hf/a.py": "def f(name): return '.lora_A.' not in name"}, "not in name"),
+    (name_tests, {"hf/a.py": "def f(name): return name.startswith('lora_')"}, "startswith"),
+]
+
+
+def write_package(folder: Path, files: dict[str, str]) -> Package:
+    for name, source in files.items():
+        path = folder / "hf_lora" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source if source.startswith("#") else f'"""Doc."""\n{source}\n')
+    return Package.read(folder / "hf_lora")
+
+
+@pytest.mark.parametrize(("rule", "files", "words"), FAULTS)
+def test_a_planted_fault_is_seen_by_its_rule(
+    tmp_path: Path, rule: Rule, files: dict[str, str], words: str
+):
+    problems = rule(write_package(tmp_path, CLEAN | files))
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_a_clean_package_passes_every_rule(tmp_path: Path):
+    allowed = {
+        "hf/trainer.py": "def f():\n    from transformers.trainer import Trainer",
+        "files/peft_format.py": "def f(raw): return 'lora_alpha' in raw and 'lora_A' in {'lora_A'}",
+        "config.py": "from .errors import ConfigError",
+        "errors.py": "",
+    }
+    package = write_package(tmp_path, CLEAN | allowed)
+    assert [problem for rule in RULES for problem in rule(package)] == []
+
+
+def test_all_is_exactly_the_public_names():
+    public = {
+        name
+        for name, value in vars(hf_lora).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert len(hf_lora.__all__) == len(set(hf_lora.__all__))
+    assert set(hf_lora.__all__) - {"__version__"} == public
+
+
+def test_every_public_name_says_what_it_does():
+    silent = [
+        name
+        for name in hf_lora.__all__
+        if name != "__version__" and not (vars(hf_lora)[name].__doc__ or "").strip()
+    ]
+    assert silent == []
