@@ -1,4 +1,4 @@
-"""What is shipped, what it asks for, what its import costs, and the rules that all tests run under."""
+"""What is shipped, what it asks for, what its import costs, and the rules all tests run under."""
 
 import importlib.metadata
 import json
