@@ -1,0 +1,87 @@
+"""Every error and warning of hf_lora, and the one way their messages are built.
+
+HfLoRAError
+├── ConfigError (ValueError)            a field or a file of LoRAConfig is wrong
+├── TargetError (ValueError)            a pattern matches nothing, or nothing that can be adapted
+├── UnknownAdapterError (LookupError)   no adapter of that name on this model
+├── StateError (RuntimeError)           not now: wrapped twice, not wrapped, merged, on meta
+├── AdapterFileError (ValueError)       a folder or file is not a sound adapter
+│   ├── UnsupportedAdapterError         sound, but of a kind that hf_lora does not implement
+│   └── AdapterMismatchError            sound, but made for another model
+│       └── BaseMismatchError           same shapes, other weights
+├── SaveError (OSError)                 an adapter could not be written
+├── GradientError (RuntimeError)        training would change nothing
+└── HubError (ConnectionError)          the Hub said no, or nothing at all
+HfLoRAWarning (UserWarning)             something was resolved or left out, and you should know
+"""
+
+from collections.abc import Iterable
+
+_MOST_LINES = 20
+
+
+class HfLoRAError(Exception):
+    """Base of every error that hf_lora raises on purpose."""
+
+
+class ConfigError(HfLoRAError, ValueError):
+    """A field or a file of :class:`hf_lora.LoRAConfig` is wrong."""
+
+
+class TargetError(HfLoRAError, ValueError):
+    """A pattern matches no layer, or only layers that cannot be adapted."""
+
+
+class UnknownAdapterError(HfLoRAError, LookupError):
+    """The model has no adapter of that name."""
+
+
+class StateError(HfLoRAError, RuntimeError):
+    """The model is not in a state in which this can be done."""
+
+
+class AdapterFileError(HfLoRAError, ValueError):
+    """A folder or a file is not a sound adapter."""
+
+
+class UnsupportedAdapterError(AdapterFileError):
+    """The adapter is of a kind, or uses a feature, that hf_lora does not implement."""
+
+
+class AdapterMismatchError(AdapterFileError):
+    """The adapter's tensors do not fit this model."""
+
+
+class BaseMismatchError(AdapterMismatchError):
+    """The adapter fits the shapes, but was trained on other base weights."""
+
+
+class SaveError(HfLoRAError, OSError):
+    """An adapter could not be written; what was there before is still there."""
+
+
+class GradientError(HfLoRAError, RuntimeError):
+    """No adapter tensor receives a gradient: training would change nothing."""
+
+
+class HubError(HfLoRAError, ConnectionError):
+    """The Hub refused a request or could not be reached."""
+
+
+class HfLoRAWarning(UserWarning):
+    """Something was resolved or left out that the user should know about."""
+
+
+def listing(headline: str, problems: Iterable[str], advice: str = "") -> str:
+    """Build a message that names all problems at once, one per line.
+
+    Args:
+        headline: What was attempted and failed, without a full stop.
+        problems: One line each; beyond 20 the rest is counted, not printed.
+        advice: What to do about it.
+    """
+    lines = list(problems)
+    shown = [f"  - {line}" for line in lines[:_MOST_LINES]]
+    if len(lines) > _MOST_LINES:
+        shown.append(f"  - ... and {len(lines) - _MOST_LINES} more")
+    return "\n".join([f"{headline}:", *shown, *([advice] if advice else [])])

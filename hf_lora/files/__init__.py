@@ -1,0 +1,1 @@
+"""Adapter folders: PEFT's format both ways, checked before anything is believed."""

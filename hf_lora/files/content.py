@@ -1,0 +1,52 @@
+"""What an adapter folder holds, as one record that does not know any model."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from hf_lora.config import LoRAConfig
+from hf_lora.layers.base import Slot
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The names under which one layer's two tensors stand in a file, and their shapes."""
+
+    a_key: str
+    b_key: str
+    r: int
+    in_features: int
+    out_features: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Everything that is written for one adapter."""
+
+    config: LoRAConfig
+    slots: dict[str, Slot]
+    """Path of each adapted layer to its numbers."""
+
+    trained: tuple[str, ...]
+    """Paths of the modules trained in full."""
+
+    tensors: dict[str, torch.Tensor]
+    """Key in PEFT's notation to tensor."""
+
+    target_names: list[str]
+    """Literal names that, as PEFT reads a list, mean exactly the adapted layers."""
+
+    trained_names: list[str]
+    """Likewise for the modules trained in full."""
+
+    base: str | None
+    """Hub id or path of the base model, if it has one."""
+
+    revision: str | None
+    task: str | None
+    fan_in_fan_out: bool
+    fingerprint: dict[str, Any] | None

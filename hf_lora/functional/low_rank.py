@@ -1,0 +1,30 @@
+"""The low-rank update, the one formula of this library: y += s · (x Aᵀ) Bᵀ.
+
+Legend: N rows of input, I input features, O output features, R rank.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def scaling(r: int, alpha: float, rslora: bool = False) -> float:
+    """Return s: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA (arXiv 2312.03732)."""
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def low_rank(x_NI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> torch.Tensor:
+    """Return ``s · (x Aᵀ) Bᵀ``, shape (..., O), in the data type of ``x``.
+
+    The small factors are cast to the input's type, never the input to theirs: a copy of ``x``
+    would be kept for the backward pass. The scale is applied where the tensor is smallest.
+    """
+    h_NR = F.linear(x_NI, a_RI.to(x_NI.dtype))
+    return F.linear(h_NR * s, b_OR.to(x_NI.dtype))
+
+
+def delta_weight(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> torch.Tensor:
+    """Return ``s · B A``, shape (O, I), in float32 (float64 for float64 factors)."""
+    wide = torch.promote_types(a_RI.dtype, torch.float32)
+    return torch.mm(b_OR.to(wide), a_RI.to(wide)).mul_(s)

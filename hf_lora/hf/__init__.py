@@ -1,0 +1,1 @@
+"""What touches transformers' and the Hub's own classes."""

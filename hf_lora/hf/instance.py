@@ -1,0 +1,205 @@
+"""The methods of a transformers model that are replaced on a wrapped instance.
+
+The class stays as it is; the instance answers ``save_pretrained``, ``push_to_hub`` and the adapter
+methods of transformers' own PEFT mixin itself. They are partials of plain functions, so that
+copying and pickling the model carries them along, bound to the copy.
+"""
+
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_lora.config import LoRAConfig
+from hf_lora.errors import StateError
+from hf_lora.hf.hub import locate, push
+from hf_lora.hf.loading import load_folder
+from hf_lora.hf.saving import save_state
+from hf_lora.layers.names import DEFAULT
+from hf_lora.model.adapters import activate, active_adapters, add_adapter, delete_adapter
+from hf_lora.model.registry import registry_of
+
+_FLAG = "_hf_peft_config_loaded"
+
+
+def install(model: nn.Module) -> None:
+    """Replace the methods on this instance, if it is a transformers model."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    for name, function in _METHODS.items():
+        model.__dict__[name] = functools.partial(function, model)
+    # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
+    model.__dict__[_FLAG] = True
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give the instance its class's own methods back."""
+    for name in (*_METHODS, _FLAG):
+        model.__dict__.pop(name, None)
+
+
+def _save_pretrained(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    safe_serialization: bool = True,
+    save_function: Any = None,
+    selected_adapters: Iterable[str] | None = None,
+    **hub_options: Any,
+) -> None:
+    """Save the adapters, and nothing else, into a folder; see :func:`hf_lora.save`.
+
+    Takes what transformers, Trainer and PEFT pass. Of these, sharding and save functions have no
+    meaning for an adapter; ``safe_serialization=False`` is refused.
+    """
+    if not safe_serialization or not save_peft_format or variant is not None:
+        raise StateError(
+            "An adapter is saved as adapter_model.safetensors in PEFT's format; "
+            "safe_serialization=False, save_peft_format=False and variant=... are not supported."
+        )
+    unknown = hub_options.keys() - _HUB_OPTIONS
+    if unknown or (hub_options and not push_to_hub):
+        raise TypeError(f"save_pretrained got unexpected arguments: {', '.join(hub_options)}")
+    if state_dict is not None and not state_dict:
+        raise StateError(
+            "save_pretrained was given an empty state dict, as DeepSpeed ZeRO-3 does when it "
+            "does not gather; set stage3_gather_16bit_weights_on_model_save. Nothing was written."
+        )
+    if not is_main_process:
+        return
+    for name in selected_adapters or (None,):
+        save_state(model, Path(save_directory), adapter=name, state_dict=state_dict)
+    if push_to_hub:
+        repo_id = hub_options.pop("repo_id", None) or Path(save_directory).name
+        push(model, repo_id, token=token, **hub_options)
+
+
+_HUB_OPTIONS = {"repo_id", "private", "revision", "create_pr", "commit_message"}
+
+
+def _push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str | None = None,
+    tags: list[str] | None = None,
+    adapter: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> str:
+    """Push the adapters and a model card in one commit; see :func:`hf_lora.push_to_hub`."""
+    return push(
+        model,
+        repo_id,
+        adapter=adapter,
+        private=private,
+        dtype=dtype,
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        tags=tags or (),
+    )
+
+
+def _load_adapter(
+    model: nn.Module,
+    peft_model_id: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    is_trainable: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    check_base: bool = True,
+) -> None:
+    """Attach another adapter and use it; see :func:`hf_lora.load`."""
+    name = adapter_name or DEFAULT
+    folder = locate(peft_model_id, revision=revision, subfolder=subfolder, token=token)
+    load_folder(model, folder, adapter=name, trainable=is_trainable, check_base=check_base)
+    activate(model, name)
+
+
+def _add_adapter(
+    model: nn.Module, adapter_config: LoRAConfig, adapter_name: str | None = None
+) -> None:
+    """Add a fresh adapter and use it; see :func:`hf_lora.add_adapter`."""
+    name = adapter_name or DEFAULT
+    add_adapter(model, name, config=adapter_config)
+    activate(model, name)
+
+
+def _set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
+    """Use these adapters; see :func:`hf_lora.activate`."""
+    activate(model, adapter_name)
+
+
+def _disable_adapters(model: nn.Module) -> None:
+    """Use the base alone, until ``enable_adapters``."""
+    registry = registry_of(model)
+    if registry.routing.active:
+        registry.disabled = registry.routing.active
+    activate(model, ())
+
+
+def _enable_adapters(model: nn.Module) -> None:
+    """Use the adapters that were in use before ``disable_adapters``."""
+    registry = registry_of(model)
+    if not registry.routing.active:
+        activate(model, [name for name in registry.disabled if name in registry.adapters])
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters in use."""
+    return list(active_adapters(model))
+
+
+def _delete_adapter(model: nn.Module, adapter_names: str | list[str]) -> None:
+    """Delete adapters; see :func:`hf_lora.delete_adapter`."""
+    registry = registry_of(model)
+    for name in registry.select(adapter_names):
+        delete_adapter(model, name)
+
+
+def _get_adapter_state_dict(
+    model: nn.Module,
+    adapter_name: str | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of one adapter under their names in the model."""
+    registry = registry_of(model)
+    name = adapter_name or next(iter(registry.routing.active or registry.adapters))
+    keys = [key for *_, key in registry.keys(name)]
+    source = model.state_dict() if state_dict is None else state_dict
+    return {key: source[key] for key in keys}
+
+
+_METHODS = {
+    "save_pretrained": _save_pretrained,
+    "push_to_hub": _push_to_hub,
+    "load_adapter": _load_adapter,
+    "add_adapter": _add_adapter,
+    "set_adapter": _set_adapter,
+    "disable_adapters": _disable_adapters,
+    "enable_adapters": _enable_adapters,
+    "active_adapters": _active_adapters,
+    "delete_adapter": _delete_adapter,
+    "get_adapter_state_dict": _get_adapter_state_dict,
+}

@@ -1,0 +1,235 @@
+"""What every patched layer shares: slots of adapters, the routing that chooses among them, forward.
+
+A layer is patched in place by changing its class to a subclass of its own class
+(``class LoRALinear(LoRALayer, nn.Linear)``), so that its parameters, keys and identity stay.
+"""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_lora.functional.init import init_low_rank
+from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
+from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One adapter's numbers on one layer."""
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of ``s · B A``."""
+        return scaling(self.r, self.alpha, self.rslora)
+
+
+@dataclasses.dataclass
+class Routing:
+    """Which adapters speak; one object that all layers of a model read, so a switch is O(1)."""
+
+    active: tuple[str, ...] = ()
+    """Adapters whose updates are added, in order."""
+
+    merged: tuple[str, ...] = ()
+    """Adapters that are inside the weights now; while there are any, the host answers alone."""
+
+
+class Patched(nn.Module):
+    """A module whose class was swapped for a subclass of its own, and can be swapped back."""
+
+    lora_host: type[nn.Module]
+    """The class that the module had."""
+
+    lora_mixin: type["Patched"]
+    """The class of ours that was put in front of it."""
+
+    lora_prefix = "LoRA"
+    """What the names of such classes begin with."""
+
+    lora_names: tuple[str, ...] = ()
+    """The tensors that the class has properties for (trained copies only)."""
+
+    lora_routing: Routing
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle by mixin and host: classes made at run time have no importable name."""
+        return _rebuild, (self.lora_mixin, self.lora_host, self.lora_names), self.__getstate__()
+
+    @classmethod
+    def lora_fields(cls, names: tuple[str, ...]) -> dict[str, Any]:
+        """Return what a subclass has beside the mixin's own, for tensors called ``names``."""
+        return {}
+
+
+@functools.cache
+def patched_class(
+    mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...] = ()
+) -> type[Patched]:
+    """Return the one class that puts ``mixin`` in front of ``host``."""
+    if vars(mixin).get("lora_host") is host:
+        return mixin
+    fields = {
+        "__module__": __name__,
+        "__doc__": mixin.__doc__,
+        "lora_host": host,
+        "lora_mixin": mixin,
+        "lora_names": names,
+    }
+    return type(
+        f"{mixin.lora_prefix}{host.__name__}", (mixin, host), fields | mixin.lora_fields(names)
+    )
+
+
+def _rebuild(mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = patched_class(mixin, host, names)
+    return cls.__new__(cls)
+
+
+def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
+    """Turn ``module`` into an instance of ``cls``, in place."""
+    module.__class__ = cls
+    module.__dict__["lora_routing"] = routing
+    if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
+        # accelerate calls the forward that it found; without this LoRA would be skipped silently
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def restore_class(module: Patched) -> None:
+    """Give ``module`` the class that it had and leave nothing of ours behind."""
+    host = module.lora_host
+    for key in [key for key in module.__dict__ if key.startswith("lora_")]:
+        del module.__dict__[key]
+    module.__class__ = host  # type: ignore[assignment]
+    if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
+        module.__dict__["_old_forward"] = types.MethodType(host.forward, module)
+
+
+class LoRALayer(Patched):
+    """Mixin that adds low-rank updates to a linear-like host: ``y = host(x) + Σ s · (x Aᵀ) Bᵀ``."""
+
+    lora_slots: dict[str, Slot]
+    """Adapter name to its numbers, for the adapters that this layer has."""
+
+    fan_in_fan_out = False
+    """Whether the host keeps its weight as (in, out)."""
+
+    def lora_features(self) -> tuple[int, int]:
+        """Return (in, out) as the host declares them; its weight may be packed or sharded."""
+        return int(self.in_features), int(self.out_features)  # type: ignore[arg-type]
+
+    def lora_add(
+        self, name: str, slot: Slot, *, dtype: torch.dtype, device: torch.device, init: str | None
+    ) -> None:
+        """Give the layer the factors of adapter ``name``; ``init=None`` leaves them unfilled."""
+        in_features, out_features = self.lora_features()
+        a_RI = nn.Parameter(torch.empty(slot.r, in_features, dtype=dtype, device=device))
+        b_OR = nn.Parameter(torch.empty(out_features, slot.r, dtype=dtype, device=device))
+        if init is not None:
+            init_low_rank(a_RI, b_OR, init)
+        for kind, factor in ((LORA_A, a_RI), (LORA_B, b_OR)):
+            # transformers initializes again whatever does not carry this mark
+            factor._is_hf_initialized = True  # type: ignore[attr-defined]
+            self.register_parameter(parameter_name(kind, name), factor)
+        self.lora_slots[name] = slot
+
+    def lora_remove(self, name: str) -> None:
+        """Take the factors of adapter ``name`` away."""
+        del self.lora_slots[name]
+        for kind in (LORA_A, LORA_B):
+            delattr(self, parameter_name(kind, name))
+
+    def lora_pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return A (r, in) and B (out, r) of adapter ``name``."""
+        a_RI = self._parameters[parameter_name(LORA_A, name)]
+        b_OR = self._parameters[parameter_name(LORA_B, name)]
+        assert a_RI is not None
+        assert b_OR is not None
+        return a_RI, b_OR
+
+    def lora_delta(self, name: str) -> torch.Tensor:
+        """Return adapter ``name``'s update of the weight, float32, in the weight's own layout."""
+        delta_OI = delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling)
+        return delta_OI.t() if self.fan_in_fan_out else delta_OI
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the host's output plus every active adapter's update."""
+        y = super().forward(x, *args, **kwargs)
+        routing = self.lora_routing
+        if routing.merged:
+            return y
+        for name in routing.active:
+            slot = self.lora_slots.get(name)
+            if slot is None:
+                continue
+            x_in = F.dropout(x, slot.dropout, self.training) if slot.dropout else x
+            y = y + low_rank(x_in, *self.lora_pair(name), slot.scaling).to(y.dtype)
+        return y
+
+    # The words of the texts that LoRA is taught with, for the adapter that is in use.
+
+    def _shown_slot(self) -> tuple[str, Slot]:
+        for name in (*self.lora_routing.active, *self.lora_slots):
+            if name in self.lora_slots:
+                return name, self.lora_slots[name]
+        raise RuntimeError("this layer has no adapter")
+
+    @property
+    def r(self) -> int:
+        """Rank of the active adapter."""
+        return self._shown_slot()[1].r
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the active adapter."""
+        return self._shown_slot()[1].alpha
+
+    @property
+    def scaling(self) -> float:
+        """The factor that the active adapter's update is multiplied by."""
+        return self._shown_slot()[1].scaling
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer on its own: the host's class on the same parameters, without LoRA."""
+        return host_view(self)
+
+    def extra_repr(self) -> str:
+        """Show the host's own line, then each adapter's rank and strength."""
+        shown = ", ".join(f"{n}: r={s.r}, alpha={s.alpha:g}" for n, s in self.lora_slots.items())
+        return f"{super().extra_repr()}, lora=({shown})"
+
+
+def added_names(module: Patched) -> set[str]:
+    """Return the names of the parameters and buffers that hf_lora added to ``module``."""
+    names: set[str] = set()
+    for name in getattr(module, "lora_slots", {}):
+        names |= {parameter_name(LORA_A, name), parameter_name(LORA_B, name)}
+    for copies in getattr(module, "lora_copies", {}).values():
+        names |= set(copies.values())
+    return names
+
+
+def host_view(module: Patched) -> nn.Module:
+    """Return a module of the host's class that shares every tensor and has nothing of LoRA."""
+    view = module.lora_host.__new__(module.lora_host)
+    hidden = added_names(module)
+    for key, value in module.__dict__.items():
+        if not key.startswith("lora_"):
+            view.__dict__[key] = dict(value) if key in ("_parameters", "_buffers") else value
+    for store in (view._parameters, view._buffers):
+        for name in hidden & store.keys():
+            del store[name]
+    return view
+
+
+LoRALayer.lora_mixin = LoRALayer

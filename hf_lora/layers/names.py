@@ -1,0 +1,42 @@
+"""The names of the parameters that hf_lora adds to a module, and of adapters.
+
+Nothing else in the package spells these names, and nothing parses them: whether a parameter is
+LoRA's is asked of the registry.
+"""
+
+import re
+
+from hf_lora.errors import ConfigError
+
+DEFAULT = "default"
+"""The adapter whose parameters carry no suffix, as in the texts that LoRA is taught with."""
+
+LORA_A = "lora_A"
+LORA_B = "lora_B"
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_adapter_name(name: object) -> str:
+    """Return ``name`` if an adapter may be called so.
+
+    Raises:
+        ConfigError: Not 1 to 64 letters, digits, ``_`` or ``-``. Names become parameter names and
+            folder names, so dots and slashes would reach somewhere else.
+    """
+    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+        raise ConfigError(
+            f"An adapter cannot be called {name!r}: use 1 to 64 letters, digits, '_' or '-', "
+            "beginning with a letter or digit."
+        )
+    return name
+
+
+def parameter_name(kind: str, adapter: str) -> str:
+    """Return the name of an added parameter: ``lora_A``, or ``lora_A_fr`` for adapter ``fr``."""
+    return kind if adapter == DEFAULT else f"{kind}_{adapter}"
+
+
+def copy_kind(parameter: str) -> str:
+    """Return the kind under which a trained copy of ``parameter`` is kept on its module."""
+    return f"lora_copy_{parameter}"

@@ -1,0 +1,1 @@
+"""Putting adapters into the base's weights."""

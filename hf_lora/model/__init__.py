@@ -1,0 +1,1 @@
+"""Whole models: planning, patching, and the adapters that a model has."""

@@ -1,0 +1,154 @@
+"""The plan: everything that wrapping will do, found out without touching the model.
+
+Works on a model without weights (on the meta device) as well. :func:`hf_lora.wrap` executes
+exactly this plan, or refuses with all its problems at once.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from hf_lora.config import LoRAConfig
+from hf_lora.layers.base import Slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One layer that gets a low-rank update."""
+
+    path: str
+    host: str
+    """The layer's class."""
+
+    in_features: int
+    out_features: int
+    slot: Slot
+    dtype: torch.dtype
+    tied_to: tuple[str, ...]
+    """Other modules that share the layer's weight; a merge unties it."""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers: ``r · (in + out)``."""
+        return self.slot.r * (self.in_features + self.out_features)
+
+    @property
+    def bytes(self) -> int:
+        """Size of both factors."""
+        return self.parameters * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One module that is trained in full."""
+
+    path: str
+    host: str
+    parameters: int
+    bytes: int
+    tied_to: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What :func:`hf_lora.wrap` would do. ``print(plan)`` shows it as a table."""
+
+    model: str
+    config: LoRAConfig
+    targets: tuple[Target, ...]
+    trained: tuple[Trained, ...]
+    matches: Mapping[str, int]
+    """Pattern to the number of layers that it adapts."""
+
+    left_out: Mapping[str, str]
+    """Path of a module that a pattern means but that is not adapted, to the reason."""
+
+    problems: tuple[str, ...]
+    """What makes ``wrap`` refuse; empty when it would go through."""
+
+    notes: tuple[str, ...]
+    """What is worth knowing: tied weights, experts that no pattern can reach."""
+
+    vllm: tuple[str, ...]
+    """Why vLLM could not serve the adapter; empty when it can."""
+
+    base_parameters: int
+    base_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in all."""
+        return sum(item.parameters for item in (*self.targets, *self.trained))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the adapter's tensors; its file is as large, give or take the header."""
+        return sum(item.bytes for item in (*self.targets, *self.trained))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of their gradients."""
+        return self.weight_bytes
+
+    @property
+    def adam_bytes(self) -> int:
+        """Memory of Adam's two moments for them."""
+        return 2 * self.weight_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the adapter's tensors on disk at their own type."""
+        return self.weight_bytes
+
+    def __str__(self) -> str:
+        """Return the plan as a table, then what is left out, the costs and the problems."""
+        return "\n".join(_lines(self))
+
+
+def _lines(plan: Plan) -> Iterable[str]:
+    groups: dict[tuple, list[Target]] = {}
+    for target in plan.targets:
+        key = (
+            target.path.rsplit(".", 1)[-1] or "(the model itself)",
+            target.host,
+            f"{target.in_features} -> {target.out_features}",
+            str(target.slot.r),
+            f"{target.slot.alpha:g}",
+            f"{target.slot.dropout:g}",
+        )
+        groups.setdefault(key, []).append(target)
+    rows = [("layer", "class", "in -> out", "r", "alpha", "dropout", "layers", "parameters")]
+    for key, members in groups.items():
+        total = sum(member.parameters for member in members)
+        rows.append((*key, str(len(members)), f"{total:,}"))
+    for item in plan.trained:
+        rows.append((item.path, item.host, "in full", "", "", "", "1", f"{item.parameters:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    yield f"{plan.model}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)}"
+    for row in rows:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+    share = 100 * plan.parameters / max(plan.base_parameters, 1)
+    yield (
+        f"trains {plan.parameters:,} parameters ({share:.2f} %): weights {size(plan.weight_bytes)},"
+        f" gradients {size(plan.gradient_bytes)}, Adam {size(plan.adam_bytes)},"
+        f" file {size(plan.file_bytes)}"
+    )
+    reasons: dict[str, list[str]] = {}
+    for path, reason in plan.left_out.items():
+        reasons.setdefault(reason, []).append(path)
+    for reason, paths in reasons.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        yield f"left out: {paths[0] or 'the model itself'}{more} ({reason})"
+    yield from (f"note: {note}" for note in plan.notes)
+    yield "vLLM can serve it" if not plan.vllm else f"vLLM cannot serve it: {'; '.join(plan.vllm)}"
+    yield from (f"PROBLEM: {problem}" for problem in plan.problems)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as a person reads it: ``18.6 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,202 @@
+"""What hf_lora knows about a wrapped model: one object, kept as an attribute of that model."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lora.config import LoRAConfig
+from hf_lora.errors import StateError, UnknownAdapterError
+from hf_lora.layers.base import LoRALayer, Routing, Slot
+from hf_lora.layers.merging import Originals, put_back
+from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.trained import TrainedModule
+
+_ATTRIBUTE = "_hf_lora"
+_WRAPPERS = ("module", "_orig_mod")
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One adapter on a model."""
+
+    name: str
+    config: LoRAConfig
+    slots: dict[str, Slot]
+    """Path of each adapted layer to its numbers, in the model's order."""
+
+    trained: tuple[str, ...]
+    """Paths of the modules that are trained in full, each with everything below it."""
+
+
+@dataclasses.dataclass
+class Registry:
+    """The adapters of one model and the modules that carry them."""
+
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    routing: Routing = dataclasses.field(default_factory=Routing)
+    layers: dict[str, LoRALayer] = dataclasses.field(default_factory=dict)
+    copies: dict[str, TrainedModule] = dataclasses.field(default_factory=dict)
+    base_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
+    """``requires_grad`` of every base parameter before the model was wrapped."""
+
+    originals: list[tuple[nn.Module, Originals]] = dataclasses.field(default_factory=list)
+    """While merged: each changed module and what stood there before."""
+
+    tied_before_merge: bool | None = None
+    """While merged: the model's ``config.tie_word_embeddings`` before, where it was changed."""
+
+    disabled: tuple[str, ...] = ()
+    """The adapters that were active before transformers' ``disable_adapters``."""
+
+    repacked: list[nn.Module] = dataclasses.field(default_factory=list)
+    """Quantized layers whose packing for inference was switched off."""
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter by name.
+
+        Raises:
+            UnknownAdapterError: There is none of that name; the message lists those there are.
+        """
+        if not isinstance(name, str) or name not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise UnknownAdapterError(f"This model has no adapter {name!r}; it has: {known}.")
+        return self.adapters[name]
+
+    def select(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        """Return one name or several as a tuple of known adapters, each once, in order."""
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        return tuple(dict.fromkeys(self.adapter(name).name for name in chosen))
+
+    def tensors(self, name: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+        """Yield (path, module, role, tensor) for everything that adapter ``name`` holds.
+
+        The role is ``lora_A``, ``lora_B`` or the name of the base tensor that a copy stands for.
+        """
+        for path in self.adapter(name).slots:
+            layer = self.layers[path]
+            for role, factor in zip((LORA_A, LORA_B), layer.lora_pair(name), strict=True):
+                yield path, layer, role, factor
+        for path, module in self.copies.items():
+            if name in module.lora_copies:
+                for role, tensor in module.lora_copy(name).items():
+                    yield path, module, role, tensor
+
+    def keys(self, name: str) -> Iterator[tuple[str, str, str]]:
+        """Yield (path, role, key in the model's state dict) for everything of ``name``."""
+        for path, module, role, _ in self.tensors(name):
+            held = (
+                module.lora_copies[name][role]
+                if isinstance(module, TrainedModule)
+                else parameter_name(role, name)
+            )
+            yield path, role, f"{path}.{held}" if path else held
+
+    def parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (full name in the model, Parameter) for everything of ``name`` that can train."""
+        for (*_, key), (*_, tensor) in zip(self.keys(name), self.tensors(name), strict=True):
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                yield key, tensor
+
+    def all_parameters(self) -> dict[int, str]:
+        """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
+        return {id(t): name for name in self.adapters for *_, t in self.tensors(name)}
+
+    def put_weights_back(self, model: nn.Module) -> None:
+        """Undo a merge, also one that stopped halfway."""
+        for module, originals in self.originals:
+            put_back(module, originals)
+        self.originals.clear()
+        self.routing.merged = ()
+        if self.tied_before_merge is not None:
+            model.config.tie_word_embeddings = self.tied_before_merge  # type: ignore[union-attr]
+            self.tied_before_merge = None
+
+    def check_unmerged(self, action: str) -> None:
+        """Raise StateError if adapters are inside the weights now."""
+        if self.routing.merged:
+            names = ", ".join(self.routing.merged)
+            raise StateError(
+                f"Cannot {action} while {names} is merged into the weights; "
+                "call hf_lora.unmerge(model) first."
+            )
+
+    def check_in_place(self, model: nn.Module) -> None:
+        """Raise StateError if a patched module has been replaced behind our back."""
+        lost = []
+        for path, module in (*self.layers.items(), *self.copies.items()):
+            try:
+                found: Any = model.get_submodule(path)
+            except AttributeError:
+                found = None
+            if found is not module:
+                lost.append(path)
+        if lost:
+            raise StateError(
+                f"{len(lost)} adapted layers are no longer part of the model (first: {lost[0]}); "
+                "something replaced them, and their adapters with them. Resize embeddings or "
+                "change layers before wrapping."
+            )
+
+
+def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
+    """Return the wrapped model and its registry, looking through DDP and torch.compile, or None."""
+    while isinstance(model, nn.Module):
+        registry = model.__dict__.get(_ATTRIBUTE)
+        if registry is not None:
+            return model, registry
+        inner = [model._modules[name] for name in _WRAPPERS if model._modules.get(name) is not None]
+        if len(inner) != 1 or len(model._modules) != 1:
+            return None
+        model = inner[0]  # type: ignore[assignment]
+    return None
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """Return the registry of a wrapped model.
+
+    Raises:
+        StateError: The model is not wrapped.
+    """
+    return wrapped(model)[1]
+
+
+def wrapped(model: nn.Module) -> tuple[nn.Module, Registry]:
+    """Return the wrapped model itself, out of DDP or torch.compile, and its registry.
+
+    Raises:
+        StateError: The model is not wrapped.
+    """
+    found = find(model)
+    if found is None:
+        raise StateError(
+            f"This {type(model).__name__} is not wrapped; call hf_lora.wrap(model, ...) or "
+            "hf_lora.load(model, ...) first."
+        )
+    return found
+
+
+def create(model: nn.Module) -> Registry:
+    """Put a new registry on the model and freeze the base, remembering every flag."""
+    registry = Registry()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        registry.base_flags[name] = parameter.requires_grad
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.__dict__[_ATTRIBUTE] = registry
+    return registry
+
+
+def forget(model: nn.Module) -> Registry:
+    """Take the registry off the model and return it."""
+    return model.__dict__.pop(_ATTRIBUTE)
+
+
+def discard(model: nn.Module) -> None:
+    """Take the registry off the model and give the base its flags back."""
+    registry = forget(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(registry.base_flags.get(name, parameter.requires_grad))

@@ -1,0 +1,103 @@
+"""What a wrapped model has: counts, bytes and norms per adapter, from the live tensors."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from hf_lora.model.plan import size
+from hf_lora.model.registry import wrapped
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSummary:
+    """One adapter of a model."""
+
+    name: str
+    active: bool
+    merged: bool
+    trainable: bool
+    layers: int
+    trained: tuple[str, ...]
+    parameters: int
+    bytes: int
+    norms: dict[str, float]
+    """Path of each layer to the Frobenius norm of its update ``s · B A``."""
+
+    @property
+    def dead(self) -> list[str]:
+        """Paths of the layers whose update is exactly zero: never trained, or not loaded."""
+        return [path for path, norm in self.norms.items() if norm == 0.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A wrapped model. ``print(summary)`` shows it as text."""
+
+    model: str
+    base_parameters: int
+    adapters: tuple[AdapterSummary, ...]
+
+    def __str__(self) -> str:
+        """Return a line for the model and two for each adapter."""
+        lines = [f"{self.model}: {self.base_parameters:,} parameters of the base, frozen"]
+        for adapter in self.adapters:
+            states = [
+                "active" if adapter.active else "inactive",
+                "training" if adapter.trainable else "frozen",
+                *(["merged"] if adapter.merged else []),
+            ]
+            lines.append(
+                f"  {adapter.name}: {', '.join(states)}; {adapter.layers} layers, "
+                f"{adapter.parameters:,} parameters, {size(adapter.bytes)}"
+            )
+            if adapter.trained:
+                lines.append(f"    in full: {', '.join(adapter.trained)}")
+            if adapter.norms:
+                values = sorted(adapter.norms.values())
+                lines.append(
+                    f"    norm of the updates: {values[0]:.3g} to {values[-1]:.3g}, "
+                    f"{len(adapter.dead)} layers unchanged"
+                )
+        return "\n".join(lines)
+
+
+def update_norm(a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float) -> float:
+    """Return the Frobenius norm of ``s · B A`` from the two Gram matrices, without the product.
+
+    ``‖B A‖² = tr((BᵀB)(A Aᵀ))``, in float64.
+    """
+    a_RI, b_OR = a_RI.detach().double(), b_OR.detach().double()
+    squared = ((b_OR.t() @ b_OR) * (a_RI @ a_RI.t())).sum()
+    return scaling * float(squared.clamp_min(0).sqrt())
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return counts, bytes, states and the norms of every adapter's updates.
+
+    Raises:
+        StateError: The model is not wrapped.
+    """
+    inner, registry = wrapped(model)
+    added = registry.all_parameters()
+    found = []
+    for name, adapter in registry.adapters.items():
+        tensors = [tensor for *_, tensor in registry.tensors(name)]
+        found.append(
+            AdapterSummary(
+                name=name,
+                active=name in registry.routing.active,
+                merged=name in registry.routing.merged,
+                trainable=any(tensor.requires_grad for tensor in tensors),
+                layers=len(adapter.slots),
+                trained=adapter.trained,
+                parameters=sum(tensor.numel() for tensor in tensors),
+                bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                norms={
+                    path: update_norm(*registry.layers[path].lora_pair(name), slot.scaling)
+                    for path, slot in adapter.slots.items()
+                },
+            )
+        )
+    base = sum(p.numel() for p in inner.parameters() if id(p) not in added)
+    return Summary(type(inner).__name__, base, tuple(found))
