@@ -33,6 +33,8 @@ LAZY = {
     "datasets": "optional: `hf-lora train`",
     "matplotlib": "optional: figures",
     "transformers.trainer": "takes seconds, and most programs never train",
+    "transformers.modelcard": "takes seconds, for the card that Trainer writes only",
+    "hf_lora.hf.gradient_check": "its base class lives beside Trainer",
 }
 FORBIDDEN = {"peft": "we read and write its format ourselves"}
 
