@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 
@@ -46,8 +47,6 @@ def present(module: nn.Module) -> Iterator[None]:
     if not is_offloaded(module):
         yield
         return
-    from accelerate.utils import align_module_device
-
     with align_module_device(module):
         yield
 

@@ -20,7 +20,7 @@ from hf_lora.files.peft_format import expected_layers
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.hf.base_weights import base_reader
 from hf_lora.hf.resolve import Rename, resolve
-from hf_lora.layers.base import Slot
+from hf_lora.layers.base import LoRALayer, Slot, added_names
 from hf_lora.layers.hosts import adapter_dtype, features, rank_fault, why_not
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.quantized import keep_gradients
@@ -234,7 +234,8 @@ def _tensor_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the module's own tensors, without anything that hf_lora added."""
     if isinstance(module, TrainedModule):
         return module.lora_names
-    return tuple(name for name in tensor_names(module) if not name.startswith("lora_"))
+    added = added_names(module) if isinstance(module, LoRALayer) else set()
+    return tuple(name for name in tensor_names(module) if name not in added)
 
 
 def _factor_fault(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 Rename = Callable[[str], str]
 
@@ -70,9 +72,6 @@ def _transformers_renames(model: nn.Module) -> Rename | None:
     """Return transformers' own conversion of a checkpoint's names, or None if it has none."""
     if not isinstance(model, PreTrainedModel):
         return None
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
     renamings = [
         item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)
     ]

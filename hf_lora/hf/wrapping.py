@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 
 from hf_lora.config import LoRAConfig
@@ -266,8 +267,6 @@ def _hook(model: nn.Module) -> None:
 
 
 def _auto_class(task: Any) -> Any:
-    import transformers
-
     names = {
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
         "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -44,6 +44,10 @@ class Routing:
     """Adapters that are inside the weights now; while there are any, the host answers alone."""
 
 
+OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies"})
+"""What we keep in a patched module's ``__dict__``; all else there is the host's, by any name."""
+
+
 class Patched(nn.Module):
     """A module whose class was swapped for a subclass of its own, and can be swapped back."""
 
@@ -107,7 +111,7 @@ def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
 def restore_class(module: Patched) -> None:
     """Give ``module`` the class that it had and leave nothing of ours behind."""
     host = module.lora_host
-    for key in [key for key in module.__dict__ if key.startswith("lora_")]:
+    for key in OWN_FIELDS & module.__dict__.keys():
         del module.__dict__[key]
     module.__class__ = host  # type: ignore[assignment]
     if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
@@ -224,7 +228,7 @@ def host_view(module: Patched) -> nn.Module:
     view = module.lora_host.__new__(module.lora_host)
     hidden = added_names(module)
     for key, value in module.__dict__.items():
-        if not key.startswith("lora_"):
+        if key not in OWN_FIELDS:
             view.__dict__[key] = dict(value) if key in ("_parameters", "_buffers") else value
     for store in (view._parameters, view._buffers):
         for name in hidden & store.keys():
