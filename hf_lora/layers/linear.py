@@ -77,6 +77,10 @@ class LoRAConv1D(LoRALayer, Conv1D):
     lora_host = Conv1D
     fan_in_fan_out = True
 
+    def lora_features(self) -> tuple[int, int]:
+        """Return (in, out) under the names that this host gives them."""
+        return int(self.nx), int(self.nf)
+
 
 LoRALinear.lora_mixin = LoRALinear
 LoRAConv1D.lora_mixin = LoRAConv1D
