@@ -189,5 +189,15 @@ def _trained_names(trained: list[str], paths: list[str]) -> list[str]:
 
 
 def _task(model: nn.Module) -> str | None:
+    """Return PEFT's word for what the model does, where it has one that fits.
+
+    Its class for SEQ_2_SEQ_LM hands on ``input_ids`` and ``decoder_input_ids`` only, which neither
+    a speech model nor a vision-language model can be called with.
+    """
     name = type(model).__name__
-    return next((task for ending, task in _TASKS if name.endswith(ending)), None)
+    task = next((task for ending, task in _TASKS if name.endswith(ending)), None)
+    if task == "SEQ_2_SEQ_LM":
+        config = getattr(model, "config", None)
+        reads_text = getattr(model, "main_input_name", None) == "input_ids"
+        return task if reads_text and getattr(config, "is_encoder_decoder", False) else None
+    return task
