@@ -9,86 +9,36 @@ hf_lora.push_to_hub(model, "me/my-adapter")
 model = hf_lora.from_pretrained("me/my-adapter")             # base + adapter, verified
 """
 
-from hf_lora.config import LoRAConfig
-from hf_lora.errors import (
-    AdapterFileError,
-    AdapterMismatchError,
-    BaseMismatchError,
-    ConfigError,
-    GradientError,
-    HfLoRAError,
-    HfLoRAWarning,
-    HubError,
-    SaveError,
-    StateError,
-    TargetError,
-    UnknownAdapterError,
-    UnsupportedAdapterError,
-)
-from hf_lora.hf.auto import disable_auto, enable_auto
-from hf_lora.hf.saving import save
-from hf_lora.hf.trainer import LoRATrainerMixin
-from hf_lora.hf.views import base_view
-from hf_lora.hf.wrapping import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
-from hf_lora.layers.linear import LoRALinear
-from hf_lora.merge.in_memory import merge, merge_and_unwrap, unmerge
-from hf_lora.model.adapters import (
-    activate,
-    active_adapters,
-    adapters,
-    add_adapter,
-    delete_adapter,
-    freeze,
-    no_adapter,
-    unfreeze,
-    use_adapter,
-)
-from hf_lora.model.plan import Plan
-from hf_lora.model.summary import Summary, summary
-from hf_lora.version import __version__
+import importlib
+import sys
+import types
+import typing
 
-__all__ = [
-    "AdapterFileError",
-    "AdapterMismatchError",
-    "BaseMismatchError",
-    "ConfigError",
-    "GradientError",
-    "HfLoRAError",
-    "HfLoRAWarning",
-    "HubError",
-    "LoRAConfig",
-    "LoRALinear",
-    "LoRATrainerMixin",
-    "Plan",
-    "SaveError",
-    "StateError",
-    "Summary",
-    "TargetError",
-    "UnknownAdapterError",
-    "UnsupportedAdapterError",
-    "__version__",
-    "activate",
-    "active_adapters",
-    "adapters",
-    "add_adapter",
-    "apply_lora",
-    "base_view",
-    "delete_adapter",
-    "disable_auto",
-    "enable_auto",
-    "freeze",
-    "from_pretrained",
-    "load",
-    "merge",
-    "merge_and_unwrap",
-    "no_adapter",
-    "plan",
-    "push_to_hub",
-    "save",
-    "summary",
-    "unfreeze",
-    "unmerge",
-    "unwrap",
-    "use_adapter",
-    "wrap",
-]
+from hf_lora.version import __version__ as __version__
+
+
+class _Package(types.ModuleType):
+    """The package as an object: its names are imported when the first of them is asked for.
+
+    They bring torch and transformers, which take seconds; ``hf-lora --help`` needs neither.
+    """
+
+    def __getattr__(self, name: str) -> typing.Any:
+        if not name.startswith("_") or name == "__all__":
+            public = importlib.import_module("hf_lora.public")
+            names = {each: getattr(public, each) for each in public.__all__}
+            vars(self).update(names, __all__=public.__all__)
+        if name in vars(self):
+            return vars(self)[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=self)
+
+    def __setattr__(self, name: str, value: typing.Any) -> None:
+        # hf_lora.merge is the verb, also after somebody has imported the package of that name
+        if not (name == "merge" and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *self.__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -19,7 +19,8 @@ LAYERS = (
     ("model", "files"),
     ("merge",),
     ("hf",),
-    ("hf_lora",),  # __init__.py, the public face
+    ("public",),
+    ("hf_lora",),  # __init__.py, which hands out the public names when they are asked for
     ("cli", "report"),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
@@ -35,6 +36,8 @@ LAZY = {
     "transformers.trainer": "takes seconds, and most programs never train",
     "transformers.modelcard": "takes seconds, for the card that Trainer writes only",
     "hf_lora.hf.gradient_check": "its base class lives beside Trainer",
+    "hf_lora.public": "torch and transformers, which `hf-lora --help` does not need",
+    "hf_lora.cli.commands": "likewise",
 }
 FORBIDDEN = {"peft": "we read and write its format ourselves"}
 

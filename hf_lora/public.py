@@ -1,0 +1,85 @@
+"""The public names, all of them; ``hf_lora`` itself hands them out when the first is asked for."""
+
+from hf_lora.config import LoRAConfig
+from hf_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    ConfigError,
+    GradientError,
+    HfLoRAError,
+    HfLoRAWarning,
+    HubError,
+    SaveError,
+    StateError,
+    TargetError,
+    UnknownAdapterError,
+    UnsupportedAdapterError,
+)
+from hf_lora.hf.auto import disable_auto, enable_auto
+from hf_lora.hf.saving import save
+from hf_lora.hf.trainer import LoRATrainerMixin
+from hf_lora.hf.views import base_view
+from hf_lora.hf.wrapping import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
+from hf_lora.layers.linear import LoRALinear
+from hf_lora.merge.in_memory import merge, merge_and_unwrap, unmerge
+from hf_lora.model.adapters import (
+    activate,
+    active_adapters,
+    adapters,
+    add_adapter,
+    delete_adapter,
+    freeze,
+    no_adapter,
+    unfreeze,
+    use_adapter,
+)
+from hf_lora.model.plan import Plan
+from hf_lora.model.summary import Summary, summary
+from hf_lora.version import __version__
+
+__all__ = [
+    "AdapterFileError",
+    "AdapterMismatchError",
+    "BaseMismatchError",
+    "ConfigError",
+    "GradientError",
+    "HfLoRAError",
+    "HfLoRAWarning",
+    "HubError",
+    "LoRAConfig",
+    "LoRALinear",
+    "LoRATrainerMixin",
+    "Plan",
+    "SaveError",
+    "StateError",
+    "Summary",
+    "TargetError",
+    "UnknownAdapterError",
+    "UnsupportedAdapterError",
+    "__version__",
+    "activate",
+    "active_adapters",
+    "adapters",
+    "add_adapter",
+    "apply_lora",
+    "base_view",
+    "delete_adapter",
+    "disable_auto",
+    "enable_auto",
+    "freeze",
+    "from_pretrained",
+    "load",
+    "merge",
+    "merge_and_unwrap",
+    "no_adapter",
+    "plan",
+    "push_to_hub",
+    "save",
+    "summary",
+    "unfreeze",
+    "unmerge",
+    "unwrap",
+    "use_adapter",
+    "wrap",
+]
