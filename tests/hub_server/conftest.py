@@ -1,0 +1,5 @@
+"""Fixtures for the tests of the server itself."""
+
+from .fixtures import hub
+
+__all__ = ["hub"]
