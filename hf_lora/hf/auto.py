@@ -1,45 +1,52 @@
 """Opt-in: ``AutoModelForX.from_pretrained(adapter)`` attaches the adapter through hf_lora.
 
-transformers asks whether peft is there before it looks for an adapter, in two of its modules, and
-then calls ``model.load_adapter``. Both are pointed at hf_lora, and can be pointed back.
+transformers asks whether peft is there before it looks for an adapter, in three of its modules, and
+then calls ``model.load_adapter``. All are pointed at hf_lora, and can be pointed back.
 """
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.integrations import peft as peft_integration
-from transformers.models.auto import auto_factory
 
+from hf_lora.hf.after_import import no_longer, when_imported
 from hf_lora.hf.wrapping import load
 
-_SWITCH = "is_peft_available"
 _saved: list[tuple[Any, str, Any]] = []
 
 
 def enable_auto() -> None:
-    """Let transformers' auto classes load adapter folders and repos, through hf_lora.
+    """Let transformers' auto classes and pipelines load adapter folders and repos, through hf_lora.
 
     From then on ``AutoModelForCausalLM.from_pretrained("me/my-adapter")`` loads the base that the
     adapter names and attaches it as :func:`hf_lora.load` does, whether or not peft is installed.
     Global to the process; :func:`disable_auto` undoes it.
     """
-    if _saved:
-        return
-    for owner, name, value in (
-        (auto_factory, _SWITCH, lambda: True),
-        (peft_integration, _SWITCH, lambda: True),
-        (PreTrainedModel, "load_adapter", _load_adapter),
-    ):
-        _saved.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+    for name in _REPLACED:
+        when_imported(name, _replace)
 
 
 def disable_auto() -> None:
     """Undo :func:`enable_auto`."""
+    for name in _REPLACED:
+        no_longer(name, _replace)
     while _saved:
         owner, name, value = _saved.pop()
         setattr(owner, name, value)
+
+
+def _replace(module: ModuleType) -> None:
+    class_name, name, ours = _REPLACED[module.__name__]
+    owner = getattr(module, class_name) if class_name else module
+    if getattr(owner, name) is not ours:
+        _saved.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, ours)
+
+
+def _yes() -> bool:
+    """Answer whether adapters can be loaded."""
+    return True
 
 
 def _load_adapter(
@@ -59,3 +66,9 @@ def _load_adapter(
 
 
 _OPTIONS = ("revision", "subfolder", "token")
+_REPLACED: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "transformers.models.auto.auto_factory": ("", "is_peft_available", _yes),
+    "transformers.integrations.peft": ("", "is_peft_available", _yes),
+    "transformers.pipelines": ("", "is_peft_available", _yes),
+    "transformers.modeling_utils": ("PreTrainedModel", "load_adapter", _load_adapter),
+}

@@ -2,7 +2,8 @@
 
 The class stays as it is; the instance answers ``save_pretrained``, ``push_to_hub`` and the adapter
 methods of transformers' own PEFT mixin itself. They are partials of plain functions, so that
-copying and pickling the model carries them along, bound to the copy.
+copying and pickling the model carries them along, bound to the copy: a bound method would be
+pickled by its name, and come back as the method of the class.
 """
 
 import functools
@@ -13,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
+from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.saving import save_state
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import activate, active_adapters, add_adapter, delete_adapter
@@ -29,7 +30,7 @@ _FLAG = "_hf_peft_config_loaded"
 
 def install(model: nn.Module) -> None:
     """Replace the methods on this instance, if it is a transformers model."""
-    if not isinstance(model, PreTrainedModel):
+    if not is_pretrained(model):
         return
     for name, function in _METHODS.items():
         model.__dict__[name] = functools.partial(function, model)
@@ -78,11 +79,27 @@ def _save_pretrained(
         )
     if not is_main_process:
         return
+    gathered = None if state_dict is None else _without_wrappers(state_dict, model)
     for name in selected_adapters or (None,):
-        save_state(model, Path(save_directory), adapter=name, state_dict=state_dict)
+        save_state(model, Path(save_directory), adapter=name, state_dict=gathered)
     if push_to_hub:
         repo_id = hub_options.pop("repo_id", None) or Path(save_directory).name
         push(model, repo_id, token=token, **hub_options)
+
+
+def _without_wrappers(
+    state_dict: Mapping[str, torch.Tensor], model: nn.Module
+) -> Mapping[str, torch.Tensor]:
+    """Take off what DDP and torch.compile put before every name.
+
+    Trainer passes such a state dict when it was given the wrapper instead of the model.
+    """
+    for prefix in ("module.", "_orig_mod."):
+        outside = prefix.removesuffix(".") not in model._modules
+        if outside and all(name.startswith(prefix) for name in state_dict):
+            inner = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+            return _without_wrappers(inner, model)
+    return state_dict
 
 
 _HUB_OPTIONS = {"repo_id", "private", "revision", "create_pr", "commit_message"}
@@ -191,7 +208,29 @@ def _get_adapter_state_dict(
     return {key: source[key] for key in keys}
 
 
+def _resize_token_embeddings(
+    model: nn.Module,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> Any:
+    """Refuse to replace the embeddings, and answer calls that would leave them as they are."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    size = embeddings.weight.shape[0]
+    wanted = size if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of is not None:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != size:
+        raise StateError(
+            f"resize_token_embeddings({new_num_tokens}) would replace embeddings of {size} tokens "
+            "under the adapters: new rows would be frozen, or lost with the adapter that is saved "
+            "without them. Resize first, then wrap; hf_lora.unwrap(model) takes adapters off."
+        )
+    return embeddings
+
+
 _METHODS = {
+    "resize_token_embeddings": _resize_token_embeddings,
     "save_pretrained": _save_pretrained,
     "push_to_hub": _push_to_hub,
     "load_adapter": _load_adapter,

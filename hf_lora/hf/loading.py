@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -84,12 +85,22 @@ def load_folder(
     return model
 
 
-def restore(model: nn.Module, registry: Registry, name: str, directory: Path) -> None:
-    """Overwrite the values of an adapter that the model has with those in ``directory``.
+def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -> None:
+    """Overwrite the values of adapters that the model has with those in their folders.
+
+    All folders are checked before the first value changes.
 
     Raises:
         AdapterFileError: Unsound, or not the same layers, ranks and strengths.
     """
+    values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
+    for name, found in values.items():
+        fill(registry, name, found)
+
+
+def _values_for(
+    model: nn.Module, registry: Registry, name: str, directory: Path
+) -> dict[tuple[str, str], torch.Tensor]:
     match = match_folder(read_folder(directory), model, check_base=True)
     adapter = registry.adapter(name)
     problems = []
@@ -103,7 +114,7 @@ def restore(model: nn.Module, registry: Registry, name: str, directory: Path) ->
         raise AdapterMismatchError(
             listing(f"{directory} holds another adapter than the model's {name!r}", problems)
         )
-    fill(registry, name, read_values(match))
+    return read_values(match)
 
 
 def match_folder(folder: AdapterFolder, model: nn.Module, *, check_base: bool) -> Match:

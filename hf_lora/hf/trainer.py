@@ -1,83 +1,113 @@
-"""transformers' Trainer and hf_lora: resume, best model, pushes and model card, gradients checked.
+"""What hf_lora does inside transformers' Trainer: checks before a run, resume, best model, pushes.
 
-Four private or public methods of the class ``Trainer`` are wrapped once; the wrappers act on our
-models only and otherwise call the original at once. Subclasses (Seq2SeqTrainer, TRL's trainers)
-inherit them. Whoever wants no patch uses :class:`LoRATrainerMixin`, which is the same functions.
+Each function stands in front of the method of Trainer that it is named after, acts on our models
+only, and otherwise calls the original at once. They reach Trainer in two ways: as a patch of the
+class, which :func:`hf_lora.wrap` installs, or as :class:`LoRATrainerMixin`.
 """
 
-import functools
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_lora.errors import HfLoRAError, StateError
+from hf_lora.errors import AdapterMismatchError
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
 from hf_lora.files.read import is_adapter_folder
-from hf_lora.hf.card import Training, adapter_card
-from hf_lora.hf.hub import CARD_FILE
 from hf_lora.hf.loading import restore
-from hf_lora.hf.saving import adapter_folder, base_name
-from hf_lora.model.registry import find
+from hf_lora.hf.pretrained import is_pretrained
+from hf_lora.hf.saving import adapter_folder
+from hf_lora.hf.trainer_card import create_model_card
+from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
+from hf_lora.model.registry import Registry, find, wrapped
 
-_MODULE = "transformers.trainer"
-_MARK = "_hf_lora_wrapped"
-_PRIVATE = ("_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint")
+Original = Callable[..., Any]
+"""The method of Trainer, bound to the trainer."""
 
-
-def install() -> None:
-    """Wrap Trainer's methods now, or when its module is imported: that import takes seconds."""
-    module = sys.modules.get(_MODULE)
-    if module is not None:
-        _patch(module)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+_NO_GRAPH = "does not require grad"
+"""What torch's error says when a loss depends on nothing that trains."""
 
 
 class LoRATrainerMixin:
     """What hf_lora does for Trainer, as a mixin: ``class Mine(LoRATrainerMixin, Trainer)``.
 
-    Not needed with the plain Trainer, which :func:`hf_lora.wrap` prepares.
+    Only for those who do not want the class Trainer to be patched, and have called
+    :func:`hf_lora.hf.trainer_patch.disable`; the plain Trainer needs nothing.
     """
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        original = super()._load_from_checkpoint  # type: ignore[misc]
-        _load_from_checkpoint(original, self, resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        _load_best_model(super()._load_best_model, self)  # type: ignore[misc]
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        _push_from_checkpoint(super()._push_from_checkpoint, self, checkpoint_folder)  # type: ignore[misc]
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; takes the arguments of ``Trainer.train``."""
+        return train(super().train, self, *args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card; takes the arguments of ``Trainer.create_model_card``."""
-        _create_model_card(super().create_model_card, self, *args, **kwargs)  # type: ignore[misc]
+        create_model_card(super().create_model_card, self, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        load_from_checkpoint(super()._load_from_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        load_best_model(super()._load_best_model, self)  # type: ignore[misc]
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        push_from_checkpoint(super()._push_from_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
 
 
-def _load_from_checkpoint(
-    original: Callable[..., None], trainer: Any, checkpoint: str, model: Any = None
+def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Check what would make the run pointless, then train with gradients checked at its first step.
+
+    Raises:
+        GradientError: Nothing of the model trains, or no gradient reaches any adapter.
+        StateError: The model is merged, or the run would write into the base.
+    """
+    found = _ours(trainer.model)
+    if found is None:
+        return original(*args, **kwargs)
+    check_ready(*found, trainer.args)
+    if getattr(trainer.args, "disable_dropout", False):
+        switch_dropout_off(found[1])
+    _add_gradient_check(trainer)
+    try:
+        return original(*args, **kwargs)
+    except RuntimeError as error:
+        if _NO_GRAPH not in str(error):
+            raise
+        raise nothing_trains(*(_ours(trainer.model) or found)) from error
+
+
+def load_from_checkpoint(
+    original: Original, trainer: Any, resume_from_checkpoint: str, model: Any = None
 ) -> None:
+    """Resume: give the model the adapters of a checkpoint."""
     target = trainer.model if model is None else model
-    if not _restores_itself(trainer, target):
-        original(checkpoint, model)
-        return
-    restore_checkpoint(target, checkpoint)
+    if _saves_adapters(trainer, target):
+        restore_checkpoint(target, resume_from_checkpoint)
+    else:
+        original(resume_from_checkpoint, model)
 
 
-def _load_best_model(original: Callable[[], None], trainer: Any) -> None:
-    if not _restores_itself(trainer, trainer.model):
+def load_best_model(original: Original, trainer: Any) -> None:
+    """End a run with the adapters of its best checkpoint."""
+    if _saves_adapters(trainer, trainer.model):
+        restore_checkpoint(trainer.model, trainer.state.best_model_checkpoint)
+    else:
         original()
-        return
-    restore_checkpoint(trainer.model, trainer.state.best_model_checkpoint)
+
+
+def push_from_checkpoint(original: Original, trainer: Any, checkpoint_folder: str) -> None:
+    """Put a checkpoint's adapters where Trainer pushes from: without PEFT it would leave them."""
+    found = _ours(trainer.model)
+    if found is not None and _will_push(trainer):
+        for name in found[1].adapters:
+            source = adapter_folder(Path(checkpoint_folder), name)
+            target = adapter_folder(Path(trainer.args.output_dir), name)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                if (source / file).is_file():
+                    shutil.copyfile(source / file, target / file)
+    original(checkpoint_folder)
 
 
 def restore_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
@@ -85,173 +115,67 @@ def restore_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> 
 
     Raises:
         AdapterFileError: Unsound, or of other layers, ranks or strengths.
-        StateError: The checkpoint holds other adapters than the model has.
+        AdapterMismatchError: The checkpoint holds other adapters than the model has.
+        StateError: The model is merged.
+
+    The model is as it was after any of these.
     """
-    found = find(model)
-    assert found is not None
-    inner, registry = found
-    folders = {name: adapter_folder(Path(checkpoint), name) for name in registry.adapters}
-    missing = [name for name, folder in folders.items() if not is_adapter_folder(folder)]
-    if missing:
-        raise StateError(
-            f"The checkpoint {checkpoint} holds no weights for the adapters {', '.join(missing)}, "
-            "which the model has; it was not saved from a model wrapped like this one."
+    inner, registry = wrapped(model)
+    registry.check_unmerged("load a checkpoint")
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        raise AdapterMismatchError(f"{directory} is not a folder, so it is no checkpoint.")
+    there = _adapters_in(directory)
+    here = {name: adapter_folder(directory, name) for name in registry.adapters}
+    if there != set(here.values()):
+        found = ", ".join(sorted(_shown(directory, folder) for folder in there)) or "no adapter"
+        raise AdapterMismatchError(
+            f"The checkpoint {directory} holds {found}, and this model has "
+            f"{', '.join(registry.adapters)}; wrap the model as it was when the checkpoint was "
+            "saved."
         )
-    for name, folder in folders.items():
-        restore(inner, registry, name, folder)
+    restore(inner, registry, here)
 
 
-def _restores_itself(trainer: Any, model: Any) -> bool:
-    """Say whether the adapters' files are the checkpoint: not where a framework keeps its own."""
-    own_format = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return not own_format and isinstance(model, nn.Module) and find(model) is not None
+def _adapters_in(checkpoint: Path) -> set[Path]:
+    inside = {folder for folder in checkpoint.iterdir() if folder.is_dir()}
+    return {folder for folder in {checkpoint, *inside} if is_adapter_folder(folder)}
 
 
-def _push_from_checkpoint(original: Callable[[str], None], trainer: Any, checkpoint: str) -> None:
-    found = find(trainer.model)
-    if found is not None and trainer.is_world_process_zero():
-        for name in found[1].adapters:
-            source = adapter_folder(Path(checkpoint), name)
-            target = adapter_folder(Path(trainer.args.output_dir), name)
-            target.mkdir(parents=True, exist_ok=True)
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                if (source / file).is_file():
-                    shutil.copyfile(source / file, target / file)
-    original(checkpoint)
+def _shown(checkpoint: Path, folder: Path) -> str:
+    return "default" if folder == checkpoint else folder.name
 
 
-def _create_model_card(
-    original: Callable[..., None],
-    trainer: Any,
-    language: Any = None,
-    license: str | None = None,
-    tags: Any = None,
-    model_name: str | None = None,
-    finetuned_from: str | None = None,
-    tasks: Any = None,
-    dataset_tags: Any = None,
-    dataset: Any = None,
-    dataset_args: Any = None,
-    **others: Any,
-) -> None:
-    found = find(trainer.model)
-    given = {
-        "language": language,
-        "license": license,
-        "tags": tags,
-        "model_name": model_name,
-        "finetuned_from": finetuned_from,
-        "tasks": tasks,
-        "dataset_tags": dataset_tags,
-        "dataset": dataset,
-        "dataset_args": dataset_args,
-    }
-    if found is None:
-        original(**given, **others)
-        return
-    if not trainer.is_world_process_zero():
-        return
-    model, registry = found
-    base = finetuned_from or base_name(model)
-    card = adapter_card(
-        model,
-        registry,
-        list(registry.adapters),
-        base=None if base is None or os.path.isdir(base) else base,
-        repo_id=getattr(trainer, "hub_model_id", None) or model_name or "my-adapter",
-        training=_training(trainer, language, license, tags, dataset_tags, dataset),
-    )
-    Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
-    Path(trainer.args.output_dir, CARD_FILE).write_text(card, encoding="utf-8")
+def _ours(model: Any) -> tuple[nn.Module, Registry] | None:
+    return find(model) if isinstance(model, nn.Module) else None
 
 
-def _training(
-    trainer: Any, language: Any, license: str | None, tags: Any, dataset_tags: Any, dataset: Any
-) -> Training:
-    from transformers.modelcard import extract_hyperparameters_from_trainer, parse_log_history
+def _saves_adapters(trainer: Any, model: Any) -> bool:
+    """Say whether the adapters' files are all the weights that a checkpoint holds.
 
-    _, _, results = parse_log_history(trainer.state.log_history)
-    metrics = {
-        name: value
-        for name, value in (results or {}).items()
-        if isinstance(value, (int, float)) and name not in ("epoch", "step")
-    }
-    extra = {"language": language, "license": license, "tags": _as_list(tags)}
-    size = _length(trainer.train_dataset)
-    return Training(
-        datasets=_as_list(dataset_tags),
-        dataset_words=", ".join(_as_list(dataset)) or (f"{size:,} examples." if size else ""),
-        metrics=metrics,
-        hyperparameters=extract_hyperparameters_from_trainer(trainer),
-        extra={name: value for name, value in extra.items() if value},
-    )
+    They are not where a framework keeps files of its own, nor for a wrapped ``nn.Module`` that is
+    no transformers model: Trainer saves that one's state dict.
+    """
+    found = _ours(model)
+    return found is not None and is_pretrained(found[0]) and not _own_format(trainer)
 
 
-def _as_list(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+def _own_format(trainer: Any) -> bool:
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
-def _length(dataset: Any) -> int:
-    try:
-        return len(dataset)
-    except TypeError:
-        return 0
+def _will_push(trainer: Any) -> bool:
+    """Say whether Trainer goes on: what a running upload reads must not change under it."""
+    if not trainer.is_world_process_zero() or trainer.args.hub_strategy == "end":
+        return False
+    running = getattr(trainer, "push_in_progress", None)
+    return trainer.args.hub_always_push or running is None or running.is_done()
 
 
-_WRAPPED: dict[str, Callable[..., None]] = {
-    "_load_from_checkpoint": _load_from_checkpoint,
-    "_load_best_model": _load_best_model,
-    "_push_from_checkpoint": _push_from_checkpoint,
-    "create_model_card": _create_model_card,
-}
+def _add_gradient_check(trainer: Any) -> None:
+    from hf_lora.hf.gradient_check import GradientCheck
 
-
-def _patch(module: Any) -> None:
-    trainer = module.Trainer
-    missing = [name for name in _WRAPPED if not callable(getattr(trainer, name, None))]
-    if missing:
-        raise HfLoRAError(
-            f"This transformers' Trainer has no {', '.join(missing)}, which hf_lora needs to "
-            "resume and to load the best model; install a version that hf_lora supports."
-        )
-    for name, ours in _WRAPPED.items():
-        original = getattr(trainer, name)
-        if not getattr(original, _MARK, False):
-            setattr(trainer, name, _wrapper(original, ours))
-    # its base class is as slow to import as Trainer itself, which is there by now
-    callback = importlib.import_module("hf_lora.hf.gradient_check").GradientCheck
-    if callback not in module.DEFAULT_CALLBACKS:
-        module.DEFAULT_CALLBACKS.append(callback)
-
-
-def _wrapper(original: Callable[..., Any], ours: Callable[..., None]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(functools.partial(original, self), self, *args, **kwargs)
-
-    setattr(method, _MARK, True)
-    return method
-
-
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Steps aside at once for every module but Trainer's, which it patches after its import."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Return Trainer's own spec with a loader that patches afterwards, or None."""
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                run(module)
-                _patch(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    # FSDP and DeepSpeed keep gradients elsewhere than on the parameters
+    present = any(isinstance(c, GradientCheck) for c in trainer.callback_handler.callbacks)
+    if not present and not _own_format(trainer):
+        trainer.add_callback(GradientCheck())

@@ -1,0 +1,90 @@
+"""Putting hf_lora's functions in front of the methods of Trainer, once, on the class.
+
+Subclasses (Seq2SeqTrainer, TRL's trainers) inherit them.
+"""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from hf_lora.errors import HfLoRAWarning
+from hf_lora.hf import trainer
+from hf_lora.hf.after_import import no_longer, when_imported
+from hf_lora.hf.trainer_card import create_model_card
+
+_METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
+    "transformers.trainer": (
+        "Trainer",
+        {
+            "train": trainer.train,
+            "create_model_card": create_model_card,
+            "_load_from_checkpoint": trainer.load_from_checkpoint,
+            "_load_best_model": trainer.load_best_model,
+            "_push_from_checkpoint": trainer.push_from_checkpoint,
+        },
+    ),
+    # the base of TRL's trainers overrides this one method
+    "trl.trainer.base_trainer": ("_BaseTrainer", {"create_model_card": create_model_card}),
+}
+_OPTIONAL = {"trl.trainer.base_trainer"}
+_MARK = "_hf_lora_patch"
+
+_enabled = True
+
+
+def install() -> None:
+    """Patch Trainer now if it is imported, and otherwise when it will be."""
+    if _enabled:
+        for name in _METHODS:
+            when_imported(name, _patch)
+
+
+def disable() -> None:
+    """Leave transformers' Trainer alone in this process, now and whatever is wrapped later.
+
+    For those who use :class:`hf_lora.LoRATrainerMixin` instead.
+    """
+    global _enabled
+    _enabled = False
+    for name, (class_name, methods) in _METHODS.items():
+        no_longer(name, _patch)
+        owner = getattr(sys.modules.get(name), class_name, None)
+        for method in methods:
+            ours = vars(owner).get(method) if owner is not None else None
+            if getattr(ours, _MARK, False):
+                setattr(owner, method, ours.__wrapped__)  # type: ignore[union-attr]
+
+
+def enable() -> None:
+    """Undo :func:`disable`."""
+    global _enabled
+    _enabled = True
+    install()
+
+
+def _patch(module: Any) -> None:
+    class_name, methods = _METHODS[module.__name__]
+    owner = getattr(module, class_name, None)
+    missing = [name for name in methods if name not in (vars(owner) if owner else ())]
+    if missing and module.__name__ not in _OPTIONAL:
+        warnings.warn(
+            f"{module.__name__}.{class_name} of this version has no {', '.join(missing)}: hf_lora "
+            "cannot hook into it, and resuming or loading the best model may fail. Install a "
+            "version of transformers that hf_lora supports.",
+            HfLoRAWarning,
+            stacklevel=2,
+        )
+    for name, ours in methods.items():
+        if name not in missing and not getattr(vars(owner)[name], _MARK, False):
+            setattr(owner, name, _in_front(vars(owner)[name], ours))
+
+
+def _in_front(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(functools.partial(original, self), self, *args, **kwargs)
+
+    setattr(method, _MARK, True)
+    return method

@@ -1,0 +1,117 @@
+"""What is checked of a wrapped model that is about to train, and of its gradients when it does."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+from torch import nn
+
+from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
+from hf_lora.model.registry import Registry
+
+_REASONS = (
+    "Usual reasons: the loss does not depend on the adapted layers (a fused loss, such as TRL's, "
+    "reads the output head's weight and never calls the layer), the forward ran under "
+    "torch.no_grad, or reentrant checkpointing without model.enable_input_require_grads()."
+)
+_HEAD = (
+    "the output head: a fused loss, such as TRL's or Liger's, reads its weight and never calls the "
+    "layer. Do not target the head, train it in full with train=[...], or turn the fused loss off"
+)
+
+
+def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
+    """Raise if training this model with these arguments would change nothing, or the base.
+
+    Raises:
+        GradientError: Everything is frozen, or what is not is not active.
+        StateError: The model is merged, or TRL would write into the reference model.
+    """
+    registry.check_unmerged("train")
+    if getattr(args, "sync_ref_model", False):
+        raise StateError(
+            "sync_ref_model=True writes into the reference model, which shares the base's weights "
+            "with the model that trains; set sync_ref_model=False."
+        )
+    adapters = registry.all_parameters()
+    base_trains = any(p.requires_grad for p in model.parameters() if id(p) not in adapters)
+    if not base_trains and not any(_trainable(registry, name) for name in registry.routing.active):
+        states = [_state(registry, name) for name in registry.adapters]
+        raise GradientError(
+            listing(
+                "Nothing would train",
+                states,
+                "Use hf_lora.unfreeze(model, name), load with trainable=True, or "
+                "hf_lora.activate(model, name).",
+            )
+        )
+
+
+def switch_dropout_off(registry: Registry) -> None:
+    """Do for adapters what TRL's ``disable_dropout`` does for every ``nn.Dropout`` of the model.
+
+    The adapters' configurations, and what is saved, keep the value.
+    """
+    for layer in registry.layers.values():
+        for name, slot in layer.lora_slots.items():
+            layer.lora_slots[name] = dataclasses.replace(slot, dropout=0.0)
+
+
+def check_gradients(model: nn.Module, registry: Registry) -> None:
+    """Compare the tensors that should train with those that received a gradient.
+
+    Raises:
+        GradientError: None did.
+
+    Warns:
+        HfLoRAWarning: Some did not; each is named, with the reason where it is known.
+    """
+    missing: list[str] = []
+    reached = False
+    for name in registry.adapters:
+        tensors = _trainable(registry, name)
+        without = [key for key, parameter in tensors.items() if parameter.grad is None]
+        reached = reached or len(without) < len(tensors)
+        if without and name not in registry.routing.active:
+            missing.append(f"all {len(without)} of {name!r}: it is not active")
+        else:
+            missing += _with_reasons(model, without)
+    if missing and not reached:
+        raise nothing_trains(model, registry)
+    if missing:
+        warnings.warn(
+            listing("These adapter tensors received no gradient at the first step", missing),
+            HfLoRAWarning,
+            stacklevel=2,
+        )
+
+
+def nothing_trains(model: nn.Module, registry: Registry) -> GradientError:
+    """Return the error for a run in which no gradient reaches any adapter."""
+    keys = [key for name in registry.routing.active for key in _trainable(registry, name)]
+    return GradientError(
+        listing(
+            "No adapter tensor received a gradient, so training would change nothing",
+            _with_reasons(model, keys) or [_state(registry, name) for name in registry.adapters],
+            _REASONS,
+        )
+    )
+
+
+def _trainable(registry: Registry, name: str) -> dict[str, nn.Parameter]:
+    return {key: p for key, p in registry.parameters(name) if p.requires_grad}
+
+
+def _state(registry: Registry, name: str) -> str:
+    active = "active" if name in registry.routing.active else "not active"
+    return f"{name!r} is {active} and {'trainable' if _trainable(registry, name) else 'frozen'}"
+
+
+def _with_reasons(model: nn.Module, keys: list[str]) -> list[str]:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    paths = [path for path, module in model.named_modules() if head is not None and module is head]
+    return [
+        f"{key} ({_HEAD})" if any(key.startswith(f"{path}.") for path in paths) else key
+        for key in keys
+    ]
