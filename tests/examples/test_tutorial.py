@@ -119,7 +119,7 @@ def test_it_prints_what_is_committed(committed, executed) -> None:
     fresh, _ = executed
     for old, new in zip(code_cells(committed), code_cells(fresh), strict=True):
         if VARIES not in old.metadata.get("tags", ()):
-            assert printed(new) == printed(old), old.source
+            assert printed(new) == printed(old), f"stale; see the top of this file\n{old.source}"
         assert bool(printed(new)) == bool(printed(old)), old.source
         assert len(pictures(new)) == len(pictures(old)), old.source
 
