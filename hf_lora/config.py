@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,20 +71,28 @@ class LoRAConfig:
     updates would round away, else the base's own."""
 
     def __post_init__(self) -> None:
-        """Normalize lists to tuples and check every field."""
+        """Bring every field to one plain form, so that equal meanings are equal, and check it."""
         problems: list[str] = []
-        for name in ("targets", "exclude", "train"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name), problems))
-        if not self.targets:
-            problems.append("targets: empty; name at least one layer to adapt")
-        _check_numbers("", {name: getattr(self, name) for name in OVERRIDABLE}, problems)
+        numbers_given = {name: getattr(self, name) for name in OVERRIDABLE}
+        normal = {
+            "targets": self.targets
+            if isinstance(self.targets, str) and self.targets == ALL_LINEAR
+            else _patterns("targets", self.targets, problems),
+            "exclude": _patterns("exclude", self.exclude, problems),
+            "train": _patterns("train", self.train, problems),
+            **_numbers("", numbers_given, problems),
+            "overrides": _overrides(self.overrides, problems),
+            # torch.bfloat16 and "torch.bfloat16" mean what "bfloat16" means
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
         if not isinstance(self.rslora, bool):
             problems.append(f"rslora: {self.rslora!r} is not true or false")
         if self.init not in INITS:
             problems.append(f"init: {self.init!r} is not one of {', '.join(INITS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             problems.append(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)} or None")
-        object.__setattr__(self, "overrides", _overrides(self.overrides, problems))
         if problems:
             raise ConfigError(listing("This LoRAConfig cannot be used", problems))
 
@@ -127,13 +137,20 @@ class LoRAConfig:
         return cls.from_dict(read_mapping(path))
 
     def to_file(self, path: str | Path) -> None:
-        """Write every field to a ``.yaml``, ``.yml`` or ``.json`` file."""
+        """Write every field to a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises:
+            ConfigError: The name ends otherwise, or the file cannot be written.
+        """
         path = Path(path)
         if _is_yaml(path):
             text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         else:
             text = json.dumps(self.to_dict(), indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error}") from error
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -143,12 +160,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ConfigError: Missing, of another kind, or not parseable; the message names the file.
     """
     path = Path(path)
+    parse = yaml.safe_load if _is_yaml(path) else json.loads
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if _is_yaml(path) else json.loads(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as a configuration: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, not a mapping of fields")
@@ -161,20 +176,36 @@ def _is_yaml(path: Path) -> bool:
     return path.suffix != ".json"
 
 
-def _patterns(name: str, value: Any, problems: list[str]) -> tuple[str, ...] | str:
-    if value == ALL_LINEAR and name == "targets":
-        return ALL_LINEAR
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, (list, tuple, set, frozenset)):
+def _patterns(name: str, value: Any, problems: list[str]) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple, set, frozenset)):
         problems.append(f"{name}: {value!r} is neither a pattern nor a list of patterns")
         return ()
-    items = sorted(value) if isinstance(value, (set, frozenset)) else value
-    wrong = [item for item in items if not isinstance(item, str) or not item]
-    problems.extend(f"{name}: {item!r} is not a pattern" for item in wrong)
-    if ALL_LINEAR in items and name == "targets":
-        problems.append(f"{name}: {ALL_LINEAR!r} stands alone, not in a list of patterns")
-    return tuple(item for item in items if item not in wrong)
+    if not items and name == "targets":
+        problems.append("targets: empty; name at least one layer to adapt")
+    good = []
+    for item in items:
+        fault = _pattern_fault(item)
+        if item == ALL_LINEAR and name == "targets":
+            fault = "stands alone, not in a list of patterns"
+        if fault:
+            problems.append(f"{name}: {item!r} {fault}")
+        else:
+            good.append(item)
+    # a set has no order of its own, and files must not differ from run to run
+    return tuple(sorted(good) if isinstance(items, (set, frozenset)) else good)
+
+
+def _pattern_fault(pattern: Any) -> str | None:
+    if not isinstance(pattern, str) or not pattern:
+        return "is not a pattern"
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is not a regular expression: {error}"
+    if compiled.flags & ~re.UNICODE:
+        return "sets a flag for all of it; write (?i:...) instead of (?i)..."
+    return None
 
 
 def _overrides(value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -184,27 +215,51 @@ def _overrides(value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
     checked: dict[str, dict[str, Any]] = {}
     for pattern, fields in value.items():
         label = f"overrides[{pattern!r}]"
-        if not isinstance(pattern, str) or not pattern or not isinstance(fields, Mapping):
+        fault = _pattern_fault(pattern)
+        if fault:
+            problems.append(f"overrides: {pattern!r} {fault}")
+        if not isinstance(fields, Mapping) or not fields:
             problems.append(f"{label}: {fields!r} is not a mapping of r, alpha or dropout")
             continue
         unknown = [name for name in fields if name not in OVERRIDABLE]
         problems.extend(
             f"{label}: unknown field {name!r}; known: {', '.join(OVERRIDABLE)}" for name in unknown
         )
-        _check_numbers(f"{label}.", fields, problems)
-        checked[pattern] = dict(fields)
+        known = {name: fields[name] for name in OVERRIDABLE if name in fields}
+        checked[pattern] = _numbers(f"{label}.", known, problems)
     return checked
 
 
-def _check_numbers(label: str, fields: Mapping[str, Any], problems: list[str]) -> None:
-    r, alpha, dropout = fields.get("r", 1), fields.get("alpha", 1.0), fields.get("dropout", 0.0)
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        problems.append(f"{label}r: {r!r} is not a whole number of at least 1")
-    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
-        problems.append(f"{label}alpha: {alpha!r} is not a finite number above 0")
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        problems.append(f"{label}dropout: {dropout!r} is not a probability in [0, 1)")
+def _numbers(label: str, fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the fields as ``int`` and ``float``, whatever library's numbers they were."""
+    normal: dict[str, Any] = {}
+    for name, value in fields.items():
+        number = _as_number(value, whole=name == "r")
+        if number is None or not _IN_RANGE[name](number):
+            problems.append(f"{label}{name}: {value!r} is not {_RANGES[name]}")
+        else:
+            normal[name] = number
+    return normal
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+_RANGES = {
+    "r": "a whole number of at least 1",
+    "alpha": "a finite number above 0",
+    "dropout": "a probability in [0, 1)",
+}
+_IN_RANGE: dict[str, Callable[[float], bool]] = {
+    "r": lambda r: r >= 1,
+    "alpha": lambda alpha: math.isfinite(alpha) and alpha > 0,
+    "dropout": lambda dropout: 0 <= dropout < 1,
+}
+
+
+def _as_number(value: Any, *, whole: bool) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if whole:
+        return int(value) if isinstance(value, numbers.Integral) else None
+    try:
+        return float(value) if isinstance(value, numbers.Real) else None
+    except OverflowError:
+        return None

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import nn
 
 
@@ -33,7 +32,12 @@ def execution_device(module: nn.Module) -> torch.device:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Say whether accelerate holds the module's tensors elsewhere between its calls."""
-    return any(getattr(hook, "offload", False) for hook in device_hooks(module))
+    return bool(_offload_hooks(module))
+
+
+def offloads_below(module: nn.Module) -> bool:
+    """Say whether accelerate fetches the tensors of the whole tree below ``module`` at once."""
+    return any(getattr(hook, "place_submodules", False) for hook in _offload_hooks(module))
 
 
 def is_on_meta(module: nn.Module) -> bool:
@@ -44,11 +48,15 @@ def is_on_meta(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def present(module: nn.Module) -> Iterator[None]:
     """Make the module's own tensors readable inside the ``with`` block, offloaded or not."""
-    if not is_offloaded(module):
+    with contextlib.ExitStack() as stack:
+        for hook in _offload_hooks(module):
+            hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, None)
         yield
-        return
-    with align_module_device(module):
-        yield
+
+
+def _offload_hooks(module: nn.Module) -> list[Any]:
+    return [hook for hook in device_hooks(module) if getattr(hook, "offload", False)]
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from hf_lora.errors import ConfigError
 
@@ -18,13 +18,17 @@ def compile_target(pattern: str) -> re.Pattern[str]:
     try:
         re.compile(pattern)  # alone first: the frame below could balance a stray parenthesis
         return re.compile(rf"(?:.*\.)?(?:{pattern})")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"The pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def first_match(patterns: Mapping[re.Pattern[str], object], path: str) -> re.Pattern[str] | None:
-    """Return the first pattern that means ``path``, or None."""
-    return next((pattern for pattern in patterns if pattern.fullmatch(path)), None)
+def inside(path: str, parents: Collection[str]) -> bool:
+    """Say whether ``path`` is one of ``parents`` or lies below one."""
+    while path:
+        if path in parents:
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def nearest(pattern: str, paths: Iterable[str]) -> list[str]:

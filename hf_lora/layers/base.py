@@ -4,9 +4,10 @@ A layer is patched in place by changing its class to a subclass of its own class
 (``class LoRALinear(LoRALayer, nn.Linear)``), so that its parameters, keys and identity stay.
 """
 
+import copy
 import dataclasses
 import functools
-import types
+import inspect
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from torch import nn
 
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
+from hf_lora.layers.forwards import (
+    hide_from_offloading,
+    rebind_forwards,
+    show_to_offloading,
+)
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.words import Word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +42,16 @@ class Slot:
 
 @dataclasses.dataclass
 class Routing:
-    """Which adapters speak; one object that all layers of a model read, so a switch is O(1)."""
+    """Which adapters speak; one object that all layers of a model read, so a switch is O(1).
+
+    One for the model, not one for each thread: whoever switches in one thread switches for all.
+    """
 
     active: tuple[str, ...] = ()
     """Adapters whose updates are added, in order."""
 
     merged: tuple[str, ...] = ()
-    """Adapters that are inside the weights now; while there are any, the host answers alone."""
+    """Adapters that are inside the weights now; their updates are not added a second time."""
 
 
 OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies"})
@@ -63,7 +73,14 @@ class Patched(nn.Module):
     lora_names: tuple[str, ...] = ()
     """The tensors that the class has properties for (trained copies only)."""
 
+    lora_input = "input"
+    """What the first argument of the host's forward is called, for calls by keyword."""
+
     lora_routing: Routing
+
+    def lora_added(self) -> set[str]:
+        """Return the names of the parameters and buffers that hf_lora added to this module."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by mixin and host: classes made at run time have no importable name."""
@@ -88,6 +105,7 @@ def patched_class(
         "lora_host": host,
         "lora_mixin": mixin,
         "lora_names": names,
+        "lora_input": _first_argument(host),
     }
     return type(
         f"{mixin.lora_prefix}{host.__name__}", (mixin, host), fields | mixin.lora_fields(names)
@@ -101,21 +119,62 @@ def _rebuild(mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...]
 
 def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
     """Turn ``module`` into an instance of ``cls``, in place."""
+    host = type(module)
     module.__class__ = cls
     module.__dict__["lora_routing"] = routing
-    if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
-        # accelerate calls the forward that it found; without this LoRA would be skipped silently
-        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+    rebind_forwards(module, module, host)
+    hide_from_offloading(module)
 
 
 def restore_class(module: Patched) -> None:
     """Give ``module`` the class that it had and leave nothing of ours behind."""
-    host = module.lora_host
+    patched = type(module)
     for key in OWN_FIELDS & module.__dict__.keys():
         del module.__dict__[key]
-    module.__class__ = host  # type: ignore[assignment]
-    if isinstance(module.__dict__.get("_old_forward"), types.MethodType):
-        module.__dict__["_old_forward"] = types.MethodType(host.forward, module)
+    module.__class__ = patched.lora_host  # type: ignore[assignment]
+    rebind_forwards(module, module, patched)
+    show_to_offloading(module)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Say whether the class of a patched module is still the one that hf_lora gave it."""
+    return "lora_host" in vars(type(module))
+
+
+_CONTAINERS = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
+
+
+def adopt(module: nn.Module, source: nn.Module) -> None:
+    """Give a new ``module`` the attributes of ``source``: same tensors, containers of its own."""
+    for key, value in vars(source).items():
+        module.__dict__[key] = copy.copy(value) if key in _CONTAINERS else value
+    rebind_forwards(module, source, type(source))
+
+
+def host_view(module: nn.Module) -> nn.Module:
+    """Return a module of the host's class that shares every tensor and has nothing of LoRA."""
+    host = module.lora_host if isinstance(module, Patched) else type(module)
+    view = host.__new__(host)
+    adopt(view, module)
+    for key in OWN_FIELDS & view.__dict__.keys():
+        del view.__dict__[key]
+    for name in added_names(module):
+        for store in (view._parameters, view._buffers):
+            store.pop(name, None)
+    return view
+
+
+def added_names(module: nn.Module) -> set[str]:
+    """Return the names of the parameters and buffers that hf_lora added to ``module``."""
+    return module.lora_added() if isinstance(module, Patched) else set()
+
+
+def _first_argument(host: type[nn.Module]) -> str:
+    try:
+        names = list(inspect.signature(host.forward).parameters)
+    except (TypeError, ValueError):  # written in C
+        names = []
+    return names[1] if len(names) > 1 else Patched.lora_input
 
 
 class LoRALayer(Patched):
@@ -165,44 +224,40 @@ class LoRALayer(Patched):
         delta_OI = delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling)
         return delta_OI.t() if self.fan_in_fan_out else delta_OI
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def lora_added(self) -> set[str]:
+        """Return the names of the factors that this layer has."""
+        return {parameter_name(kind, name) for name in self.lora_slots for kind in (LORA_A, LORA_B)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""
-        y = super().forward(x, *args, **kwargs)
+        y = super().forward(*args, **kwargs)
         routing = self.lora_routing
-        if routing.merged:
-            return y
         for name in routing.active:
             slot = self.lora_slots.get(name)
-            if slot is None:
+            if slot is None or name in routing.merged:
                 continue
-            x_in = F.dropout(x, slot.dropout, self.training) if slot.dropout else x
-            y = y + low_rank(x_in, *self.lora_pair(name), slot.scaling).to(y.dtype)
+            x = args[0] if args else kwargs[self.lora_input]
+            if slot.dropout:
+                x = F.dropout(x, slot.dropout, self.training)
+            y = y + low_rank(x, *self.lora_pair(name), slot.scaling).to(y.dtype)
         return y
 
-    # The words of the texts that LoRA is taught with, for the adapter that is in use.
-
-    def _shown_slot(self) -> tuple[str, Slot]:
-        for name in (*self.lora_routing.active, *self.lora_slots):
-            if name in self.lora_slots:
-                return name, self.lora_slots[name]
-        raise RuntimeError("this layer has no adapter")
-
-    @property
+    @Word
     def r(self) -> int:
         """Rank of the active adapter."""
-        return self._shown_slot()[1].r
+        return _shown(self).r
 
-    @property
+    @Word
     def alpha(self) -> float:
         """Strength of the active adapter."""
-        return self._shown_slot()[1].alpha
+        return _shown(self).alpha
 
-    @property
+    @Word
     def scaling(self) -> float:
         """The factor that the active adapter's update is multiplied by."""
-        return self._shown_slot()[1].scaling
+        return _shown(self).scaling
 
-    @property
+    @Word
     def base(self) -> nn.Module:
         """The frozen layer on its own: the host's class on the same parameters, without LoRA."""
         return host_view(self)
@@ -210,30 +265,15 @@ class LoRALayer(Patched):
     def extra_repr(self) -> str:
         """Show the host's own line, then each adapter's rank and strength."""
         shown = ", ".join(f"{n}: r={s.r}, alpha={s.alpha:g}" for n, s in self.lora_slots.items())
-        return f"{super().extra_repr()}, lora=({shown})"
+        return ", ".join(filter(None, (super().extra_repr(), f"lora=({shown})")))
 
 
-def added_names(module: Patched) -> set[str]:
-    """Return the names of the parameters and buffers that hf_lora added to ``module``."""
-    names: set[str] = set()
-    for name in getattr(module, "lora_slots", {}):
-        names |= {parameter_name(LORA_A, name), parameter_name(LORA_B, name)}
-    for copies in getattr(module, "lora_copies", {}).values():
-        names |= set(copies.values())
-    return names
-
-
-def host_view(module: Patched) -> nn.Module:
-    """Return a module of the host's class that shares every tensor and has nothing of LoRA."""
-    view = module.lora_host.__new__(module.lora_host)
-    hidden = added_names(module)
-    for key, value in module.__dict__.items():
-        if key not in OWN_FIELDS:
-            view.__dict__[key] = dict(value) if key in ("_parameters", "_buffers") else value
-    for store in (view._parameters, view._buffers):
-        for name in hidden & store.keys():
-            del store[name]
-    return view
+def _shown(layer: LoRALayer) -> Slot:
+    """Return the numbers of the first active adapter that the layer has, else of its first."""
+    for name in (*layer.lora_routing.active, *layer.lora_slots):
+        if name in layer.lora_slots:
+            return layer.lora_slots[name]
+    raise AttributeError("this layer has no adapter")
 
 
 LoRALayer.lora_mixin = LoRALayer

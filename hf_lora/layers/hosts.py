@@ -1,10 +1,15 @@
 """Questions about a module that may be adapted: its sizes, its numbers, and why it cannot be."""
 
+import numbers
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.devices import execution_device
+from hf_lora.layers.base import Patched
+from hf_lora.layers.forwards import has_foreign_forward
+from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
 
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
@@ -17,17 +22,21 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(size, int) for size in sizes) and callable(getattr(module, "forward", None)):
-        return sizes  # type: ignore[return-value]
-    return None
+    if not callable(getattr(module, "forward", None)):
+        return None
+    whole = [int(size) for size in sizes if isinstance(size, numbers.Integral)]
+    return (whole[0], whole[1]) if len(whole) == len(sizes) else None
 
 
 def has_float_weight(module: nn.Module) -> bool:
     """Say whether the weight is an ordinary floating-point tensor: neither packed nor quantized."""
     weight = module._parameters.get("weight")
     return (
-        weight is not None and type(weight) is nn.Parameter and weight.is_floating_point()
-    ) and not hasattr(weight, "quant_state")
+        type(weight) is nn.Parameter
+        and weight.is_floating_point()
+        and weight.dtype.itemsize >= 2  # in 8 bits a weight comes with a scale that is kept apart
+        and not hasattr(weight, "quant_state")
+    )
 
 
 def adapter_dtype(module: nn.Module) -> torch.dtype:
@@ -39,13 +48,14 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     weight = module._parameters.get("weight")
     if weight is None or not has_float_weight(module) or weight.dtype in _SIXTEEN_BIT:
         return torch.float32
-    return weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+    return weight.dtype
 
 
 def why_not(module: nn.Module) -> str | None:
     """Return the reason why a module cannot get a low-rank update, or None if it can.
 
-    Looks at the module only; whether gradients pass through it is asked by :func:`gradient_fault`.
+    Looks at the module only: whether gradients pass through it is found out by trying it
+    (``layers.trial``), and whether its parent calls it at all is the parent's (``layers.unheard``).
     """
     sizes = features(module)
     name = type(module).__name__
@@ -53,9 +63,25 @@ def why_not(module: nn.Module) -> str | None:
         return f"{name} is not a linear layer"
     if min(sizes) < 1:
         return f"{name} has no sizes yet (in={sizes[0]}, out={sizes[1]})"
-    if "forward" in module.__dict__ and not hasattr(module, "_old_forward"):
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{name} is compiled by TorchScript"
+    weight = module._parameters["weight"] if has_float_weight(module) else None
+    if weight is not None and sorted(weight.shape) != sorted(sizes):
+        return (
+            f"the weight of this {name} has shape {tuple(weight.shape)}, "
+            f"which is not one matrix of in={sizes[0]} and out={sizes[1]}"
+        )
+    if has_foreign_forward(module):
         return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
+    if not isinstance(module, Patched) and taken_names(module, DEFAULT, (LORA_A, LORA_B)):
+        return f"{name} has a {LORA_A} already: another library's adapter is on it"
     return None
+
+
+def taken_names(module: nn.Module, adapter: str, kinds: Iterable[str]) -> list[str]:
+    """Return the names that an adapter's tensors would get and that the module has already."""
+    names = [parameter_name(kind, adapter) for kind in kinds]
+    return [name for name in names if hasattr(module, name)]
 
 
 def rank_fault(module: nn.Module, r: int) -> str | None:
@@ -68,36 +94,3 @@ def rank_fault(module: nn.Module, r: int) -> str | None:
             f"(in={sizes[0]}, out={sizes[1]})"
         )
     return None
-
-
-def gradient_fault(module: nn.Module) -> str | None:
-    """Run the host once on a row of zeros and say why no gradient reaches its input, or None.
-
-    Some quantized layers are made for inference only: below such a layer nothing would train.
-    """
-    sizes = features(module)
-    assert sizes is not None
-    with torch.enable_grad():
-        x = torch.zeros(
-            1, sizes[0], dtype=_input_dtype(module), device=execution_device(module)
-        ).requires_grad_()
-        try:
-            y = module(x)
-            reaches = y.requires_grad and torch.autograd.grad(y.sum(), x)[0] is not None
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            return f"its backward fails: {first}"
-    if reaches:
-        return None
-    return "its backward gives no gradient to its input, so nothing below it would train"
-
-
-def _input_dtype(module: nn.Module) -> torch.dtype:
-    """Return a type that the module takes: its compute type, its bias's, or its weight's."""
-    declared = getattr(module, "compute_dtype", None)
-    if isinstance(declared, torch.dtype):
-        return declared
-    for tensor in (module._parameters.get("bias"), module._parameters.get("weight")):
-        if tensor is not None and tensor.is_floating_point():
-            return tensor.dtype
-    return torch.float32

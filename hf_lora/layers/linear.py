@@ -6,9 +6,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora.config import LoRAConfig
-from hf_lora.devices import execution_device
+from hf_lora.devices import execution_device, is_offloaded, is_on_meta
 from hf_lora.errors import StateError, TargetError
-from hf_lora.layers.base import LoRALayer, Routing, Slot, patched_class
+from hf_lora.layers.base import LoRALayer, Routing, Slot, adopt, patched_class
 from hf_lora.layers.hosts import adapter_dtype, rank_fault, why_not
 from hf_lora.layers.names import DEFAULT
 
@@ -56,8 +56,9 @@ class LoRALinear(LoRALayer, nn.Linear):
         fault = fault or rank_fault(base, config.r)
         if fault:
             raise TargetError(f"LoRALinear cannot adapt this layer: {fault}.")
-        self.__dict__.update(vars(base))
-        self._parameters = dict(base._parameters)
+        if is_on_meta(base) or is_offloaded(base):
+            raise StateError("This layer's weights are not in memory; load them first.")
+        adopt(self, base)
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         self.lora_slots: dict[str, Slot] = {}
@@ -75,6 +76,7 @@ class LoRAConv1D(LoRALayer, Conv1D):
     """GPT-2's linear layer, whose weight is kept as (in, out), with a low-rank update."""
 
     lora_host = Conv1D
+    lora_input = "x"
     fan_in_fan_out = True
 
     def lora_features(self) -> tuple[int, int]:

@@ -8,61 +8,92 @@ that is tied to another module is untied by the merge instead of changing both.
 import torch
 from torch import nn
 
+from hf_lora.devices import is_offloaded
 from hf_lora.layers.base import LoRALayer
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.trained import TrainedModule
+from hf_lora.layers.trial import is_linear_in_its_weight
 
-Originals = dict[str, nn.Parameter | torch.Tensor]
-"""Name of a tensor of the module to what stood there before the merge."""
+Tensors = dict[str, nn.Parameter | torch.Tensor]
+"""Name of a tensor of the module to a tensor that stood, or shall stand, there."""
 
 
 def merge_fault(layer: LoRALayer) -> str | None:
     """Return why updates cannot be put into this layer's weight, or None."""
+    name = layer.lora_host.__name__
+    if is_offloaded(layer):
+        return "its weight is offloaded by accelerate"
+    if layer._parameters.get("weight") is None:
+        return f"its base ({name}) computes its weight from other tensors, or keeps it elsewhere"
     if not has_float_weight(layer):
-        return f"its base ({layer.lora_host.__name__}) holds a quantized or packed weight"
+        return f"its base ({name}) holds a quantized or packed weight"
+    if not is_linear_in_its_weight(layer):
+        return (
+            f"the forward of its base ({name}) is not x Wᵀ + b, so W + s·B A would not do the same"
+        )
     return None
 
 
 @torch.no_grad()
-def merge_layer(layer: LoRALayer, adapters: tuple[str, ...]) -> Originals:
-    """Put the sum of the adapters' updates into the weight, in float32, rounded once.
-
-    Returns:
-        What stood there before, for :func:`put_back`.
-    """
-    names = [name for name in adapters if name in layer.lora_slots]
+def merged_weight(layer: LoRALayer, adapters: tuple[str, ...]) -> Tensors:
+    """Return the weight plus the sum of the adapters' updates, in float32, rounded once."""
     weight = layer._parameters["weight"]
     assert weight is not None
     total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for name in names:
-        total += layer.lora_delta(name).to(total.device, total.dtype)
-    layer._parameters["weight"] = nn.Parameter(total.to(weight.dtype), weight.requires_grad)
-    return {"weight": weight}
+    for name in adapters:
+        if name in layer.lora_slots:
+            total += layer.lora_delta(name).to(total.device, total.dtype)
+    return {"weight": _in_place_of(weight, total.to(weight.dtype))}
 
 
 @torch.no_grad()
-def merge_copies(module: TrainedModule, adapter: str) -> Originals:
-    """Put the adapter's trained copies in the place of the module's own tensors."""
-    originals: Originals = {}
+def merged_copies(module: TrainedModule, adapter: str) -> Tensors:
+    """Return the adapter's trained copies, to stand in the place of the module's own tensors."""
+    merged: Tensors = {}
     for name, copy in module.lora_copy(adapter).items():
-        store = module._parameters if name in module._parameters else module._buffers
-        original = store[name]
-        assert original is not None
-        originals[name] = original
+        original = module._parameters.get(name)
         data = copy.detach().clone()
-        store[name] = (  # type: ignore[assignment]
-            nn.Parameter(data, original.requires_grad)
-            if isinstance(original, nn.Parameter)
-            else data
-        )
-    return originals
+        merged[name] = data if original is None else _in_place_of(original, data)
+    return merged
 
 
-def put_back(module: nn.Module, originals: Originals) -> None:
-    """Undo a merge: the tensors that stood there before stand there again."""
-    for name, original in originals.items():
+def not_finite(layer: LoRALayer, merged: Tensors) -> str | None:
+    """Return what is wrong with a merged weight that the base's was not already, or None."""
+    before, after = layer._parameters["weight"], merged["weight"]
+    assert before is not None
+    bad = ~torch.isfinite(after) & torch.isfinite(before)
+    if bad.any():
+        return f"{int(bad.sum())} merged values are not finite in {after.dtype}"
+    return None
+
+
+def standing(module: nn.Module, names: Tensors) -> Tensors:
+    """Return the tensors that stand now where those of these names would be put."""
+    found = {name: module._parameters.get(name, module._buffers.get(name)) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def put(module: nn.Module, tensors: Tensors) -> None:
+    """Put tensors in their places on the module."""
+    for name, tensor in tensors.items():
         store = module._parameters if name in module._parameters else module._buffers
-        now = store[name]
-        if now is not None and now.device != original.device:
-            original.data = original.data.to(now.device)  # the model moved while it was merged
-        store[name] = original  # type: ignore[assignment]
+        store[name] = tensor  # type: ignore[assignment]
+
+
+def put_back(module: nn.Module, originals: Tensors) -> None:
+    """Undo a merge: the tensors that stood there before stand there again.
+
+    If the model was moved or cast meanwhile they follow, as they would have if they had been in it.
+    """
+    for name, now in standing(module, originals).items():
+        original = originals[name]
+        if (now.device, now.dtype) != (original.device, original.dtype):
+            original.data = original.data.to(now.device, now.dtype)
+    put(module, originals)
+
+
+def _in_place_of(original: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """Return a Parameter that carries whatever other libraries have noted on the original."""
+    parameter = nn.Parameter(data, original.requires_grad)
+    vars(parameter).update(vars(original))
+    return parameter

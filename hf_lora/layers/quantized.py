@@ -1,7 +1,11 @@
 """What quantized hosts need before they can carry an adapter."""
 
+import copy
+import math
+
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _FLAG = "support_avx512bf16_for_cpu"
 
@@ -31,6 +35,19 @@ def restore_packing(modules: list[nn.Module]) -> None:
         setattr(module, _FLAG, True)
 
 
+def own_state(view: nn.Module) -> None:
+    """Give a view of a bitsandbytes layer its own copy of what the layer's forward writes to."""
+    for name, parameter in view._parameters.items():
+        if type(parameter).__module__.startswith("bitsandbytes"):
+            assert parameter is not None
+            twin = torch.Tensor._make_subclass(type(parameter), parameter.data, False)
+            vars(twin).update(vars(parameter))
+            view._parameters[name] = twin  # type: ignore[assignment]
+    for name, value in vars(view).items():
+        if type(value).__module__.startswith("bitsandbytes"):
+            vars(view)[name] = copy.copy(value)
+
+
 def float_weight(module: nn.Module) -> torch.Tensor | None:
     """Return the weight as floating-point numbers, unpacked where it is quantized, or None.
 
@@ -55,3 +72,21 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     if hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
         return weight.dequantize()
     return weight if weight.is_floating_point() else None
+
+
+def numel(tensor: torch.Tensor) -> int:
+    """Return how many numbers a parameter stands for, however they are packed."""
+    if is_lazy(tensor):
+        return 0
+    shape = getattr(getattr(tensor, "quant_state", None), "shape", None)
+    return math.prod(shape) if shape is not None else tensor.numel()
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Return how many bytes a parameter takes; a quantized tensor's own type may say otherwise."""
+    if is_lazy(tensor):
+        return 0
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

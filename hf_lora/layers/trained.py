@@ -2,7 +2,8 @@
 
 The base's own parameters stay where they are, with their names and values. Reading ``weight`` gives
 the active adapter's copy, whoever reads it (the module's own forward, or code outside that
-uses ``model.lm_head.weight``), because the swapped class has a property of that name.
+uses ``model.lm_head.weight``), because the swapped class has a property of that name. Two modules
+that share a tensor each get a copy of their own.
 """
 
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from hf_lora.layers.base import Patched
+from hf_lora.layers.base import Patched, added_names
 from hf_lora.layers.names import copy_kind, parameter_name
 
 
@@ -28,21 +30,20 @@ class TrainedModule(Patched):
         """Return one property for each tensor of the module."""
         return {name: property(_reader(name)) for name in names}
 
+    def lora_added(self) -> set[str]:
+        """Return the names of the copies that this module has."""
+        return {added for copies in self.lora_copies.values() for added in copies.values()}
+
     def lora_add_copy(self, adapter: str) -> None:
         """Give ``adapter`` its own copy of each of the module's tensors, equal to the base's."""
-        copies: dict[str, str] = {}
-        for name, tensor in own_tensors(self, self.lora_names):
-            added = parameter_name(copy_kind(name), adapter)
-            data = tensor.detach().clone()
-            if isinstance(tensor, nn.Parameter):
-                parameter = nn.Parameter(data, requires_grad=data.is_floating_point())
-                # transformers initializes again whatever does not carry this mark
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-                self.register_parameter(added, parameter)
+        tensors = own_tensors(self, self.lora_names)
+        copies = {name: (parameter_name(copy_kind(name), adapter), _copy(t)) for name, t in tensors}
+        for added, copy in copies.values():
+            if isinstance(copy, nn.Parameter):
+                self.register_parameter(added, copy)
             else:
-                self.register_buffer(added, data)
-            copies[name] = added
-        self.lora_copies[adapter] = copies
+                self.register_buffer(added, copy)
+        self.lora_copies[adapter] = {name: added for name, (added, _) in copies.items()}
 
     def lora_remove_copy(self, adapter: str) -> None:
         """Take the copies of ``adapter`` away."""
@@ -53,23 +54,60 @@ class TrainedModule(Patched):
         """Return name to copy, for one adapter."""
         return {name: _stored(self, added) for name, added in self.lora_copies[adapter].items()}
 
+    def lora_where(self, name: str) -> str:
+        """Return under which name the tensor that ``name`` reads as now is kept."""
+        routing = self.lora_routing
+        for adapter in routing.active:
+            if adapter in self.lora_copies and adapter not in routing.merged:
+                return self.lora_copies[adapter][name]
+        return name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep a buffer that the module's own code replaces where it is read, not in the base."""
+        if name in self.lora_names and name in self._buffers and isinstance(value, torch.Tensor):
+            name = self.lora_where(name)
+        super().__setattr__(name, value)
+
 
 def tensor_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the tensors that a module owns itself and that a checkpoint holds."""
-    parameters = [name for name, tensor in module._parameters.items() if tensor is not None]
-    hidden = module._non_persistent_buffers_set
-    buffers = [
+    """Return the names of the base's tensors that a module owns itself and a checkpoint holds."""
+    hidden = added_names(module) | module._non_persistent_buffers_set
+    stores = (module._parameters, module._buffers)
+    return tuple(
         name
-        for name, tensor in module._buffers.items()
-        if tensor is not None and name not in hidden
-    ]
-    return (*parameters, *buffers)
+        for store in stores
+        for name, t in store.items()
+        if t is not None and name not in hidden
+    )
+
+
+def train_fault(module: nn.Module) -> str | None:
+    """Return why a module's own tensors cannot be trained in full, or None."""
+    for name in tensor_names(module):
+        tensor = module._parameters.get(name)
+        if tensor is None:
+            continue
+        if is_lazy(tensor):
+            return f"its {name} has no size yet"
+        if type(tensor) is not nn.Parameter or tensor.dtype.itemsize < 2:
+            return f"its {name} is a {type(tensor).__name__} of {tensor.dtype}, packed or quantized"
+    return None
 
 
 def own_tensors(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the module's own tensors of these names, never an adapter's copy."""
     for name in names:
         yield name, _stored(module, name)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    data = tensor.detach().clone()
+    if not isinstance(tensor, nn.Parameter):
+        return data
+    copy = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
+    # transformers initializes again whatever does not carry this mark
+    copy._is_hf_initialized = True  # type: ignore[attr-defined]
+    return copy
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor:
@@ -82,13 +120,7 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor:
 
 def _reader(name: str) -> Any:
     def read(self: TrainedModule) -> torch.Tensor:
-        routing = self.lora_routing
-        if not routing.merged:
-            for adapter in routing.active:
-                copies = self.lora_copies.get(adapter)
-                if copies is not None:
-                    return _stored(self, copies[name])
-        return _stored(self, name)
+        return _stored(self, self.lora_where(name))
 
     return read
 

@@ -1,12 +1,21 @@
 """Merging on a live model: exact to one rounding, and undone to the byte."""
 
+import contextlib
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 
-from hf_lora.errors import AdapterFileError, StateError, TargetError, listing
-from hf_lora.layers.merging import merge_copies, merge_fault, merge_layer
+from hf_lora.errors import StateError, TargetError, listing
+from hf_lora.layers.merging import (
+    Tensors,
+    merge_fault,
+    merged_copies,
+    merged_weight,
+    not_finite,
+    put,
+    standing,
+)
+from hf_lora.model.adapters import check_compatible
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
 
@@ -18,6 +27,8 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Modu
     aside, not written to, so :func:`unmerge` gives the exact bytes back; the price is a second copy
     of the merged weights while the model is merged. A tied output head is untied.
 
+    Active adapters that are not merged go on being added in every forward.
+
     Args:
         model: A wrapped model.
         names: Adapters to merge instead of the active ones.
@@ -26,30 +37,27 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Modu
         The same model.
 
     Raises:
-        StateError: Merged already, or nothing to merge.
-        TargetError: A layer's weight cannot be merged into (quantized), or an update is not
-            finite; the model is as it was.
+        UnknownAdapterError: One of the names is unknown.
+        TargetError: A layer cannot be merged into, for instance because it is quantized.
+        StateError: Merged already, nothing to merge, or a merged weight would not be finite.
+
+    The model is as it was after any of these.
     """
     inner, registry = wrapped(model)
     registry.check_unmerged("merge again")
     chosen = registry.routing.active if names is None else registry.select(names)
     if not chosen:
         raise StateError("No adapter is active, so there is nothing to merge.")
-    _check(registry, chosen)
+    check_compatible(registry, (*chosen, *registry.routing.active))
+    registry.check_in_place(inner)
+    _check_layers(registry, chosen)
     try:
-        for path, layer in registry.layers.items():
-            if any(name in layer.lora_slots for name in chosen):
-                registry.originals.append((layer, merge_layer(layer, chosen)))
-                _check_finite(path, layer)
-        for module in registry.copies.values():
-            for name in chosen:
-                if name in module.lora_copies:
-                    registry.originals.append((module, merge_copies(module, name)))
+        _put_all(registry, chosen)
+        _untie(inner, registry)
     except BaseException:
         registry.put_weights_back(inner)
         raise
     registry.routing.merged = chosen
-    _untie(inner, registry)
     return model
 
 
@@ -66,57 +74,70 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_and_unwrap(model: nn.Module) -> nn.Module:
-    """Merge the active adapters for good and give back a plain model without hf_lora.
-
-    It saves in full and loads anywhere; the base's weights are gone from it.
-
-    Raises:
-        StateError, TargetError: As for :func:`merge`.
-    """
+def bake(model: nn.Module) -> nn.Module:
+    """Merge for good, and take the patch off; see :func:`hf_lora.merge_and_unwrap`."""
     inner, registry = wrapped(model)
     if not registry.routing.merged:
         merge(inner)
-    registry.originals.clear()
-    registry.tied_before_merge = None
-    registry.routing.merged = ()
+    registry.keep_merged()
     return unpatch(inner)
 
 
-def _check(registry: Registry, chosen: tuple[str, ...]) -> None:
-    faults = {
-        path: merge_fault(layer)
+def _check_layers(registry: Registry, chosen: tuple[str, ...]) -> None:
+    problems = [
+        f"{path}: {fault}"
         for path, layer in registry.layers.items()
-        if any(name in layer.lora_slots for name in chosen)
-    }
-    problems = [f"{path}: {fault}" for path, fault in faults.items() if fault]
+        if any(name in layer.lora_slots for name in chosen) and (fault := merge_fault(layer))
+    ]
     if problems:
         raise TargetError(
             listing(
                 "These layers cannot be merged into",
                 problems,
-                "Load the base unquantized, load the adapter onto it, and merge that.",
+                "Load a plain base into memory, load the adapter onto it, and merge that.",
             )
         )
 
 
-def _check_finite(path: str, layer: nn.Module) -> None:
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    if not torch.isfinite(weight).all():
-        raise AdapterFileError(f"{path}: the merged weight is not finite ({weight.dtype}).")
+def _put_all(registry: Registry, chosen: tuple[str, ...]) -> None:
+    problems = []
+    for path, layer in registry.layers.items():
+        if any(name in layer.lora_slots for name in chosen):
+            merged = merged_weight(layer, chosen)
+            fault = not_finite(layer, merged)
+            if fault:
+                problems.append(f"{path}: {fault}")
+            _replace(registry, layer, merged)
+    for module in registry.copies.values():
+        for name in chosen:
+            if name in module.lora_copies:
+                _replace(registry, module, merged_copies(module, name))
+    if problems:
+        raise StateError(listing("This merge would break the model", problems))
+
+
+def _replace(registry: Registry, module: nn.Module, merged: Tensors) -> None:
+    # remembered first: whatever interrupts the next line, what stood there can be put back
+    registry.originals.append((module, standing(module, merged)))
+    put(module, merged)
 
 
 def _untie(model: nn.Module, registry: Registry) -> None:
-    """Tell the model's configuration if a merge gave two tied modules weights of their own."""
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return
-    embeddings = [
-        getter() if callable(getter := getattr(model, name, None)) else None
-        for name in ("get_input_embeddings", "get_output_embeddings")
-    ]
+    """Tell configurations that say so if two tied embeddings have weights of their own now."""
     changed = {id(module) for module, _ in registry.originals}
-    if any(module is not None and id(module) in changed for module in embeddings):
-        registry.tied_before_merge = True
-        config.tie_word_embeddings = False
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if getattr(config, "tie_word_embeddings", False) is True and _embeddings(part) & changed:
+            registry.untied.append(config)
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    found = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        getter = getattr(model, name, None)
+        if callable(getter):
+            # transformers raises where a model has none that it knows of
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                found.add(id(getter()))
+    return found

@@ -1,20 +1,34 @@
 """Patching a model in place, and giving it back as it was."""
 
+import warnings
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.devices import execution_device, is_offloaded, is_on_meta
-from hf_lora.errors import StateError, TargetError, listing
+from hf_lora.devices import execution_device, is_offloaded, is_on_meta, offloads_below
+from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
 from hf_lora.layers.base import LoRALayer, Slot, patched_class, restore_class, swap_class
-from hf_lora.layers.hosts import adapter_dtype, gradient_fault, has_float_weight
-from hf_lora.layers.names import check_adapter_name
+from hf_lora.layers.forwards import has_foreign_forward
+from hf_lora.layers.hosts import adapter_dtype, taken_names
+from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
 from hf_lora.layers.quantized import keep_gradients, restore_packing
 from hf_lora.layers.table import layer_class
 from hf_lora.layers.trained import TrainedModule, tensor_names
+from hf_lora.layers.trial import gradient_fault, host_class, is_packed, is_plain, kind
+from hf_lora.layers.unheard import unheard
 from hf_lora.model.plan import Plan
 from hf_lora.model.planning import make_plan
-from hf_lora.model.registry import Adapter, Registry, create, discard, find, wrapped
+from hf_lora.model.registry import (
+    Adapter,
+    Registry,
+    check_fresh,
+    create,
+    discard,
+    wrapped,
+)
+from hf_lora.targets import inside
 
 
 def patch(model: nn.Module, config: LoRAConfig, name: str) -> Registry:
@@ -25,28 +39,26 @@ def patch(model: nn.Module, config: LoRAConfig, name: str) -> Registry:
         StateError: Wrapped already, or without weights.
     """
     check_adapter_name(name)
-    if find(model) is not None:
-        raise StateError(
-            f"This {type(model).__name__} is wrapped already; use hf_lora.add_adapter(model, name) "
-            "for another adapter, or hf_lora.unwrap(model) to begin anew."
-        )
+    check_fresh(model)
     plan = make_plan(model, config)
     check_plan(model, plan)
     registry = create(model)
     registry.repacked = keep_gradients(model)
     try:
-        check_gradients(model, [target.path for target in plan.targets])
+        untrainable = check_gradients(model, plan)
         attach_plan(model, registry, plan, name)
+        registry.routing.active = (name,)
+        tell(plan, untrainable, stacklevel=3)
     except BaseException:
         unpatch(model)
         raise
-    registry.routing.active = (name,)
     return registry
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Give back the model that was wrapped: classes, Parameters, flags and keys as they were."""
     model, registry = wrapped(model)
+    registry.check_classes()
     registry.put_weights_back(model)
     for name in list(registry.adapters):
         detach(registry, name)
@@ -71,41 +83,58 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def check_present(model: nn.Module, paths: list[str]) -> None:
-    """Raise StateError if the modules at ``paths`` have no data that could be adapted."""
-    meta = [path for path in paths if is_on_meta(model.get_submodule(path))]
+    """Raise StateError if the modules at ``paths``, or below, have no data to be adapted."""
+    modules = dict(model.named_modules())
+    whole = {path for path, module in modules.items() if offloads_below(module)}
+    below = [path for top in paths for path, _ in _with_tensors(modules[top], top)]
+    meta = [path for path in below if is_on_meta(modules[path])]
     if meta:
         raise StateError(
-            f"{len(meta)} targeted layers are on the meta device (first: {meta[0]}); load the "
+            f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}); load the "
             "weights first, for instance with from_pretrained, then wrap."
         )
-    offloaded = [path for path in paths if is_offloaded(model.get_submodule(path))]
-    if offloaded:
+    fetched = [path for path in below if inside(path, whole) or ("" in whole)]
+    if fetched:
         raise StateError(
-            f"{len(offloaded)} targeted layers are offloaded by accelerate (first: "
-            f"{offloaded[0]}), which hf_lora does not adapt yet; choose a device_map that "
-            "keeps them in memory, or exclude them."
+            f"{len(fetched)} targeted modules are offloaded by accelerate together with a module "
+            f"above them (first: {fetched[0]}), which leaves no room for an adapter; dispatch the "
+            "model without preload_module_classes."
         )
 
 
-def check_gradients(model: nn.Module, paths: list[str]) -> None:
-    """Raise TargetError if a layer's backward gives its input no gradient.
+def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
+    """Raise TargetError if a targeted layer's backward gives its input no gradient.
 
     Layers with an ordinary weight are known to; of the others one of each kind is tried.
+
+    Returns:
+        The same of layers that are no targets: they may lie above those that are, or not.
     """
     faults: dict[tuple, str | None] = {}
-    problems = []
-    for path in paths:
-        module = model.get_submodule(path)
-        host = module.lora_host if isinstance(module, LoRALayer) else type(module)
-        if has_float_weight(module) and host.__module__.startswith(("torch.nn.", "transformers.")):
+    targeted = {target.path for target in plan.targets}
+    problems, told = [], []
+    for path, module in model.named_modules():
+        if is_plain(module) or (path not in targeted and not is_packed(module)):
             continue
-        kind = (host, type(module._parameters.get("weight")))
-        if kind not in faults:
-            faults[kind] = gradient_fault(module)
-        if faults[kind]:
-            problems.append(f"{path} ({host.__name__}): {faults[kind]}")
+        same = kind(module)
+        if same not in faults:
+            faults[same] = gradient_fault(module)
+        if faults[same]:
+            line = f"{path or 'the model itself'} ({host_class(module).__name__}): {faults[same]}"
+            (problems if path in targeted else told).append(line)
     if problems:
         raise TargetError(listing("These layers cannot be trained through", problems))
+    return told
+
+
+def tell(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
+    """Warn of what is not wrong, but may make a training useless."""
+    for headline, lines in (
+        ("Updates of these layers may not be seen", plan.warnings),
+        ("Nothing below these layers, which are no targets, would train", untrainable),
+    ):
+        if lines:
+            warnings.warn(listing(headline, lines), HfLoRAWarning, stacklevel=stacklevel + 1)
 
 
 def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> Adapter:
@@ -138,21 +167,23 @@ def attach(
         dtypes: Type of the factors for each path; by default chosen from the layer.
         init: How the factors start; None leaves them unfilled, for a load to fill.
     """
-    conflicts = _conflicts(model, registry, slots, trained)
+    modules = dict(model.named_modules())
+    conflicts = _conflicts(modules, registry, name, slots, trained)
     if conflicts:
         raise TargetError(listing(f"The adapter {name!r} cannot be added", conflicts))
     adapter = Adapter(name=name, config=config, slots={}, trained=tuple(trained))
     registry.adapters[name] = adapter
     try:
-        for path, slot in slots.items():
-            module = model.get_submodule(path)
-            dtype = dtypes[path] if dtypes else adapter_dtype(module)
-            layer = _as_layer(module, registry, path)
-            layer.lora_add(name, slot, dtype=dtype, device=execution_device(layer), init=init)
-            adapter.slots[path] = slot
-        for top in trained:
-            for path, module in _with_tensors(model, top):
-                _as_trained(module, registry, path).lora_add_copy(name)
+        # what is made in inference mode could never be trained
+        with torch.inference_mode(False):
+            for path, slot in slots.items():
+                layer = _as_layer(modules[path], registry, path)
+                dtype = dtypes[path] if dtypes else adapter_dtype(layer)
+                layer.lora_add(name, slot, dtype=dtype, device=execution_device(layer), init=init)
+                adapter.slots[path] = slot
+            for top in trained:
+                for path, module in _with_tensors(modules[top], top):
+                    _as_trained(module, registry, path).lora_add_copy(name)
     except BaseException:
         detach(registry, name)
         raise
@@ -194,24 +225,43 @@ def _as_trained(module: nn.Module, registry: Registry, path: str) -> TrainedModu
     return module
 
 
-def _with_tensors(model: nn.Module, top: str) -> list[tuple[str, nn.Module]]:
+def _with_tensors(module: nn.Module, top: str) -> list[tuple[str, nn.Module]]:
     found = []
-    for below, module in model.get_submodule(top).named_modules():
-        if tensor_names(module):
-            found.append((f"{top}.{below}" if below else top, module))
+    for below, part in module.named_modules():
+        if tensor_names(part):
+            found.append((".".join(filter(None, (top, below))), part))
     return found
 
 
 def _conflicts(
-    model: nn.Module, registry: Registry, slots: dict[str, Slot], trained: list[str]
+    modules: dict[str, nn.Module],
+    registry: Registry,
+    name: str,
+    slots: dict[str, Slot],
+    trained: list[str],
 ) -> list[str]:
-    problems = [
-        f"{path} is trained in full by another adapter" for path in slots if path in registry.copies
-    ]
+    problems = []
+    silent = unheard(modules)
+    for path in slots:
+        if path in registry.copies:
+            problems.append(f"{path} is trained in full by another adapter")
+        if path in silent:
+            problems.append(f"{path}: {silent[path]}")
+        problems += _taken(path, modules[path], name, (LORA_A, LORA_B))
     for top in trained:
-        for path, module in _with_tensors(model, top):
+        for path, module in _with_tensors(modules[top], top):
             if path in registry.layers:
                 problems.append(f"{path} has a low-rank update from another adapter")
-            elif "forward" in module.__dict__:
+                continue
+            if is_offloaded(module):
+                problems.append(f"{path} is offloaded by accelerate and cannot be trained in full")
+            elif has_foreign_forward(module):
                 problems.append(f"{path} has a forward of its own, put there by another library")
+            problems += _taken(path, module, name, map(copy_kind, tensor_names(module)))
     return problems
+
+
+def _taken(path: str, module: nn.Module, name: str, kinds: Iterable[str]) -> list[str]:
+    return [
+        f"{path} has something called {taken} already" for taken in taken_names(module, name, kinds)
+    ]

@@ -38,6 +38,11 @@ class Target:
         """Size of both factors."""
         return self.parameters * self.dtype.itemsize
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Size of what receives gradients: all of it."""
+        return self.bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -46,7 +51,12 @@ class Trained:
     path: str
     host: str
     parameters: int
+    parameter_bytes: int
+    """Size of what receives gradients."""
+
     bytes: int
+    """Size of everything that is copied: parameters, and buffers such as running means."""
+
     tied_to: tuple[str, ...]
 
 
@@ -66,6 +76,9 @@ class Plan:
 
     problems: tuple[str, ...]
     """What makes ``wrap`` refuse; empty when it would go through."""
+
+    warnings: tuple[str, ...]
+    """What may make an update useless; ``wrap`` warns of it."""
 
     notes: tuple[str, ...]
     """What is worth knowing: tied weights, experts that no pattern can reach."""
@@ -89,12 +102,12 @@ class Plan:
     @property
     def gradient_bytes(self) -> int:
         """Memory of their gradients."""
-        return self.weight_bytes
+        return sum(item.parameter_bytes for item in (*self.targets, *self.trained))
 
     @property
     def adam_bytes(self) -> int:
         """Memory of Adam's two moments for them."""
-        return 2 * self.weight_bytes
+        return 2 * self.gradient_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -140,8 +153,13 @@ def _lines(plan: Plan) -> Iterable[str]:
     for reason, paths in reasons.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         yield f"left out: {paths[0] or 'the model itself'}{more} ({reason})"
+    yield from (f"warning: {warning}" for warning in plan.warnings)
     yield from (f"note: {note}" for note in plan.notes)
-    yield "vLLM can serve it" if not plan.vllm else f"vLLM cannot serve it: {'; '.join(plan.vllm)}"
+    if plan.vllm:
+        yield f"vLLM cannot serve it: {'; '.join(plan.vllm)}"
+    else:
+        highest = max((target.slot.r for target in plan.targets), default=0)
+        yield f"vLLM can serve it, started with --max-lora-rank {highest} or more"
     yield from (f"PROBLEM: {problem}" for problem in plan.problems)
 
 

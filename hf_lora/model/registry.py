@@ -8,14 +8,17 @@ import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import StateError, UnknownAdapterError
-from hf_lora.layers.base import LoRALayer, Routing, Slot
-from hf_lora.layers.merging import Originals, put_back
+from hf_lora.errors import StateError, UnknownAdapterError, listing
+from hf_lora.layers.base import LoRALayer, Patched, Routing, Slot, is_ours
+from hf_lora.layers.merging import Tensors, put_back
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.trained import TrainedModule
 
 _ATTRIBUTE = "_hf_lora"
 _WRAPPERS = ("module", "_orig_mod")
+_OUTSIDE = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_OUTSIDE_CHILDREN = {"_orig_mod", "_fsdp_wrapped_module"}
+"""What the only child of a compiled, or of an FSDP1, model is called."""
 
 
 @dataclasses.dataclass
@@ -42,11 +45,14 @@ class Registry:
     base_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     """``requires_grad`` of every base parameter before the model was wrapped."""
 
-    originals: list[tuple[nn.Module, Originals]] = dataclasses.field(default_factory=list)
+    originals: list[tuple[nn.Module, Tensors]] = dataclasses.field(default_factory=list)
     """While merged: each changed module and what stood there before."""
 
-    tied_before_merge: bool | None = None
-    """While merged: the model's ``config.tie_word_embeddings`` before, where it was changed."""
+    untied: list[Any] = dataclasses.field(default_factory=list)
+    """While merged: the configurations that said ``tie_word_embeddings`` until then."""
+
+    blocks: list[Any] = dataclasses.field(default_factory=list)
+    """The ``with use_adapter`` blocks that are open, in the order in which they were entered."""
 
     disabled: tuple[str, ...] = ()
     """The adapters that were active before transformers' ``disable_adapters``."""
@@ -66,8 +72,12 @@ class Registry:
         return self.adapters[name]
 
     def select(self, names: str | Iterable[str]) -> tuple[str, ...]:
-        """Return one name or several as a tuple of known adapters, each once, in order."""
-        chosen = (names,) if isinstance(names, str) else tuple(names)
+        """Return one name or several as a tuple of known adapters, each once, in order.
+
+        Raises:
+            UnknownAdapterError: There is none of one of the names.
+        """
+        chosen = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else names
         return tuple(dict.fromkeys(self.adapter(name).name for name in chosen))
 
     def tensors(self, name: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
@@ -108,11 +118,15 @@ class Registry:
         """Undo a merge, also one that stopped halfway."""
         for module, originals in self.originals:
             put_back(module, originals)
+        for config in self.untied:
+            config.tie_word_embeddings = True
+        self.keep_merged()
+
+    def keep_merged(self) -> None:
+        """Forget what stood in the weights before a merge."""
         self.originals.clear()
+        self.untied.clear()
         self.routing.merged = ()
-        if self.tied_before_merge is not None:
-            model.config.tie_word_embeddings = self.tied_before_merge  # type: ignore[union-attr]
-            self.tied_before_merge = None
 
     def check_unmerged(self, action: str) -> None:
         """Raise StateError if adapters are inside the weights now."""
@@ -124,21 +138,58 @@ class Registry:
             )
 
     def check_in_place(self, model: nn.Module) -> None:
-        """Raise StateError if a patched module has been replaced behind our back."""
-        lost = []
+        """Raise StateError if a patched module was replaced, resized or offloaded since."""
+        problems = []
         for path, module in (*self.layers.items(), *self.copies.items()):
-            try:
-                found: Any = model.get_submodule(path)
-            except AttributeError:
-                found = None
-            if found is not module:
-                lost.append(path)
-        if lost:
+            fault = _absence(model, path, module) or _misfit(module)
+            if fault:
+                problems.append(f"{path or 'the model itself'} {fault}")
+        if problems:
             raise StateError(
-                f"{len(lost)} adapted layers are no longer part of the model (first: {lost[0]}); "
-                "something replaced them, and their adapters with them. Resize embeddings or "
-                "change layers before wrapping."
+                listing(
+                    "Adapted layers of this model are not what they were",
+                    problems,
+                    "Resize embeddings, replace layers and offload before wrapping.",
+                )
             )
+
+    def check_classes(self) -> None:
+        """Raise StateError if another library changed the class of a patched module again."""
+        problems = [
+            f"{path or 'the model itself'}: {type(module).__name__}"
+            for path, module in (*self.layers.items(), *self.copies.items())
+            if not is_ours(module)
+        ]
+        if problems:
+            raise StateError(
+                listing(
+                    "Another library has changed these layers since (parametrized or sharded them)",
+                    problems,
+                    "Undo that first; what it did would be lost.",
+                )
+            )
+
+
+def _absence(model: nn.Module, path: str, module: nn.Module) -> str | None:
+    try:
+        found: Any = model.get_submodule(path)
+    except AttributeError:
+        found = None
+    return None if found is module else "is no longer part of the model: something replaced it"
+
+
+def _misfit(module: LoRALayer | TrainedModule) -> str | None:
+    for name in module.lora_added():
+        tensor = module._parameters.get(name)
+        if tensor is not None and tensor.is_meta:
+            return "had its adapter offloaded with it"
+    if isinstance(module, LoRALayer):
+        sizes = module.lora_features()
+        for name in module.lora_slots:
+            a_RI, b_OR = module.lora_pair(name)
+            if (a_RI.shape[1], b_OR.shape[0]) != sizes:
+                return f"has other sizes now (in, out = {sizes}) than its adapter"
+    return None
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
@@ -178,8 +229,33 @@ def wrapped(model: nn.Module) -> tuple[nn.Module, Registry]:
     return found
 
 
+def check_fresh(model: nn.Module) -> None:
+    """Raise StateError if the model, a part of it or a wrapper around it rules out wrapping it."""
+    if find(model) is not None:
+        raise StateError(
+            f"This {type(model).__name__} is wrapped already; use hf_lora.add_adapter(model, name) "
+            "for another adapter, or hf_lora.unwrap(model) to begin anew."
+        )
+    if isinstance(model, _OUTSIDE) or _OUTSIDE_CHILDREN & model._modules.keys():
+        raise StateError(
+            f"This is a {type(model).__name__} around a model; wrap the model first, so that "
+            "its adapters are synchronized and compiled with it."
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, Patched):
+            raise StateError(
+                f"{path or 'This layer'} carries an adapter already, put there by itself or as "
+                "part of another model; unwrap that first."
+            )
+
+
 def create(model: nn.Module) -> Registry:
-    """Put a new registry on the model and freeze the base, remembering every flag."""
+    """Put a new registry on the model and freeze the base, remembering every flag.
+
+    Raises:
+        StateError: As for :func:`check_fresh`.
+    """
+    check_fresh(model)
     registry = Registry()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         registry.base_flags[name] = parameter.requires_grad

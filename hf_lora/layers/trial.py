@@ -1,0 +1,133 @@
+"""Trying out a layer on a few rows of input, without leaving a trace on it.
+
+Some facts cannot be read off a layer: whether a quantized kernel has a backward, and whether a
+class of somebody's own does with its weight what a linear layer does.
+"""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lora.devices import execution_device
+from hf_lora.layers.base import Patched, host_view
+from hf_lora.layers.hosts import features, has_float_weight
+from hf_lora.layers.quantized import own_state
+
+_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative error of a product of a few hundred terms; everything else is held to 1e-3."""
+
+
+def host_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has, or had before it was patched."""
+    return module.lora_host if isinstance(module, Patched) else type(module)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Say whether a layer is PyTorch's or transformers' own with an ordinary weight."""
+    known = host_class(module).__module__.startswith(("torch.nn.", "transformers."))
+    return known and has_float_weight(module)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Say whether a layer keeps its weight in something else than floating-point numbers."""
+    packed = module._parameters.get("weight") is not None and not has_float_weight(module)
+    return packed and features(module) is not None
+
+
+def kind(module: nn.Module) -> tuple:
+    """Return what layers have in common that behave alike in a trial."""
+    weight = module._parameters.get("weight")
+    details = getattr(weight, "__tensor_flatten__", tuple)()  # what a quantized tensor is made with
+    return host_class(module), type(weight), getattr(weight, "dtype", None), str(details)
+
+
+def gradient_fault(module: nn.Module) -> str | None:
+    """Run the host on a row of ones and say why no gradient would reach its input, or None.
+
+    Some quantized layers are made for inference only: below such a layer nothing would train.
+    An ordinary weight behind a call that needs more than one argument is given the benefit of the
+    doubt.
+    """
+    sizes = features(module)
+    assert sizes is not None
+    with torch.inference_mode(False), torch.enable_grad():
+        x = _as_input(module, torch.ones(1, sizes[0])).requires_grad_()
+        try:
+            y = _stand_in(module, training=True)(x)
+            return _output_fault(y, sizes[1]) or _backward_fault(x, y)
+        except Exception as error:  # whatever a stranger's forward raises
+            if has_float_weight(module):
+                return None
+            first = (str(error).splitlines() or [""])[0]
+            return f"a trial run fails with {type(error).__name__}: {first}"
+
+
+def _output_fault(y: object, out_features: int) -> str | None:
+    if not isinstance(y, torch.Tensor):
+        return f"its forward returns a {type(y).__name__}, not a tensor"
+    if y.shape != (1, out_features):
+        return f"its forward makes {tuple(y.shape)} of one row, not {(1, out_features)}"
+    return None
+
+
+def _backward_fault(x: torch.Tensor, y: torch.Tensor) -> str | None:
+    if y.requires_grad:
+        (gradient,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+        if gradient is not None:
+            return None
+    return "its backward gives no gradient to its input, so nothing below it would train"
+
+
+def is_linear_in_its_weight(module: nn.Module) -> bool:
+    """Say whether the host computes ``x Wᵀ + b``, so that an update may be put into ``W``.
+
+    Known of PyTorch's linear layer and of Conv1D; a forward of somebody's own is tried.
+    """
+    host = host_class(module)
+    if host.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = module._parameters["weight"]
+    sizes = features(module)
+    assert weight is not None
+    assert sizes is not None
+    if tuple(weight.shape) != (sizes[1], sizes[0]):
+        return False
+    # its own generator: a question must not move the user's random state
+    noise = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(0))
+    x = _as_input(module, noise)
+    host = _stand_in(module, training=False)
+    try:
+        with torch.no_grad():
+            y = host(x) - host(torch.zeros_like(x))
+            expected = x.double() @ weight.double().t()
+            error = (y.double() - expected).norm() / expected.norm()
+    except Exception:  # whatever a stranger's forward raises, or returns
+        return False
+    return bool(error <= _TOLERANCE.get(weight.dtype, 1e-3))
+
+
+def _as_input(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(execution_device(module), _input_dtype(module))
+
+
+def _stand_in(module: nn.Module, *, training: bool) -> nn.Module:
+    """Return an object that computes what the host does, and whose changes of itself are lost."""
+    view = host_view(module)
+    view.training = training
+    view._forward_hooks.clear()  # the user's, and not meant for this
+    for name, tensor in view._parameters.items():
+        if tensor is not None and tensor.dim() == 1 and type(tensor) is nn.Parameter:
+            view._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    own_state(view)
+    return view
+
+
+def _input_dtype(module: nn.Module) -> torch.dtype:
+    """Return a type that the module takes: its compute type, its bias's, or its weight's."""
+    declared = getattr(module, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
+    for tensor in (module._parameters.get("bias"), *module._parameters.values()):
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            return tensor.dtype
+    return torch.float32

@@ -1,0 +1,78 @@
+"""Layers whose parent uses their weight without calling them: an update there would not be heard.
+
+Two classes of PyTorch do so by design, and their children are refused. Model code sometimes does
+in one branch (a fused kernel on a GPU) what it does by a call in another; that is told.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+
+_SET_UP = ("__init__", "init", "_init", "reset", "_reset")
+"""How methods begin that only fill the weights."""
+
+
+def unheard(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the path of every layer that is never called, or not in eval mode, to the reason."""
+    found = {}
+    for path, module in modules.items():
+        forward = type(module).forward
+        if forward is nn.MultiheadAttention.forward:
+            for below, _ in module.named_modules():
+                if below:
+                    found[f"{path}.{below}"] = (
+                        "nn.MultiheadAttention reads its weight without calling it"
+                    )
+        elif forward is nn.TransformerEncoderLayer.forward:
+            for child in ("linear1", "linear2"):
+                found[f"{path}.{child}"] = (
+                    "nn.TransformerEncoderLayer does not call it in eval mode, but reads its weight"
+                )
+    return {path.removeprefix("."): reason for path, reason in found.items()}
+
+
+@functools.cache
+def weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
+    """Return the children whose ``weight`` the class's own code reads, as far as its source says.
+
+    Reading a property of it (``self.wo.weight.dtype``) or asking for its type does not count.
+    """
+    names: set[str] = set()
+    for cls in parent.__mro__:
+        for name, value in vars(cls).items() if issubclass(cls, nn.Module) else ():
+            function = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
+            if function is None or name.startswith(_SET_UP):
+                continue
+            if "weight" in function.__code__.co_names:
+                names.update(_reads(function))
+    return frozenset(names)
+
+
+def _reads(function: Callable) -> Iterator[str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # made at run time, or its source is not here
+        return
+    harmless = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in _FACTS:
+            harmless.add(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in _QUESTIONS:
+            harmless.update(node.args)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(
+                attr="weight",
+                ctx=ast.Load(),
+                value=ast.Attribute(attr=child, value=ast.Name(id="self")),
+            ) if node not in harmless:
+                yield child
+
+
+_FACTS = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_grad", "is_meta"}
+_QUESTIONS = {"isinstance", "getattr", "hasattr", "id", "type"}

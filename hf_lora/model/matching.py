@@ -1,0 +1,226 @@
+"""What the patterns of a configuration mean on a model: which modules, and why not the others."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from hf_lora.config import ALL_LINEAR, LoRAConfig
+from hf_lora.layers.hosts import features, why_not
+from hf_lora.layers.trained import tensor_names, train_fault
+from hf_lora.layers.unheard import unheard
+from hf_lora.targets import compile_target, inside, nearest
+
+_MOST_NAMES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """The modules that a configuration means."""
+
+    chosen: tuple[str, ...]
+    """Paths of the layers to adapt, in the model's order."""
+
+    trained: tuple[str, ...]
+    """Paths of the modules to train in full."""
+
+    counts: dict[str, int]
+    """Pattern to the number of layers that it means and that are adapted."""
+
+    left_out: dict[str, str]
+    """Path of a module that a pattern means but that is not adapted, to the reason."""
+
+    overrides: dict[str, str]
+    """Path of a chosen layer to the text of the override that holds for it."""
+
+    notes: tuple[str, ...]
+
+
+def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
+    """Find out what ``config`` means on ``model``; what is wrong goes to ``problems``."""
+    tree = Tree(model)
+    trained = tree.trained(config.train, problems)
+    excluded = tree.excluded(config.exclude, problems)
+    meant = tree.targets(config, problems)
+    left_out: dict[str, str] = {}
+    taken: set[str] = set()
+    for path in dict.fromkeys(path for paths in meant.values() for path in paths):
+        if path in excluded:
+            reason = f"excluded by {excluded[path]!r}"
+        elif inside(path, trained):
+            reason = "trained in full"
+        elif config.targets == ALL_LINEAR and path in tree.head:
+            reason = "output head"
+        else:
+            reason = tree.reason(path)
+        if reason is None:
+            taken.add(path)
+        elif tree.is_layer(path):
+            left_out[path] = reason
+    chosen = tuple(path for path in tree.modules if path in taken)
+    counts = {text: sum(path in taken for path in paths) for text, paths in meant.items()}
+    if not chosen and not problems:
+        problems.append("every matching layer is left out: " + _first(left_out))
+    return Matches(
+        chosen=chosen,
+        trained=tuple(trained),
+        counts=counts,
+        left_out=left_out,
+        overrides=tree.overrides(config, chosen, problems),
+        notes=(
+            *(
+                f"{text!r} adapts nothing: all of it is left out"
+                for text in counts
+                if not counts[text]
+            ),
+            *(
+                f"{other} is the same module as {path}"
+                for other, path in tree.aliases.items()
+                if path in taken
+            ),
+        ),
+    )
+
+
+class Tree:
+    """A model's modules under every name that they have, and the questions patterns ask of them."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = dict(model.named_modules())
+        first = {id(module): path for path, module in self.modules.items()}
+        everything = model.named_modules(remove_duplicate=False)
+        self.names = [(name, first[id(module)]) for name, module in everything]
+        self.aliases = {name: path for name, path in self.names if name != path}
+        """A further name of a module that stands in several places, to its first."""
+        self.head = output_head(model)
+        self.unheard = unheard(self.modules)
+
+    def meant(self, text: str) -> list[str]:
+        """Return the paths of the modules that a pattern means by any of their names."""
+        pattern = compile_target(text)
+        return list(dict.fromkeys(path for name, path in self.names if pattern.fullmatch(name)))
+
+    def reason(self, path: str) -> str | None:
+        """Return why the module at ``path`` cannot be adapted, or None."""
+        return self.unheard.get(path) or why_not(self.modules[path])
+
+    def is_layer(self, path: str) -> bool:
+        """Say whether a module has something of its own to adapt, and is not a mere container."""
+        return features(self.modules[path]) is not None or bool(tensor_names(self.modules[path]))
+
+    @functools.cached_property
+    def linear(self) -> list[str]:
+        """The paths of everything that declares itself to be a linear layer."""
+        return [path for path, module in self.modules.items() if features(module) is not None]
+
+    def targets(self, config: LoRAConfig, problems: list[str]) -> dict[str, list[str]]:
+        """Return each target pattern and the modules that it means."""
+        if config.targets == ALL_LINEAR:
+            if not self.linear:
+                problems.append(f"{ALL_LINEAR!r} matches nothing: the model has no linear layer")
+            return {ALL_LINEAR: self.linear}
+        meant = {text: self.meant(text) for text in config.targets}
+        for text, paths in meant.items():
+            if not paths:
+                problems.append(self._no_match(text))
+            elif all(self.reason(path) for path in paths):
+                shown = next((path for path in paths if self.is_layer(path)), paths[0])
+                problems.append(
+                    f"{text!r} matches only modules that cannot be adapted "
+                    f"({len(paths)}; {shown or 'the model itself'}: {self.reason(shown)})"
+                )
+        return meant
+
+    def excluded(self, patterns: Iterable[str], problems: list[str]) -> dict[str, str]:
+        """Return the paths that are excluded, each with the pattern that does it."""
+        found: dict[str, str] = {}
+        for text in patterns:
+            paths = self.meant(text)
+            if not paths:
+                problems.append(f"exclude {text!r} matches no module; {self._near(text)}")
+            for path in paths:
+                found.setdefault(path, text)
+        return found
+
+    def overrides(
+        self, config: LoRAConfig, chosen: tuple[str, ...], problems: list[str]
+    ) -> dict[str, str]:
+        """Return the paths for which an override holds: the first pattern that means them."""
+        found: dict[str, str] = {}
+        layers = set(chosen)
+        for text in config.overrides:
+            meant = [path for path in self.meant(text) if path in layers]
+            if not meant:
+                problems.append(
+                    f"overrides {text!r} matches none of the adapted layers; {self._near(text)}"
+                )
+            elif all(path in found for path in meant):
+                problems.append(
+                    f"overrides {text!r} is never used: earlier patterns take its layers"
+                )
+            for path in meant:
+                found.setdefault(path, text)
+        return found
+
+    def trained(self, patterns: Iterable[str], problems: list[str]) -> dict[str, None]:
+        """Return the topmost modules that are trained in full."""
+        found: dict[str, None] = {}
+        for text in patterns:
+            meant = [path for path in self.meant(text) if path]
+            filled = [p for p in meant if next(self.modules[p].parameters(), None) is not None]
+            if not filled:
+                kind = "only modules without parameters" if meant else "no module"
+                problems.append(f"train {text!r} matches {kind}; {self._near(text, self.modules)}")
+            found |= dict.fromkeys(filled)
+        tops = {path: None for path in found if not inside(path.rpartition(".")[0], found)}
+        for top in tops:
+            for below, module in self.modules[top].named_modules():
+                fault = train_fault(module)
+                if fault:
+                    path = f"{top}.{below}" if below else top
+                    problems.append(f"train: {path} cannot be trained in full: {fault}")
+        return tops
+
+    def _no_match(self, text: str) -> str:
+        pattern = compile_target(text)
+        for path, module in self.modules.items():
+            for name, tensor in module._parameters.items():
+                full = f"{path}.{name}" if path else name
+                if tensor is not None and not is_lazy(tensor) and pattern.fullmatch(full):
+                    return (
+                        f"{text!r} means the parameter {full} of shape {tuple(tensor.shape)}, not "
+                        "a layer; only linear layers can be adapted"
+                    )
+        return f"{text!r} matches no module; {self._near(text)}"
+
+    def _near(self, text: str, paths: Iterable[str] | None = None) -> str:
+        paths = self.linear if paths is None else paths
+        near = nearest(text, paths) or sorted({path.rsplit(".", 1)[-1] for path in paths} - {""})
+        if not near:
+            return "the model has no linear layer at all"
+        return f"near: {', '.join(near[:_MOST_NAMES])}"
+
+
+def output_head(model: nn.Module) -> set[str]:
+    """Return the paths of the layers that make up the output head.
+
+    That is the output embedding, and whatever lies beside the backbone in a transformers model.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    backbone = getattr(model, "base_model", model)
+    prefix = getattr(model, "base_model_prefix", "")
+    beside = isinstance(backbone, nn.Module) and backbone is not model and bool(prefix)
+    head = set()
+    for path, module in model.named_modules():
+        outside = beside and path and path != prefix and not path.startswith(f"{prefix}.")
+        if module is embedding or outside:
+            head.add(path)
+    return head
+
+
+def _first(left_out: dict[str, str]) -> str:
+    path, reason = next(iter(left_out.items()), ("", "nothing matches"))
+    return f"{path} ({reason})" if path else reason
