@@ -27,6 +27,8 @@ import pytest
 import torch
 
 SLOW_TEST_SECONDS = 900
+# Each worker holds torch, transformers, PEFT and its models: one to two gigabytes.
+MOST_WORKERS = 8
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -56,6 +58,16 @@ def pytest_configure(config: pytest.Config) -> None:
     Not in pyproject.toml: naming the class there would import hf_lora before the lines above ran.
     """
     config.addinivalue_line("filterwarnings", "error::hf_lora.errors.HfLoRAWarning")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in a process per core, and files that were named in this process.
+
+    Starting workers takes seconds, and a debugger needs the test in the process that it watches.
+    """
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
