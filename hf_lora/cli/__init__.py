@@ -1,0 +1,1 @@
+"""The command line ``hf-lora``: each command is one call of the library, with words around it."""

@@ -1,0 +1,87 @@
+"""The base model from a recipe or the command line: configuration, tokenizer, weights, skeleton."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hf_lora.cli.recipe import Base
+from hf_lora.errors import ConfigError
+
+# Asked on a terminal otherwise, in the middle of a command; code from the Hub is not run.
+_SAFE = {"trust_remote_code": False}
+
+
+def load_config(base: Base) -> Any:
+    """Load the configuration of a base model.
+
+    Raises:
+        ConfigError: transformers cannot; its words are in the message.
+    """
+    with _explained(base.model, "configuration"):
+        return AutoConfig.from_pretrained(base.model, **_where(base), **_SAFE)
+
+
+def load_tokenizer(base: Base) -> Any:
+    """Load the tokenizer of a base model, or the other one that the recipe names.
+
+    Raises:
+        ConfigError: transformers cannot; its words are in the message.
+    """
+    where = {} if base.tokenizer else _where(base)
+    with _explained(base.tokenizer or base.model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(base.tokenizer or base.model, **where, **_SAFE)
+
+
+def load_model(base: Base) -> Any:
+    """Load a causal language model, quantized if the recipe says so.
+
+    Raises:
+        ConfigError: transformers cannot; its words are in the message.
+    """
+    options: dict[str, Any] = {"dtype": base.dtype}
+    with _explained(base.model, "model"):
+        if base.load_in_4bit or base.load_in_8bit:
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=base.load_in_4bit,
+                load_in_8bit=base.load_in_8bit,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=None if base.dtype == "auto" else base.dtype,
+            )
+        return AutoModelForCausalLM.from_pretrained(base.model, **_where(base), **options, **_SAFE)
+
+
+def skeleton(config: Any) -> nn.Module:
+    """Build the model that a configuration describes, on the meta device: all but the weights.
+
+    Raises:
+        ConfigError: transformers has no model for it.
+    """
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    with _explained(config.name_or_path, "model"), torch.device("meta"):
+        if named and named[0] is not None:
+            model = named[0](config)
+        elif type(config) in AutoModelForCausalLM._model_mapping:
+            model = AutoModelForCausalLM.from_config(config)
+        else:
+            model = AutoModel.from_config(config)
+    return model.to(config.dtype or torch.float32)
+
+
+def _where(base: Base) -> dict[str, Any]:
+    named = {"revision": base.revision, "gguf_file": base.gguf_file}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"The {what} of {name!r} cannot be loaded: {error}") from error

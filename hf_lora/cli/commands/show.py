@@ -1,0 +1,22 @@
+"""``hf-lora show``: what an adapter holds, from its files alone."""
+
+from hf_lora.cli.output import Result, bars, plain
+from hf_lora.hf.describe import describe
+from hf_lora.hf.hub import locate
+
+
+def run(adapter: str, revision: str | None, subfolder: str | None) -> Result:
+    """Describe an adapter in a folder or on the Hub.
+
+    Raises:
+        AdapterFileError, HubError: As for :func:`hf_lora.load`.
+    """
+    folder = locate(adapter, revision=revision, subfolder=subfolder)
+    with bars() as progress:
+        task = progress.add_task("reading", total=None)
+        found = describe(
+            folder, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    counts = {name: getattr(found, name) for name in ("parameters", "dead", "causes")}
+    data = {**plain(found), **counts}
+    return Result(data=data, text=str(found), refused=bool(found.not_finite))

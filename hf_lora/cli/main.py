@@ -1,0 +1,185 @@
+"""The commands of ``hf-lora``: their words, arguments and options; what they do is in ``commands``.
+
+Those modules are imported when a command is called, so that ``--help`` needs neither torch nor
+transformers.
+"""
+
+import importlib
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_lora.cli.output import execute, working
+from hf_lora.version import __version__
+
+app = typer.Typer(
+    help="LoRA for Hugging Face models: plan, train, look at, push and pull adapters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, words on stderr.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Folder inside, for adapters with a name.")]
+Patterns = list[str] | None
+
+# What these warn of when they are imported is about their own speed, not about the command.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hf-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show it and stop."),
+    ] = False,
+) -> None:
+    """Take no options of its own but these."""
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the Hub.")],
+    targets: Annotated[
+        Patterns,
+        typer.Option("--targets", "-t", help="Layers to adapt: a pattern; may be given again."),
+    ] = None,
+    exclude: Annotated[Patterns, typer.Option(help="Layers to leave alone.")] = None,
+    train: Annotated[Patterns, typer.Option(help="Modules to train in full.")] = None,
+    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Strength.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout before A, in training.")] = None,
+    rslora: Annotated[
+        bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha / sqrt(r).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the adapter's tensors.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="LoRAConfig in YAML or JSON; options go before it.")
+    ] = None,
+    revision: Revision = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the folder or repo.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what wrapping a model would do, without its weights. Exit code 1: it would not work."""
+    said: dict[str, Any] = {
+        "targets": "all-linear" if targets == ["all-linear"] else targets or None,
+        "exclude": exclude or None,
+        "train": train or None,
+        "r": r,
+        "alpha": alpha,
+        "dropout": dropout,
+        "rslora": rslora,
+        "dtype": dtype,
+    }
+    fields = {name: value for name, value in said.items() if value is not None}
+    execute(
+        lambda: _command("hf_lora.cli.commands.plan").run(
+            model, fields, config=config, revision=revision, gguf_file=gguf_file
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML or JSON.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Adapter folder, instead of the recipe's.")
+    ] = None,
+    settings: Annotated[
+        Patterns,
+        typer.Option("--set", help="section.field=value, instead of the recipe's; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter as a recipe says: base, data, lora, trainer, output, push."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.train").run(
+            recipe, settings=settings or [], output=output, resume=resume
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def show(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or its id on the Hub.")],
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter holds and how much each layer changes. Needs no base model."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.show").run(adapter, revision, subfolder),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    repo_id: Annotated[str, typer.Argument(help="user/name; made if there is none.")],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id of the base model to name in what is pushed.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="What a new repo is.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if there is none.")] = None,
+    create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Push an adapter folder and a model card to the Hub, in one commit."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.share").push(
+            folder,
+            repo_id,
+            base=base,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=message,
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="user/name.")],
+    folder: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy an adapter from the Hub into a folder, checked."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.share").pull(
+            repo_id, folder, revision=revision, subfolder=subfolder, force=force
+        ),
+        as_json=as_json,
+    )
+
+
+def _command(module: str) -> Any:
+    """Import the module that carries out a command; this takes seconds."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with working("loading torch and transformers"):
+        return importlib.import_module(module)

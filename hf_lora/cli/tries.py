@@ -1,0 +1,214 @@
+"""One training at one learning rate, and the record of those that are done, for --resume."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_lora
+from hf_lora.cli.examples import Examples, collate
+from hf_lora.cli.recipe import Recipe
+from hf_lora.cli.trainer_fields import arguments, learning_rates
+from hf_lora.errors import ConfigError
+from hf_lora.files.atomic import as_json, staged
+from hf_lora.files.read import is_adapter_folder
+
+RECORD_FILE = "training.json"
+CHECKPOINTS = "checkpoints"
+
+_LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """One training."""
+
+    learning_rate: float
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    """None without data to evaluate on, or if it is not a finite number: the training diverged."""
+
+    seconds: float
+
+    def beats(self, other: "Try | None") -> bool:
+        """Say whether this one is to be kept rather than the other."""
+        return other is None or _rank(self) < _rank(other)
+
+
+class Record:
+    """The file in the output folder that says what has been tried, and with which recipe."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool):
+        self._path = recipe.output / RECORD_FILE
+        self._digest = recipe.digest
+        self.tries: list[Try] = []
+        if resume and self._path.is_file():
+            self.tries = self._read()
+        elif self._path.exists() or is_adapter_folder(recipe.output):
+            raise ConfigError(
+                f"output: {recipe.output} holds an adapter or a training already; take another "
+                "folder, or go on with --resume"
+            )
+
+    def add(self, done: Try) -> None:
+        """Write down a try, or that there is none yet."""
+        self.tries.append(done)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        tries = [dataclasses.asdict(each) for each in self.tries]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        text = as_json({"recipe": self._digest, "tries": tries})
+        with staged(self._path, lambda file: file.write(text)) as new:
+            os.replace(new, self._path)
+
+    def _read(self) -> list[Try]:
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            digest, tries = content["recipe"], [Try(**each) for each in content["tries"]]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{self._path} cannot be read: {error!r}") from error
+        if digest != self._digest:
+            raise ConfigError(
+                f"output: {self._path.parent} was begun with another recipe, so it cannot be "
+                "resumed with this one; take another folder"
+            )
+        return tries
+
+
+def run_tries(
+    model: Any, recipe: Recipe, examples: Examples, record: Record, bars: Progress
+) -> Try:
+    """Train at each learning rate that is not done yet; the best adapter so far is in the output.
+
+    Every try starts from the same base and the same fresh adapter and sees the same batches.
+
+    Returns:
+        The best try; the one try if there is only one.
+    """
+    rates = learning_rates(recipe.trainer)
+    best: Try | None = None
+    for done in record.tries:
+        best = done if done.beats(best) else best
+    record.write()
+    for rate in rates:
+        if any(done.learning_rate == rate for done in record.tries):
+            continue
+        folder = recipe.output / CHECKPOINTS
+        if len(rates) > 1:
+            folder = folder / f"lr-{rate:g}"
+        with _wrapped(model, recipe):
+            done = _train(model, recipe, rate, folder, examples, bars)
+            if done.beats(best):
+                hf_lora.save(model, recipe.output)
+                best = done
+            record.add(done)
+    assert best is not None
+    return best
+
+
+@contextlib.contextmanager
+def _wrapped(model: Any, recipe: Recipe) -> Iterator[None]:
+    """Wrap with a fresh adapter, the same each time; leave the base as it was."""
+    before = dict(vars(model))
+    set_seed(int(recipe.trainer.get("seed", 42)))
+    hf_lora.wrap(model, config=recipe.lora)
+    try:
+        yield
+    finally:
+        hf_lora.unwrap(model)
+        # accelerate leaves its mixed precision and a mark on the instance, and by that mark would
+        # treat the next try differently from the first
+        for name in vars(model).keys() - before.keys():
+            del vars(model)[name]
+        vars(model).update(before)
+
+
+def _train(
+    model: Any, recipe: Recipe, rate: float, folder: Path, examples: Examples, bars: Progress
+) -> Try:
+    start = time.monotonic()
+    trainer = Trainer(
+        model=model,
+        args=arguments(recipe.trainer, rate, folder),
+        train_dataset=examples.train,  # type: ignore[arg-type]
+        eval_dataset=examples.eval,  # type: ignore[arg-type]
+        data_collator=collate,
+    )
+    # it prints to stdout, which belongs to the result
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Bars(bars, f"learning rate {rate:g}"))
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    result = trainer.train(resume_from_checkpoint=last)
+    loss = trainer.evaluate()["eval_loss"] if examples.eval else math.nan
+    return Try(
+        learning_rate=rate,
+        steps=result.global_step,
+        train_loss=result.training_loss,
+        eval_loss=loss if math.isfinite(loss) else None,
+        seconds=round(time.monotonic() - start, 2),
+    )
+
+
+def _rank(done: Try) -> float:
+    return math.inf if done.eval_loss is None else done.eval_loss
+
+
+class _Bars(TrainerCallback):
+    """Shows how far training and evaluation are, and what is logged on the way."""
+
+    def __init__(self, bars: Progress, words: str):
+        self._bars = bars
+        self._words = words
+        self._training: Any = None
+        self._evaluation: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin at the step that training begins at."""
+        self._training = self._bars.add_task(
+            self._words, total=state.max_steps, completed=state.global_step
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show one step more."""
+        self._bars.update(self._training, completed=state.global_step)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Show one batch more."""
+        if self._evaluation is None:
+            total = None if eval_dataloader is None else len(eval_dataloader)
+            self._evaluation = self._bars.add_task("evaluation", total=total)
+        self._bars.advance(self._evaluation)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the evaluation's bar away."""
+        if self._evaluation is not None:
+            self._bars.remove_task(self._evaluation)
+            self._evaluation = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print what Trainer logs, as one line on stderr."""
+        found = logs or {}
+        if "loss" not in found and "eval_loss" not in found:
+            return
+        shown = [f"{name} {found[name]:.4g}" for name in _LOGGED if name in found]
+        self._bars.console.print(
+            f"step {state.global_step}: {', '.join(shown)}", markup=False, highlight=False
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take training's bar away."""
+        self._bars.remove_task(self._training)

@@ -1,0 +1,152 @@
+"""Pushing a saved adapter folder: adapters, a card, and nothing that lies there by chance."""
+
+import dataclasses
+import fnmatch
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+from hf_lora.errors import AdapterFileError, HfLoRAWarning
+from hf_lora.files.atomic import as_json
+from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.read import AdapterFolder, is_adapter_folder, read_folder
+from hf_lora.files.safetensors_io import serialize
+from hf_lora.files.write import HEADER_KEY
+from hf_lora.hf.card import Training
+from hf_lora.hf.folder_card import folder_card
+from hf_lora.hf.hub import CARD_FILE, push_folder
+from hf_lora.layers.names import DEFAULT
+
+_BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
+    "merges.txt", "LICENSE*", "NOTICE*", "*.png",
+)  # fmt: skip
+"""What belongs to an adapter although it is no adapter; everything else stays at home."""
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pushed:
+    """What was pushed."""
+
+    url: str
+    """Address of the commit, or of the pull request."""
+
+    base: str | None
+    """The base model that the pushed adapter names."""
+
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """What the folder holds besides and was not pushed."""
+
+
+def push_adapter_folder(
+    directory: Path,
+    repo_id: str,
+    *,
+    base: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    training: Training | None = None,
+) -> Pushed:
+    """Push a folder that :func:`hf_lora.save` or PEFT wrote, in one commit.
+
+    Pushed are the adapters (the folder's own and those in folders of their names), the card, and
+    tokenizer and licence files; checkpoints and the rest are not. A folder without a card gets one.
+    A base model that is a path on this machine is not named, with a warning.
+
+    Args:
+        directory: The adapter folder; it is not changed.
+        repo_id: ``user/name``; the repo is made if there is none.
+        base: Hub id of the base model to name, instead of what the files say.
+        private, revision, create_pr, token, commit_message: As for :func:`hf_lora.push_to_hub`.
+        training: What is known of the training, for the card.
+
+    Raises:
+        AdapterFileError: There is no sound adapter in the folder.
+        HubError: The Hub refused or went away; nothing has been committed.
+    """
+    adapters = {name: read_folder(folder) for name, folder in _folders(directory).items()}
+    named = base or _nameable(next(iter(adapters.values())).base, directory)
+    with tempfile.TemporaryDirectory() as stage:
+        root = Path(stage)
+        for name, adapter in adapters.items():
+            _stage(adapter, root if name == DEFAULT else root / name, named)
+        beside = [entry for entry in directory.iterdir() if entry.is_file() and _belongs(entry)]
+        for entry in beside:
+            shutil.copyfile(entry, root / entry.name)
+        if not (root / CARD_FILE).exists():
+            card = folder_card(adapters, repo_id, base=named, training=training)
+            (root / CARD_FILE).write_text(card, encoding="utf-8")
+        files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+        url = push_folder(
+            root,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            commit_message=commit_message or f"Upload {', '.join(adapters)} with hf_lora",
+        )
+    taken = {*(Path(file).parts[0] for file in files)}
+    left_out = sorted(entry.name for entry in directory.iterdir() if entry.name not in taken)
+    return Pushed(url, named, tuple(files), tuple(left_out))
+
+
+def _folders(directory: Path) -> dict[str, Path]:
+    """Return the adapter folders in ``directory`` by name: its own, and those of other names."""
+    found = {DEFAULT: directory} if is_adapter_folder(directory) else {}
+    if directory.is_dir():
+        for entry in sorted(directory.iterdir()):
+            if is_adapter_folder(entry) and not _CHECKPOINT.fullmatch(entry.name):
+                found[entry.name] = entry
+    if not found:
+        read_folder(directory)  # says what is there instead
+        raise AdapterFileError(f"{directory} holds no adapter")
+    return found
+
+
+def _nameable(base: str | None, directory: Path) -> str | None:
+    """Return the base model's name if others can use it."""
+    if base is None or not (os.path.isabs(base) or os.path.isdir(base) or base.startswith(".")):
+        return base
+    warnings.warn(
+        f"{directory} names the folder {base!r} as its base model, which nobody else has; the "
+        "pushed adapter names no base. Give the Hub id of the base to name it.",
+        HfLoRAWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def _belongs(entry: Path) -> bool:
+    patterns = (CARD_FILE, *_BESIDE)
+    return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
+
+
+def _stage(adapter: AdapterFolder, target: Path, base: str | None) -> None:
+    """Copy an adapter's two files; where the base's name changes, in the header as well."""
+    target.mkdir(parents=True, exist_ok=True)
+    fields = adapter.fields
+    if adapter.base == base:
+        (target / CONFIG_FILE).write_bytes(as_json(fields))
+        shutil.copyfile(adapter.file.path, target / WEIGHTS_FILE)
+        return
+    changed = {**fields, "base_model_name_or_path": base, "revision": None}
+    (target / CONFIG_FILE).write_bytes(as_json(changed))
+    metadata = dict(adapter.file.metadata)
+    if adapter.header is None:
+        shutil.copyfile(adapter.file.path, target / WEIGHTS_FILE)
+        return
+    metadata[HEADER_KEY] = json.dumps({**adapter.header, "base": base})
+    tensors = dict(adapter.file.read(list(adapter.file.shapes)))
+    with open(target / WEIGHTS_FILE, "wb") as file:
+        serialize(tensors, metadata)(file)
