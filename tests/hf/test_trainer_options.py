@@ -218,13 +218,13 @@ def test_auto_find_batch_size_starts_again_with_less(tmp_path: Path):
     trainer = train(
         tmp_path,
         model,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=3,
         gradient_accumulation_steps=1,
         auto_find_batch_size=True,
         max_steps=3,
         save_steps=3,
     )
-    assert sizes[0] == 8
+    assert sizes[0] == 3
     assert set(sizes[-3:]) == {2}
     assert trainer.state.global_step == 3
     assert same(training.saved(tmp_path / "checkpoint-3"), training.in_file_names(model))
