@@ -33,6 +33,7 @@ LAZY = {
     "torchao": "optional: quantized bases",
     "datasets": "optional: `hf-lora train`",
     "matplotlib": "optional: figures",
+    "transformers.utils.loading_report": "the loading machinery, for whoever loads a base only",
     "transformers.trainer": "takes seconds, and most programs never train",
     "transformers.modelcard": "takes seconds, for the card that Trainer writes only",
     "hf_lora.hf.gradient_check": "its base class lives beside Trainer",

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_lora.hf.after_import import no_longer, when_imported
 from hf_lora.hf.wrapping import load
+from hf_lora.layers.names import DEFAULT
 
 _saved: list[tuple[Any, str, Any]] = []
 
@@ -58,11 +59,20 @@ def _load_adapter(
     adapter_kwargs: dict[str, Any] | None = None,
     is_trainable: bool = False,
     **kwargs: Any,
-) -> None:
-    """Attach an adapter with the arguments that ``from_pretrained`` passes."""
+) -> Any:
+    """Attach an adapter with the arguments that ``from_pretrained`` passes.
+
+    Returns what it wants to know of the load: nothing was missing, or there was an error.
+    """
+    from transformers.utils.loading_report import LoadStateDictInfo
+
     options = {**(adapter_kwargs or {}), **kwargs}
     chosen = {name: options.pop(name) for name in _OPTIONS if name in options}
-    load(model, peft_model_id, adapter=adapter_name or "default", trainable=is_trainable, **chosen)
+    unknown = [name for name, value in options.items() if value]
+    if unknown:
+        raise TypeError(f"hf_lora cannot load an adapter with {', '.join(unknown)}")
+    load(model, peft_model_id, adapter=adapter_name or DEFAULT, trainable=is_trainable, **chosen)
+    return LoadStateDictInfo(set(), set(), set(), [], {}, set())
 
 
 _OPTIONS = ("revision", "subfolder", "token")

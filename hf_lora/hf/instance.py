@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
+from hf_lora.hf import trainer_patch
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.pretrained import is_pretrained
@@ -28,12 +29,20 @@ from hf_lora.model.registry import registry_of
 _FLAG = "_hf_peft_config_loaded"
 
 
+class Bound(functools.partial):
+    """A partial that brings hf_lora's part in Trainer along when a pickled model is loaded."""
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        trainer_patch.install()
+
+
 def install(model: nn.Module) -> None:
     """Replace the methods on this instance, if it is a transformers model."""
     if not is_pretrained(model):
         return
     for name, function in _METHODS.items():
-        model.__dict__[name] = functools.partial(function, model)
+        model.__dict__[name] = Bound(function, model)
     # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
     model.__dict__[_FLAG] = True
 

@@ -89,9 +89,13 @@ def load_from_checkpoint(
 
 
 def load_best_model(original: Original, trainer: Any) -> None:
-    """End a run with the adapters of its best checkpoint."""
-    if _saves_adapters(trainer, trainer.model):
-        restore_checkpoint(trainer.model, trainer.state.best_model_checkpoint)
+    """End a run with the adapters of its best checkpoint.
+
+    Where that is gone, or on the disk of another node, Trainer itself says so and goes on.
+    """
+    checkpoint = trainer.state.best_model_checkpoint
+    if _saves_adapters(trainer, trainer.model) and os.path.isdir(checkpoint):
+        restore_checkpoint(trainer.model, checkpoint)
     else:
         original()
 

@@ -76,6 +76,17 @@ def test_it_gets_another_name_if_asked(auto: None, saved: tuple[Path, torch.Tens
     assert hf_lora.active_adapters(model) == ("fr",)
 
 
+def test_what_is_known_of_the_load_can_be_asked(auto: None, saved: tuple[Path, torch.Tensor]):
+    model, told = AutoModelForCausalLM.from_pretrained(saved[0], output_loading_info=True)
+    assert torch.equal(model(X).logits, saved[1])
+    assert not any(told.values())
+
+
+def test_an_option_that_means_nothing_to_us_is_named(auto: None, saved: tuple[Path, torch.Tensor]):
+    with pytest.raises(TypeError, match="hotswap"):
+        training.llama().load_adapter(str(saved[0]), hotswap=True)
+
+
 def test_the_base_is_checked(auto: None, saved: tuple[Path, torch.Tensor], tmp_path: Path):
     """A folder that names another base is refused, as by hf_lora.load."""
     training.llama(5, vocab_size=len(training.WORDS)).save_pretrained(tmp_path / "other")

@@ -10,10 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import PreTrainedModel, pipeline
+from transformers import PreTrainedModel, Trainer, pipeline
 
 import hf_lora
 from hf_lora.errors import StateError, UnknownAdapterError
+from hf_lora.hf import trainer_patch
 from hf_lora.layers.base import LoRALayer
 from hf_lora.model.registry import wrapped as with_registry
 from tests.hf import training
@@ -84,6 +85,16 @@ class TestCopies:
         end = adapter_tensors(twin)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert same(adapter_tensors(twin), end)
+
+
+def test_a_pickled_model_brings_the_patch_of_trainer(monkeypatch: pytest.MonkeyPatch):
+    """In a process that has wrapped nothing itself."""
+    content = pickle.dumps(training.wrapped())
+    trainer_patch.disable()
+    monkeypatch.setattr(trainer_patch, "_enabled", True)
+    assert not hasattr(Trainer.train, "__wrapped__")
+    pickle.loads(content)
+    assert hasattr(Trainer.train, "__wrapped__")
 
 
 class TestCounting:

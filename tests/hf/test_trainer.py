@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
 
 import hf_lora
 from tests.hf import training
@@ -171,6 +173,25 @@ class TestBestModel:
         assert training.checkpoints(tmp_path) == ["checkpoint-4"]
         there = training.saved(tmp_path / "checkpoint-4")
         assert same(training.in_file_names(limited.model), there)
+
+    def test_a_best_checkpoint_that_is_gone_ends_no_run(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        """Trainer says that it is not there, and the run ends with its last weights."""
+
+        class Remove(TrainerCallback):
+            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step == 8:
+                    shutil.rmtree(tmp_path / "checkpoint-4")
+
+        logging.enable_propagation()
+        try:
+            result = scored(tmp_path, callbacks=[Remove()])
+        finally:
+            logging.disable_propagation()
+        assert "Could not locate the best model" in caplog.text
+        last = training.saved(tmp_path / "checkpoint-8")
+        assert same(training.in_file_names(result.model), last)
 
     def test_save_strategy_best_by_the_loss(self, tmp_path: Path):
         """With the real loss on held-out data, whichever step is best."""
