@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ def staged(path: Path, write: Callable[[Any], None]) -> Iterator[Path]:
         SaveError: It could not be written (a full disk, no permission); ``path`` is untouched.
     """
     _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{_owner(os.getpid())}.tmp")
+    temporary = path.with_name(f".{path.name}.{_owner()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        # never through a link that somebody put there
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -34,7 +38,32 @@ def staged(path: Path, write: Callable[[Any], None]) -> Iterator[Path]:
             raise
         raise SaveError(f"{path} could not be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def made_folder(directory: Path) -> Iterator[None]:
+    """Make a folder, with those above it; after an error take away those that were made.
+
+    Raises:
+        SaveError: It cannot be made.
+    """
+    missing = []
+    for folder in (directory, *directory.parents):
+        if os.path.lexists(folder):
+            break
+        missing.append(folder)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(missing)
+        raise SaveError(f"{directory} cannot be a folder: {error}") from error
+    try:
+        yield
+    except BaseException:
+        _remove_empty(missing)
+        raise
 
 
 def sync_directory(directory: Path) -> None:
@@ -48,29 +77,47 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def as_json(fields: Any) -> bytes:
-    """Return sorted, indented JSON with a final newline: equal content, equal bytes."""
-    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+def as_json(fields: dict[str, Any]) -> bytes:
+    """Return indented JSON with a final newline: equal content, equal bytes.
+
+    The fields are sorted; inside them the order is kept, because in a map of patterns it counts.
+    """
+    return (json.dumps(dict(sorted(fields.items())), indent=2) + "\n").encode()
 
 
-def _owner(pid: int) -> str:
-    return f"{socket.gethostname()}-{pid}"
+def _owner() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what a killed process of this machine left behind while it wrote the same file."""
-    start, end = f".{path.name}.{socket.gethostname()}-", ".tmp"
-    for other in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = other.name.removeprefix(start).removesuffix(end)
-        if other.name.startswith(start) and pid.isdigit() and not _alive(int(pid)):
-            other.unlink(missing_ok=True)
+    """Delete what a killed process of this machine, or this very thread, left half written."""
+    named = re.compile(
+        re.escape(f".{path.name}.{socket.gethostname()}-")
+        + r"(?P<pid>[0-9]{1,9})-(?P<thread>[0-9]{1,20})\.tmp"
+    )
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            found = named.fullmatch(name)
+            if found and not _at_work(int(found["pid"]), int(found["thread"])):
+                with contextlib.suppress(OSError):
+                    os.unlink(path.with_name(name))
 
 
-def _alive(pid: int) -> bool:
+def _at_work(pid: int, thread: int) -> bool:
+    if pid == os.getpid():
+        # a number that a process had which is gone may be ours now
+        others = {t.ident for t in threading.enumerate()} - {threading.get_ident()}
+        return thread in others
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         return True
     return True
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -25,7 +25,10 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Everything that is written for one adapter."""
+    """Everything that is written for one adapter.
+
+    Paths are those of the model itself, without what torch.compile or FSDP put into them.
+    """
 
     config: LoRAConfig
     slots: dict[str, Slot]
@@ -37,11 +40,12 @@ class Content:
     tensors: dict[str, torch.Tensor]
     """Key in PEFT's notation to tensor."""
 
-    target_names: list[str]
-    """Literal names that, as PEFT reads a list, mean exactly the adapted layers."""
+    target_names: list[str] | str
+    """Literal names, or one pattern, that for PEFT mean exactly the adapted layers."""
 
     trained_names: list[str]
-    """Likewise for the modules trained in full."""
+    """Names of the modules trained in full. PEFT compares ends of text, so they may mean others
+    as well; then ``tensors`` holds the base's own tensors of those."""
 
     base: str | None
     """Hub id or path of the base model, if it has one."""

@@ -4,10 +4,12 @@ Kept in the adapter's header and compared on load. A sample, not a hash: the bas
 another type, or quantized, and still be the same base.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+
+from hf_lora.files.json_text import is_number
 
 _LAYERS = 16
 _VALUES = 16
@@ -21,20 +23,16 @@ Reader = Callable[[str], tuple[torch.Tensor | None, bool]]
 """Path of a layer to its weight (None if it cannot be read) and whether it is quantized."""
 
 
-def take(sizes: Mapping[str, tuple[int, int]], read: Reader) -> dict[str, Any]:
-    """Return the fingerprint of the layers named in ``sizes`` (path to (in, out))."""
+def take(paths: Iterable[str], read: Reader) -> dict[str, Any]:
+    """Return the fingerprint of the layers at ``paths``; their sizes are those of the factors."""
     samples = {}
     quantized = False
-    for path in _spread(sorted(sizes)):
+    for path in _spread(sorted(paths)):
         weight, packed = read(path)
         if weight is not None:
             quantized |= packed
             samples[path] = _sample(weight)
-    return {
-        "quantized": quantized,
-        "samples": samples,
-        "sizes": {path: list(size) for path, size in sizes.items()},
-    }
+    return {"quantized": quantized, "samples": samples}
 
 
 def differences(
@@ -55,11 +53,10 @@ def differences(
         weight, packed = read(rename[path])
         if weight is None:
             continue
-        try:
-            then = torch.tensor(recorded, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
+        if not _is_sample(recorded):
             found.append(f"{path}: the recorded sample is damaged")
             continue
+        then = torch.tensor(recorded, dtype=torch.float64)
         now = torch.tensor(_sample(weight), dtype=torch.float64)
         limit = _SAME_QUANTIZED if packed or fingerprint.get("quantized") else _SAME
         off = _distance(then, now)
@@ -79,6 +76,10 @@ def _sample(weight: torch.Tensor) -> list[float]:
     step = max(flat.numel() // _VALUES, 1)
     chosen = flat[torch.arange(0, flat.numel(), step, device=flat.device)[:_VALUES]]
     return [float(f"{value:.6g}") for value in chosen.to("cpu", torch.float64).tolist()]
+
+
+def _is_sample(recorded: Any) -> bool:
+    return isinstance(recorded, list) and len(recorded) <= _VALUES and all(map(is_number, recorded))
 
 
 def _distance(then: torch.Tensor, now: torch.Tensor) -> float:

@@ -1,80 +1,116 @@
-"""Matching patterns that a stranger wrote: PEFT's meaning, a limit on the time they may take.
+"""What names and patterns in an ``adapter_config.json`` mean, as PEFT reads them.
 
-A regular expression can be made to run for years. Names without special characters are compared
-as text; everything else is matched by a machine that can be stopped.
+Literal names are looked up and never tried one by one: a file may hold very many.
 """
 
 import re
-import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
-import regex
+from hf_lora.files.matching import Patience, Pattern, Text, positions
 
-from hf_lora.errors import AdapterFileError
+SPECIAL = re.compile(r"[^\w.\-]")
+"""What a regular expression may read as something else than itself, apart from the dot."""
 
-_SECONDS = 1.0
-_LONGEST = 4_096
-_SPECIAL = re.compile(r"[^\w.\-]")
+_INDEX = re.compile(r"\.(\d+)\.", re.ASCII)
 
 
-class Patience:
-    """A budget of time for all the patterns of one file.
+def tails(path: str) -> Iterator[str]:
+    """Yield a dotted path and its dotted tails, longest first."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
-    Args:
-        source: What to name in the error.
-    """
 
-    def __init__(self, source: str):
-        self.source = source
-        self.deadline = time.monotonic() + _SECONDS
+def parents(path: str) -> Iterator[str]:
+    """Yield the dotted paths above ``path``, the nearest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
-    def fullmatch(self, pattern: str, text: str) -> bool:
-        """Say whether ``pattern`` matches the whole of ``text``.
 
-        Raises:
-            AdapterFileError: No regular expression, too long, or out of time.
-        """
-        if len(pattern) > _LONGEST:
-            raise AdapterFileError(f"{self.source}: a pattern of {len(pattern)} characters")
-        left = self.deadline - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            return regex.fullmatch(pattern, text, timeout=left) is not None
-        except TimeoutError:
-            raise AdapterFileError(
-                f"{self.source}: matching the pattern {pattern[:80]!r} takes too long; a file made "
-                "in good faith names its layers plainly"
-            ) from None
-        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-            raise AdapterFileError(
-                f"{self.source}: {pattern[:80]!r} is not a regular expression: {error}"
-            ) from None
-
-    def first_tail(self, patterns: Iterable[str], path: str) -> str | None:
-        """Return the first of ``patterns`` that means ``path`` as PEFT's ``*_pattern`` maps do."""
-        for pattern in patterns:
-            if _SPECIAL.search(pattern) is None:
-                # in a plain name only the dot is special, and it stands for itself
-                if path == pattern or path.endswith(f".{pattern}"):
-                    return pattern
-            elif self.fullmatch(rf"(?:.*\.)?(?:{pattern})", path):
-                return pattern
-        return None
+def endings(path: str, names: Collection[str]) -> set[str]:
+    """Return those of ``names`` that are the end of ``path``, at a dot or not."""
+    return {path[start:] for start in range(len(path)) if path[start:] in names}
 
 
 class TailIndex:
-    """Literal names matched as whole dotted tails, without trying each name on each path."""
+    """Literal names that mean a path if they are the path or a whole dotted tail of it."""
 
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)
 
     def means(self, path: str) -> bool:
-        """Say whether one of the names is ``path`` or a whole dotted tail of it."""
-        if path in self.names:
-            return True
-        while "." in path:
-            path = path.partition(".")[2]
-            if path in self.names:
-                return True
-        return False
+        """Say whether one of the names means ``path``."""
+        return any(tail in self.names for tail in tails(path))
+
+
+class PatternMap:
+    """PEFT's ``rank_pattern`` and ``alpha_pattern``: the first pattern that fits a tail decides.
+
+    Args:
+        values: Pattern to value.
+        patience: The budget of the file that they come from.
+    """
+
+    def __init__(self, values: Mapping[str, Any], patience: Patience):
+        self._patience = patience
+        self._plain: dict[str, tuple[int, Any]] = {}
+        self._patterns: list[tuple[int, Pattern, Any]] = []
+        for order, (pattern, value) in enumerate(values.items()):
+            if SPECIAL.search(pattern) is None:
+                # in a plain name only the dot is special, and it stands for itself
+                self._plain[pattern] = (order, value)
+            else:
+                self._patterns.append((order, Pattern(pattern, patience), value))
+
+    def get(self, path: str, default: Any) -> Any:
+        """Return the value for ``path``."""
+        last = len(self._plain) + len(self._patterns)
+        found = [self._plain[tail] for tail in tails(path) if tail in self._plain]
+        best, value = min(found, key=lambda item: item[0], default=(last, default))
+        text = Text(path, self._patience) if self._patterns else None
+        for order, pattern, other in self._patterns:
+            if order > best:
+                break
+            assert text is not None
+            if pattern.matches_tail(text):
+                return other
+        return value
+
+
+class LayerIndex:
+    """PEFT's ``layers_to_transform`` and ``layers_pattern``: which numbered layers are meant.
+
+    Args:
+        numbers: The layers.
+        names: Patterns of what stands before a number; none for anything.
+        patience: The budget of the file that they come from.
+    """
+
+    def __init__(self, numbers: Collection[int], names: Iterable[str], patience: Patience):
+        self._numbers = frozenset(numbers)
+        self._patience = patience
+        self._patterns = [Pattern(name, patience) for name in names]
+
+    def means(self, path: str) -> bool:
+        """Say whether ``path`` lies in one of the layers."""
+        number = self._number(path)
+        return number is not None and number in self._numbers
+
+    def _number(self, path: str) -> int | None:
+        if not self._patterns:
+            # PEFT wants two names before the number, and takes the first number that has them
+            start = path.find(".")
+            found = _INDEX.search(path, start + 1) if start >= 0 else None
+            return int(found[1]) if found else None
+        text = Text(path, self._patience)
+        begins = [0, *(at + 1 for at, character in enumerate(path) if character == ".")]
+        for pattern in self._patterns:
+            for begin in begins:
+                for end in positions(pattern.ends(text, 1 << begin)):
+                    found = _INDEX.match(path, end)
+                    if found:
+                        return int(found[1])
+        return None

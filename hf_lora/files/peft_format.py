@@ -1,19 +1,18 @@
 """PEFT's ``adapter_config.json``: written from a :class:`Content`, and understood or refused.
 
-The only place that spells PEFT's field names. Read as of PEFT 0.21.
+With ``peft_targets`` the only place that spells PEFT's field names. Read as of PEFT 0.21.
 """
 
 import collections
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Content
-from hf_lora.files.patterns import Patience, TailIndex
+from hf_lora.files.json_text import is_number, show
+from hf_lora.files.matching import Patience
+from hf_lora.files.patterns import SPECIAL, PatternMap, tails
 from hf_lora.layers.base import Slot
-
-PREFIX = "base_model.model."
 
 # Fields that change the mathematics and that hf_lora does not implement, with the values for off.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -33,9 +32,9 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
 }
 # Starts that change the base's weights: the file then is no update of the base that it names.
-_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")
-# Fields that say nothing about the result.
-_HARMLESS = {
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Fields that say nothing about the result, or that are read elsewhere.
+_KNOWN = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
@@ -43,6 +42,8 @@ _HARMLESS = {
     "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
     "task_type", "use_rslora",
 }  # fmt: skip
+# The names by which PEFT knows embeddings, and that it ties on request.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def to_peft(content: Content) -> dict[str, Any]:
@@ -78,38 +79,65 @@ def check_supported(fields: Mapping[str, Any], source: str) -> list[str]:
 
     Raises:
         UnsupportedAdapterError: Another method, or a feature that is not implemented; all named.
+        AdapterFileError: A field that should be a name is something else.
     """
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"{source}: peft_type is {kind!r}; hf_lora reads adapters of type 'LORA' only."
+            f"{source}: peft_type is {show(kind)}; hf_lora reads adapters of type 'LORA' only."
         )
     problems = [
-        f"{name} = {fields[name]!r}"
+        f"{name} = {show(fields[name])}"
         for name, off in _UNSUPPORTED.items()
         if name in fields and not any(_same(fields[name], value) for value in off)
     ]
     start = fields.get("init_lora_weights", True)
-    if isinstance(start, str) and start.startswith(_BASE_CHANGING):
+    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         problems.append(
-            f"init_lora_weights = {start!r}: the file belongs to a base whose weights were changed;"
-            " in PEFT, save it with path_initial_model_for_weight_conversion"
+            f"init_lora_weights = {show(start)}: the file belongs to a base whose weights were "
+            "changed; in PEFT, save it with path_initial_model_for_weight_conversion"
         )
     if problems:
         raise UnsupportedAdapterError(
             listing(f"{source} uses features of PEFT that hf_lora does not implement", problems)
         )
-    known = _HARMLESS | _UNSUPPORTED.keys()
+    for name in ("base_model_name_or_path", "revision", "task_type"):
+        if not isinstance(fields.get(name), (str, type(None))):
+            raise AdapterFileError(f"{source}: {name} is {show(fields[name])}, not a name")
+    known = _KNOWN | _UNSUPPORTED.keys()
     return [name for name, value in fields.items() if name not in known and value]
 
 
-def read_slots(fields: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> dict[str, Slot]:
+def check_tying(fields: Mapping[str, Any], paths: Iterable[str], source: str) -> None:
+    """Refuse an adapter on embeddings that PEFT applies twice: to a tied pair, as one.
+
+    Args:
+        fields: The parsed ``adapter_config.json``.
+        paths: All names in the weights.
+        source: What to name in errors.
+
+    Raises:
+        UnsupportedAdapterError: It is one.
+    """
+    if fields.get("ensure_weight_tying") in (None, False):
+        return
+    tied = [path for path in paths if any(part in _EMBEDDINGS for part in path.split("."))]
+    if tied:
+        raise UnsupportedAdapterError(
+            listing(f"{source}: ensure_weight_tying is set, and these may be tied", tied)
+        )
+
+
+def read_slots(
+    fields: Mapping[str, Any], ranks: Mapping[str, int], source: str, patience: Patience
+) -> dict[str, Slot]:
     """Return each layer's numbers, from the configuration and the tensors' own ranks.
 
     Args:
         fields: The parsed ``adapter_config.json``.
         ranks: Path of each layer in the file to the rank that its tensors have.
         source: What to name in errors.
+        patience: What matching the file's patterns may still cost.
 
     Raises:
         AdapterFileError: A number is missing or senseless, or ``r`` contradicts the tensors.
@@ -118,93 +146,58 @@ def read_slots(fields: Mapping[str, Any], ranks: Mapping[str, int], source: str)
     r = _number(fields, "r", 8, problems, whole=True)
     alpha = _number(fields, "lora_alpha", 8, problems)
     dropout = fields.get("lora_dropout", 0.0)
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout is {dropout!r}, not a probability in [0, 1)")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        problems.append(f"lora_dropout is {show(dropout)}, not a probability in [0, 1)")
     rslora = fields.get("use_rslora") or False
     if not isinstance(rslora, bool):
-        problems.append(f"use_rslora is {rslora!r}, not true or false")
-    rank_pattern = _pattern_map(fields, "rank_pattern", problems, whole=True)
-    alpha_pattern = _pattern_map(fields, "alpha_pattern", problems)
+        problems.append(f"use_rslora is {show(rslora)}, not true or false")
+    by_pattern = [
+        _pattern_map(fields, "rank_pattern", problems, whole=True),
+        _pattern_map(fields, "alpha_pattern", problems),
+    ]
     if problems:
         raise AdapterFileError(listing(f"{source} cannot be used", problems))
 
-    patience = Patience(source)
+    rank_pattern, alpha_pattern = (PatternMap(values, patience) for values in by_pattern)
     slots: dict[str, Slot] = {}
     for path, rank in ranks.items():
-        pattern = patience.first_tail(rank_pattern, path)
-        said = r if pattern is None else rank_pattern[pattern]
+        said = rank_pattern.get(path, r)
         if said != rank:
             problems.append(f"{path}: the configuration says r={said}, the tensors have {rank}")
-        pattern = patience.first_tail(alpha_pattern, path)
-        strength = alpha if pattern is None else alpha_pattern[pattern]
+        strength = alpha_pattern.get(path, alpha)
         slots[path] = Slot(r=rank, alpha=float(strength), dropout=float(dropout), rslora=rslora)
     if problems:
         raise AdapterFileError(listing(f"{source} contradicts its weights", problems))
     return slots
 
 
-def expected_layers(
-    fields: Mapping[str, Any], linear: Iterable[str], head: Iterable[str], source: str
-) -> set[str] | None:
-    """Return the paths of a model's linear layers that ``target_modules`` means, or None if unsaid.
-
-    Args:
-        fields: The parsed ``adapter_config.json``.
-        linear: Paths of the model's layers that could be adapted.
-        head: Those of them that belong to the output head.
-        source: What to name in errors.
-    """
-    targets = fields.get("target_modules")
-    if targets is None:
-        return None
-    patience = Patience(source)
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            meant = set(linear) - set(head)
-        else:
-            meant = {path for path in linear if patience.fullmatch(targets, path)}
-    else:
-        index = TailIndex(_names(targets, "target_modules", source))
-        meant = {path for path in linear if index.means(path)}
-        meant = _only_layers(meant, fields, patience, source)
-    excluded = fields.get("exclude_modules")
-    if isinstance(excluded, str):
-        meant = {path for path in meant if not patience.fullmatch(excluded, path)}
-    elif excluded:
-        index = TailIndex(_names(excluded, "exclude_modules", source))
-        meant = {path for path in meant if not index.means(path)}
-    return meant
-
-
 def read_trained_names(fields: Mapping[str, Any], source: str) -> list[str]:
-    """Return the names of the modules that were trained in full."""
-    return _names(fields.get("modules_to_save") or [], "modules_to_save", source)
+    """Return the names of the modules that were trained in full.
+
+    Raises:
+        AdapterFileError: Not a list of names.
+    """
+    return read_names(fields.get("modules_to_save") or [], "modules_to_save", source)
 
 
-def _only_layers(
-    meant: set[str], fields: Mapping[str, Any], patience: Patience, source: str
-) -> set[str]:
-    indexes = fields.get("layers_to_transform")
-    if indexes is None or indexes == []:
-        return meant
-    wanted = {indexes} if isinstance(indexes, int) else set(indexes)
-    patterns = fields.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    kept = set()
-    for path in meant:
-        parts = path.split(".")
-        for position in range(1, len(parts) - 1):
-            if parts[position].isdigit() and any(
-                patience.fullmatch(pattern, parts[position - 1]) for pattern in patterns
-            ):
-                if int(parts[position]) in wanted:
-                    kept.add(path)
-                break
-    return kept
+def read_names(value: Any, field: str, source: str) -> list[str]:
+    """Return ``value`` if it is a list of names.
+
+    Raises:
+        AdapterFileError: It is something else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise AdapterFileError(f"{source}: {field} is {show(value)}, not a list of names")
+    return value
 
 
 def _exceptions(values: dict[str, Any], common: Any) -> dict[str, Any]:
-    """Return the shortest names that give PEFT the values that differ from the common one."""
+    """Return the shortest patterns that give PEFT the values that differ from the common one.
+
+    PEFT takes the first entry that fits a tail of a path, so longer names come first.
+    """
+    if all(value == common for value in values.values()):
+        return {}
     by_tail: dict[str, set[Any]] = {}
     for path, value in values.items():
         by_tail.setdefault(path.rsplit(".", 1)[-1], set()).add(value)
@@ -214,9 +207,14 @@ def _exceptions(values: dict[str, Any], common: Any) -> dict[str, Any]:
         for tail in [path.rsplit(".", 1)[-1]]
         if value != common
     }
-    # PEFT takes the first entry that matches a tail of a path, so longer names come first
+    if any(_by_longest_tail(named, path, common) != value for path, value in values.items()):
+        named = values  # one path is the tail of another: say it for every layer
     ordered = sorted(named, key=lambda name: (-name.count("."), name))
-    return {name: _plain(named[name]) for name in ordered}
+    return {SPECIAL.sub(r"\\\g<0>", name): _plain(named[name]) for name in ordered}
+
+
+def _by_longest_tail(named: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((named[tail] for tail in tails(path) if tail in named), default)
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -233,29 +231,29 @@ def _pattern_map(
 ) -> dict[str, Any]:
     value = fields.get(name) or {}
     if not isinstance(value, dict):
-        problems.append(f"{name} is {value!r}, not a map of pattern to number")
+        problems.append(f"{name} is {show(value)}, not a map of pattern to number")
         return {}
-    return {pattern: _number(value, pattern, None, problems, whole=whole) for pattern in value}
+    wrong = [pattern for pattern in value if _number_fault(value[pattern], whole)]
+    problems.extend(
+        f"{name}: {show(pattern)} is {_number_fault(value[pattern], whole)}" for pattern in wrong
+    )
+    return value
 
 
 def _number(
     fields: Mapping[str, Any], name: str, default: Any, problems: list[str], *, whole: bool = False
 ) -> Any:
     value = fields.get(name, default)
-    fine = _is_number(value) and math.isfinite(value) and value > 0
-    if not fine or (whole and not isinstance(value, int)):
-        problems.append(f"{name} is {value!r}, not a {'whole ' if whole else ''}number above 0")
+    fault = _number_fault(value, whole)
+    if fault:
+        problems.append(f"{name} is {fault}")
     return value
 
 
-def _names(value: Any, field: str, source: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise AdapterFileError(f"{source}: {field} is {value!r}, not a list of names")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _number_fault(value: Any, whole: bool) -> str | None:
+    if is_number(value) and value > 0 and (isinstance(value, int) or not whole):
+        return None
+    return f"{show(value)}, not a {'whole ' if whole else ''}number above 0"
 
 
 def _same(value: Any, other: Any) -> bool:

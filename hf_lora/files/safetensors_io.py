@@ -1,39 +1,56 @@
 """Safetensors files: written with the same bytes every time, read only after they are checked.
 
 The library's own writer orders the metadata by a hash that differs from run to run; a file of ours
-is reproducible to the byte. Reading goes through the library, after a look at the header that it
-does not take: duplicate names, and a checksum of the data.
+is reproducible to the byte. Reading checks what the library checks, and more: names that stand
+twice, names that no module can have, a digest of header and data, and that the file is still
+the same one when its tensors are read.
 
 Format: 8 bytes little-endian length of a JSON header, the header, the tensors one after another.
 """
 
-import collections
+import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from hf_lora.errors import AdapterFileError
+from hf_lora.errors import AdapterFileError, SaveError
+from hf_lora.files.json_text import parse_json, show
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+DIGEST_KEY = "hf_lora_sha256"
+"""The entry of the metadata that holds the digest of everything else in the file."""
+
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_LONGEST_HEADER = 100_000_000
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_NO_DIGEST = "0" * 64
+_LONGEST_HEADER = 32_000_000
+_LONGEST_NAME = 512
+_MOST_DOTS = 64
+_MOST_DIMENSIONS = 8
 _BLOCK = 1 << 20
 
 
@@ -42,39 +59,53 @@ def serialize(
 ) -> Callable[[Any], None]:
     """Return a function that writes the tensors to an open binary file.
 
-    Tensors are ordered by name; ``metadata`` gains ``sha256``, the digest of the data.
+    Tensors are ordered by name; ``metadata`` gains a digest of the whole file.
 
     Raises:
-        ValueError: A tensor has a type that the format cannot hold.
+        SaveError: A tensor has a type that the format cannot hold.
     """
-    header: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     chunks: list[memoryview] = []
-    digest = hashlib.sha256()
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         if tensor.dtype not in _NAMES:
-            raise ValueError(f"{name}: safetensors cannot hold {tensor.dtype}")
+            raise SaveError(f"{name}: safetensors cannot hold {tensor.dtype}")
         data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        digest.update(data)
-        header[name] = {
+        entries[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + data.nbytes],
         }
         offset += data.nbytes
         chunks.append(data)
-    sealed = dict(sorted({**metadata, "sha256": digest.hexdigest()}.items()))
-    text = json.dumps({"__metadata__": sealed, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = _header_bytes({**metadata, DIGEST_KEY: _NO_DIGEST}, entries)
+    digest = hashlib.sha256(header)
+    for chunk in chunks:
+        digest.update(chunk)
+    header = _header_bytes({**metadata, DIGEST_KEY: digest.hexdigest()}, entries)
 
     def write(file: Any) -> None:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(struct.pack("<Q", len(header)))
+        file.write(header)
         for chunk in chunks:
             file.write(chunk)
 
     return write
+
+
+def _header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
+    sealed = dict(sorted(metadata.items()))
+    text = json.dumps({"__metadata__": sealed, **entries}, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 class TensorFile:
@@ -86,81 +117,149 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        header = _header(path)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise AdapterFileError(f"{path}: the header's metadata is not a mapping")
-        self.metadata: dict[str, str] = metadata
         try:
-            with safe_open(path, framework="pt") as file:
-                self.shapes = {
-                    name: tuple(file.get_slice(name).get_shape())
-                    for name in file.keys()  # noqa: SIM118
-                }
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise AdapterFileError(f"{path} is not a sound safetensors file: {error}") from error
+            with open(path, "rb") as file:
+                self._identity = _identity(file)
+                self._header = _read_header(file, path)
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise AdapterFileError(f"{path} cannot be read: {error}") from error
+        fields = parse_json(self._header, f"{path}: the safetensors header")
+        self.metadata = _metadata(fields.pop("__metadata__", None), path)
+        self._start = 8 + len(self._header)
+        self._entries = _entries(fields, size - self._start, path)
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
 
     def check_digest(self) -> None:
-        """Compare the data with the digest in the header, if there is one.
+        """Compare the file with the digest in its header, if there is one.
 
         Raises:
-            AdapterFileError: The data is not what was written.
+            AdapterFileError: The file is not what was written.
         """
-        recorded = self.metadata.get("sha256")
+        recorded = self.metadata.get(DIGEST_KEY)
         if recorded is None:
             return
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            file.seek(8 + length)
+        sealed = f'"{DIGEST_KEY}":"{recorded}"'.encode()
+        blank = f'"{DIGEST_KEY}":"{_NO_DIGEST}"'.encode()
+        digest = hashlib.sha256(self._header.replace(sealed, blank))
+        with self._open() as file:
+            file.seek(self._start)
             while block := file.read(_BLOCK):
                 digest.update(block)
         if digest.hexdigest() != recorded:
             raise AdapterFileError(
-                f"{self.path}: the tensors are not those that were saved (their sha256 differs "
-                "from the one in the header); fetch or save the file again"
+                f"{self.path} is not what was saved (its sha256 differs from the one in its "
+                "header): it was damaged or edited; fetch or save it again"
             )
 
-    def read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for ``names``.
 
         Raises:
             AdapterFileError: The file has changed or cannot be read.
         """
+        with self._open() as file:
+            for name in names:
+                entry = self._entries[name]
+                file.seek(self._start + entry.start)
+                data = bytearray(entry.end - entry.start)
+                if file.readinto(data) != len(data):
+                    raise AdapterFileError(f"{self.path} became shorter while it was read")
+                flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0)
+                tensor = flat.view(entry.dtype) if data else flat.to(entry.dtype)
+                yield name, tensor.reshape(entry.shape)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
-            with safe_open(self.path, framework="pt") as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            with open(self.path, "rb") as file:
+                if _identity(file) != self._identity:
+                    raise AdapterFileError(
+                        f"{self.path} was replaced while it was being read; load it again"
+                    )
+                yield file
+        except OSError as error:
             raise AdapterFileError(f"{self.path} cannot be read: {error}") from error
 
 
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-            if length < 0 or length > min(size - 8, _LONGEST_HEADER):
-                raise AdapterFileError(
-                    f"{path} is truncated or no safetensors file: {size} bytes, of which the "
-                    f"header claims {max(length, 0)}"
-                )
-            text = file.read(length)
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, AdapterFileError):
-            raise AdapterFileError(f"{path}: {error}") from error
-        raise AdapterFileError(f"{path} has no readable safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise AdapterFileError(f"{path}: the safetensors header is not a mapping")
-    return header
+def _identity(file: BinaryIO) -> tuple[int, int, int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        twice = [name for name, count in counts.most_common(5) if count > 1]
-        raise AdapterFileError(f"the safetensors header names {', '.join(twice)} twice")
+def _read_header(file: BinaryIO, path: Path) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    if len(start) < 8:
+        raise AdapterFileError(f"{path} is truncated or no safetensors file: {size} bytes")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        raise AdapterFileError(
+            f"{path} is truncated or no safetensors file: it has {size} bytes, and its header "
+            f"alone claims {length}"
+        )
+    if length > _LONGEST_HEADER:
+        raise AdapterFileError(f"{path}: a header of {length} bytes is more than any adapter needs")
+    return file.read(length)
+
+
+def _metadata(found: Any, path: Path) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise AdapterFileError(f"{path}: the header's metadata is not a mapping of text")
     return found
+
+
+def _entries(fields: dict[str, Any], size: int, path: Path) -> dict[str, _Entry]:
+    """Check that the tensors fill the ``size`` bytes of data exactly, each as its shape says."""
+    entries = {}
+    for name, entry in fields.items():
+        fault = _name_fault(name) or _entry_fault(entry)
+        if fault:
+            raise AdapterFileError(f"{path}: the tensor {show(name)} {fault}")
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        entries[name] = _Entry(_TYPES[dtype], tuple(shape), start, end)
+    reached = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != reached:
+            kind = "overlaps the one before it" if entry.start < reached else "leaves a gap"
+            raise AdapterFileError(
+                f"{path}: the tensor {name} {kind} (it begins at {entry.start}, not {reached})"
+            )
+        reached = entry.end
+    if reached != size:
+        raise AdapterFileError(
+            f"{path} is truncated or too long: {size} bytes of data where its header claims "
+            f"{reached}"
+        )
+    return entries
+
+
+def _name_fault(name: str) -> str | None:
+    if len(name) > _LONGEST_NAME or name.count(".") > _MOST_DOTS:
+        return f"has a name of {len(name)} characters and {name.count('.')} dots"
+    # nothing that could forge a line of a message or drive a terminal
+    return None if name.isprintable() else "has a name with characters that no module has"
+
+
+def _entry_fault(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "is not described by dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _TYPES:
+        return f"has the type {show(dtype)}, which is not one of {', '.join(_TYPES)}"
+    if not _are_counts(shape) or len(shape) > _MOST_DIMENSIONS:
+        return f"has the shape {show(shape)}"
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"has the data_offsets {show(offsets)}"
+    if math.prod(shape) * _TYPES[dtype].itemsize != offsets[1] - offsets[0]:
+        return f"of type {dtype} and shape {show(shape)} cannot fill the bytes {show(offsets)}"
+    return None
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    )

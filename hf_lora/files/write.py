@@ -1,65 +1,76 @@
 """Writing an adapter folder."""
 
-import dataclasses
-import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hf_lora.errors import SaveError
-from hf_lora.files.atomic import as_json, staged, sync_directory
+from hf_lora.files.atomic import as_json, made_folder, staged, sync_directory
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Content
+from hf_lora.files.header import HEADER_KEY, make_header
 from hf_lora.files.peft_format import to_peft
+from hf_lora.files.pending import put_note, take_note_away
 from hf_lora.files.safetensors_io import serialize
-
-FORMAT = 1
-HEADER_KEY = "hf_lora"
-PENDING_FILE = f".{CONFIG_FILE}.pending"
 
 
 def write_folder(directory: Path, content: Content) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, replacing older ones.
 
-    Killed at any moment, this leaves the old adapter or the new one. The weights carry the whole
-    configuration in their header and are replaced by one rename. Where the JSON changes as well,
-    the new one is put beside the old one first: a reader that finds the new weights with the old
-    JSON takes the pending one.
+    Killed at any moment, this leaves the old adapter or the new one.
 
     Raises:
-        SaveError: The folder cannot be written.
+        SaveError: The folder cannot be written; it is as it was.
+    """
+    fields = to_peft(content)
+    metadata = {"format": "pt", HEADER_KEY: make_header(content, fields)}
+    _write(directory, serialize(content.tensors, metadata), as_json(fields))
+
+
+def copy_folder(source: Path, directory: Path) -> None:
+    """Copy the two files of an adapter, replacing older ones as :func:`write_folder` does.
+
+    Raises:
+        SaveError: A file cannot be read, or the folder cannot be written; it is as it was.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        text = (source / CONFIG_FILE).read_bytes()
+        with open(source / WEIGHTS_FILE, "rb") as weights:
+            _write(directory, lambda file: shutil.copyfileobj(weights, file), text)
     except OSError as error:
-        raise SaveError(f"{directory} cannot be a folder: {error}") from error
-    weights, config, pending = (
-        directory / name for name in (WEIGHTS_FILE, CONFIG_FILE, PENDING_FILE)
-    )
-    fields = as_json(to_peft(content))
-    write = serialize(content.tensors, {"format": "pt", HEADER_KEY: json.dumps(header(content))})
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(f"{source} cannot be copied: {error}") from error
+
+
+def _write(directory: Path, write_weights: Callable[[Any], None], text: bytes) -> None:
+    weights, config = directory / WEIGHTS_FILE, directory / CONFIG_FILE
     with (
-        staged(weights, write) as new_weights,
-        staged(config, lambda file: file.write(fields)) as new_config,
+        made_folder(directory),
+        staged(weights, write_weights) as new_weights,
+        staged(config, lambda file: file.write(text)) as new_config,
     ):
-        if weights.exists() and config.exists() and config.read_bytes() != fields:
-            os.replace(new_config, pending)
-            sync_directory(directory)
-            os.replace(new_weights, weights)
-            os.replace(pending, config)
-        else:
-            os.replace(new_config, config)
-            os.replace(new_weights, weights)
+        _replace(directory, new_weights, new_config, text)
+    take_note_away(directory)
+
+
+def _replace(directory: Path, new_weights: Path, new_config: Path, text: bytes) -> None:
+    """Put the two new files in place, in an order of which every beginning can be read."""
+    weights, config = directory / WEIGHTS_FILE, directory / CONFIG_FILE
+    for path in (weights, config):
+        if os.path.isdir(path):
+            raise SaveError(f"{path} is a folder")
+    if os.path.isfile(config) and config.read_bytes() == text:
+        os.replace(new_weights, weights)
         sync_directory(directory)
-    pending.unlink(missing_ok=True)
-
-
-def header(content: Content) -> dict[str, Any]:
-    """Return what the header of the weights says, so that the one file is complete."""
-    return {
-        "base": content.base,
-        "config": content.config.to_dict(),
-        "fingerprint": content.fingerprint,
-        "format": FORMAT,
-        "slots": {path: dataclasses.asdict(slot) for path, slot in content.slots.items()},
-        "trained": list(content.trained),
-    }
+        return
+    put_note(directory, new_weights, text)
+    try:
+        os.replace(new_weights, weights)
+    except BaseException:
+        take_note_away(directory)
+        raise
+    sync_directory(directory)
+    os.replace(new_config, config)
+    sync_directory(directory)

@@ -1,6 +1,5 @@
 """Loading adapters: every tensor of the file proven to fit, before the model is touched."""
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,39 +11,23 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import (
     AdapterFileError,
     AdapterMismatchError,
-    BaseMismatchError,
     HfLoRAWarning,
+    TargetError,
     listing,
 )
-from hf_lora.files.fingerprint import differences
-from hf_lora.files.peft_format import expected_layers
-from hf_lora.files.read import AdapterFolder, read_folder
-from hf_lora.hf.base_weights import base_reader
-from hf_lora.hf.resolve import Rename, resolve
-from hf_lora.layers.base import LoRALayer, Slot, added_names
-from hf_lora.layers.hosts import adapter_dtype, features, rank_fault, why_not
+from hf_lora.files.patterns import SPECIAL
+from hf_lora.files.read import read_folder
+from hf_lora.hf.match import Match, Place, match_folder
+from hf_lora.layers.base import Slot
+from hf_lora.layers.hosts import adapter_dtype
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.quantized import keep_gradients
-from hf_lora.layers.trained import TrainedModule, own_tensors, tensor_names
+from hf_lora.layers.trained import own_tensors
+from hf_lora.layers.trial import gradient_fault, is_plain, kind
 from hf_lora.model.adapters import check_new_name, freeze
-from hf_lora.model.patch import attach, check_present, detach, unpatch
-from hf_lora.model.planning import output_head
+from hf_lora.model.patch import attach, detach, unpatch
 from hf_lora.model.registry import Registry, create, find
 from hf_lora.targets import shortest_names
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """A checked adapter folder and where each of its tensors goes in a model."""
-
-    folder: AdapterFolder
-    slots: dict[str, Slot]
-    trained: list[str]
-    keys: dict[tuple[str, str], str]
-    """(path in the model, role) to the key in the file."""
-
-    told: list[str]
-    """What was resolved or left out on the way."""
 
 
 def load_folder(
@@ -62,12 +45,16 @@ def load_folder(
         check_new_name(registry, adapter)
         registry.check_unmerged("load an adapter")
     match = match_folder(read_folder(directory), model, check_base=check_base)
-    values = read_values(match)
     dtypes = _dtypes(match, model)
-    if registry is None:
-        registry = create(model)
-        registry.repacked = keep_gradients(model)
+    values = read_values(match, _place_dtypes(match, model, dtypes))
+    if trainable:
+        _check_gradients(model, list(match.slots))
+    for line in match.told:  # before anything changes: a filter may turn it into an error
+        warnings.warn(f"{directory}: {line}", HfLoRAWarning, stacklevel=3)
+    registry = registry or create(model)
     try:
+        if found is None:
+            registry.repacked = keep_gradients(model)
         attach(model, registry, adapter, _config(match, model), match.slots, match.trained, dtypes)
         fill(registry, adapter, values)
     except BaseException:
@@ -80,8 +67,6 @@ def load_folder(
         registry.routing.active = (adapter,)
     if not trainable:
         freeze(model, adapter)
-    for line in match.told:
-        warnings.warn(f"{directory}: {line}", HfLoRAWarning, stacklevel=3)
     return model
 
 
@@ -92,7 +77,9 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
 
     Raises:
         AdapterFileError: Unsound, or not the same layers, ranks and strengths.
+        StateError: The model is merged.
     """
+    registry.check_unmerged("restore an adapter")
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
     for name, found in values.items():
         fill(registry, name, found)
@@ -100,7 +87,7 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
 
 def _values_for(
     model: nn.Module, registry: Registry, name: str, directory: Path
-) -> dict[tuple[str, str], torch.Tensor]:
+) -> dict[Place, torch.Tensor]:
     match = match_folder(read_folder(directory), model, check_base=True)
     adapter = registry.adapter(name)
     problems = []
@@ -114,59 +101,21 @@ def _values_for(
         raise AdapterMismatchError(
             listing(f"{directory} holds another adapter than the model's {name!r}", problems)
         )
-    return read_values(match)
+    dtypes = {(path, role): tensor.dtype for path, _, role, tensor in registry.tensors(name)}
+    return read_values(match, dtypes)
 
 
-def match_folder(folder: AdapterFolder, model: nn.Module, *, check_base: bool) -> Match:
-    """Check that every tensor in the folder has its place in ``model`` and every place its tensor.
-
-    Raises:
-        AdapterMismatchError: Something does not fit; one line each.
-        BaseMismatchError: Everything fits, but the base's weights are others.
-    """
-    modules = dict(model.named_modules())
-    owned = {
-        f"{path}.{name}" if path else name: (path, name)
-        for path, module in modules.items()
-        for name in _tensor_names(module)
-    }
-    rename, words = resolve([*folder.factors, *folder.others], modules.keys() | owned.keys(), model)
-    told = [words] if words else []
-    told += [f"{part!r} in the names was taken off" for part in folder.renamed]
-    told += [f"the field {name!r} is unknown and was ignored" for name in folder.unknown_fields]
-    problems: list[str] = []
-    slots: dict[str, Slot] = {}
-    keys: dict[tuple[str, str], str] = {}
-    for name, factors in folder.factors.items():
-        path = rename(name)
-        fault = _factor_fault(modules.get(path), path, factors.in_features, factors.out_features)
-        fault = fault or (rank_fault(modules[path], factors.r) if path in modules else None)
-        if fault or path in slots:
-            problems.append(f"{path}: {fault or 'named twice'}")
-            continue
-        slots[path] = folder.slots[name]
-        keys[path, LORA_A], keys[path, LORA_B] = factors.a_key, factors.b_key
-    trained = _match_trained(folder, rename, modules, owned, keys, problems, told)
-    if not problems:
-        problems += _missing_layers(folder, model, modules, slots, trained)
-    if problems:
-        raise AdapterMismatchError(
-            listing(f"{folder.directory} does not fit this {type(model).__name__}", problems)
-        )
-    check_present(model, [*slots, *trained])
-    if check_base and folder.header is not None:
-        _check_base(folder, rename, model)
-    return Match(folder, slots, trained, keys, told)
-
-
-def read_values(match: Match) -> dict[tuple[str, str], torch.Tensor]:
-    """Read every tensor and check that its numbers are finite.
+def read_values(match: Match, dtypes: Mapping[Place, torch.dtype]) -> dict[Place, torch.Tensor]:
+    """Read every tensor, in the type that it has in the model, and check that it is finite there.
 
     Raises:
         AdapterFileError: One line for each tensor that is not.
     """
     where = {key: place for place, key in match.keys.items()}
-    values = {where[key]: tensor for key, tensor in match.folder.file.read(list(where))}
+    values = {
+        where[key]: tensor.to(dtypes[where[key]])
+        for key, tensor in match.folder.file.read(list(where))
+    }
     bad = [
         match.keys[place]
         for place, tensor in values.items()
@@ -174,13 +123,17 @@ def read_values(match: Match) -> dict[tuple[str, str], torch.Tensor]:
     ]
     if bad:
         raise AdapterFileError(
-            listing(f"{match.folder.file.path} holds numbers that are not finite", bad)
+            listing(
+                f"{match.folder.file.path} holds numbers that are not finite, or would not be in "
+                "the type that they get here",
+                bad,
+            )
         )
     return values
 
 
 @torch.no_grad()
-def fill(registry: Registry, name: str, values: dict[tuple[str, str], torch.Tensor]) -> None:
+def fill(registry: Registry, name: str, values: dict[Place, torch.Tensor]) -> None:
     """Copy the values into the adapter's tensors: each into one, none left over."""
     left = dict(values)
     for path, _, role, tensor in registry.tensors(name):
@@ -188,115 +141,18 @@ def fill(registry: Registry, name: str, values: dict[tuple[str, str], torch.Tens
     assert not left, f"no place for {sorted(left)}"
 
 
-def _match_trained(
-    folder: AdapterFolder,
-    rename: Rename,
-    modules: dict[str, nn.Module],
-    owned: dict[str, tuple[str, str]],
-    keys: dict[tuple[str, str], str],
-    problems: list[str],
-    told: list[str],
-) -> list[str]:
-    """Find the modules that were trained in full, and check that they are there as a whole."""
-    found: dict[str, tuple[str, str, str]] = {}
-    for name, key in folder.others.items():
-        full = rename(name)
-        place = owned.get(full)
-        if place is None:
-            problems.append(f"{key}: the model has no {full}")
-        else:
-            found[full] = (*place, key)
-    tops: list[str] = []
-    for name in folder.trained_names:
-        meant = {
-            rename(top) for full in folder.others for top in _parents(full) if _is_tail(name, top)
-        }
-        if not meant:
-            problems.append(f"modules_to_save names {name!r}, but no tensor belongs to it")
-        tops.extend(sorted(meant - set(tops)))
-    for full, (path, role, key) in found.items():
-        if not any(_below(full, top) for top in tops):
-            problems.append(f"{key}: neither a factor nor part of a module in modules_to_save")
-            continue
-        shape = tuple(dict(own_tensors(modules[path], (role,)))[role].shape)
-        if folder.file.shapes[key] != shape:
-            problems.append(f"{key}: shape {folder.file.shapes[key]}, in the model {shape}")
-        keys[path, role] = key
-    for top in tops:
-        lacking = [full for full in owned if _below(full, top) and full not in found]
-        problems.extend(f"{full} is missing from the file" for full in lacking)
-    return tops
-
-
-def _parents(full: str) -> list[str]:
-    parts = full.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _is_tail(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _below(full: str, top: str) -> bool:
-    return full.startswith(f"{top}.")
-
-
-def _tensor_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the module's own tensors, without anything that hf_lora added."""
-    if isinstance(module, TrainedModule):
-        return module.lora_names
-    added = added_names(module) if isinstance(module, LoRALayer) else set()
-    return tuple(name for name in tensor_names(module) if name not in added)
-
-
-def _factor_fault(
-    module: nn.Module | None, path: str, in_features: int, out_features: int
-) -> str | None:
-    if module is None:
-        return "the model has no such module"
-    fault = why_not(module)
-    if fault:
-        return fault
-    sizes = features(module)
-    if sizes != (in_features, out_features):
-        return f"the adapter is for in, out = {(in_features, out_features)}, the layer has {sizes}"
-    return None
-
-
-def _missing_layers(
-    folder: AdapterFolder,
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    slots: dict[str, Slot],
-    trained: list[str],
-) -> list[str]:
-    """Compare the layers in the file with those that its configuration promises."""
-    linear = [path for path, module in modules.items() if why_not(module) is None]
-    source = str(folder.directory / "adapter_config.json")
-    promised = expected_layers(folder.fields, linear, output_head(model), source)
-    if promised is None:
-        return ["target_modules is missing from the configuration"]
-    promised = {path for path in promised if not any(path == t or _below(path, t) for t in trained)}
-    problems = [f"{path} is a target, but has no tensors" for path in sorted(promised - set(slots))]
-    problems += [f"{path} has tensors, but is no target" for path in sorted(set(slots) - promised)]
-    return problems
-
-
-def _check_base(folder: AdapterFolder, rename: Rename, model: nn.Module) -> None:
-    assert folder.header is not None
-    fingerprint = folder.header.get("fingerprint")
-    if not isinstance(fingerprint, dict):
-        return
-    names = {name: rename(name) for name in folder.factors}
-    found = differences(fingerprint, names, base_reader(model))
-    if found:
-        base = folder.base or "another model"
-        raise BaseMismatchError(
-            listing(
-                f"{folder.directory} was trained on {base}, and this model's weights are others",
-                found,
-                "Load the right base, or pass check_base=False if you know that this is wanted.",
-            )
+def _check_gradients(model: nn.Module, paths: list[str]) -> None:
+    """Raise TargetError if no gradient passes through a layer; one of each kind is tried."""
+    kinds: dict[tuple, str] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        if not is_plain(module):
+            kinds.setdefault(kind(module), path)
+    faults = {path: gradient_fault(model.get_submodule(path)) for path in kinds.values()}
+    problems = [f"{path}: {fault}" for path, fault in faults.items() if fault]
+    if problems:
+        raise TargetError(
+            listing("These layers cannot be trained through", problems, "Load with trainable=False")
         )
 
 
@@ -307,6 +163,20 @@ def _dtypes(match: Match, model: nn.Module) -> dict[str, torch.dtype]:
         chosen: torch.dtype = getattr(torch, config.dtype)
         return dict.fromkeys(match.slots, chosen)
     return {path: adapter_dtype(model.get_submodule(path)) for path in match.slots}
+
+
+def _place_dtypes(
+    match: Match, model: nn.Module, dtypes: dict[str, torch.dtype]
+) -> dict[Place, torch.dtype]:
+    """Return the type that each tensor of the file gets in the model."""
+    found = {}
+    for path, role in match.keys:
+        if role in (LORA_A, LORA_B):
+            found[path, role] = dtypes[path]
+        else:
+            tensors = dict(own_tensors(model.get_submodule(path), (role,)))
+            found[path, role] = tensors[role].dtype
+    return found
 
 
 def _config(match: Match, model: nn.Module) -> LoRAConfig:
@@ -332,7 +202,8 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
 
 
 def _escape(name: str) -> str:
-    return name.replace(".", r"\.")
+    """Return the pattern that means the module called ``name``; the model itself has no name."""
+    return SPECIAL.sub(r"\\\g<0>", name).replace(".", r"\.") or "(?:)"
 
 
 def _mathematics(slot: Slot | None) -> tuple | None:

@@ -4,84 +4,165 @@ Files come from backbones and head models, from other versions of transformers, 
 Each known way of renaming is tried in turn; the first under which every name is found wins.
 """
 
-import re
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+
+from hf_lora.files.keys import without_wrappers
+from hf_lora.hf.pretrained import is_pretrained
 
 Rename = Callable[[str], str]
 
 
-def resolve(names: Collection[str], known: Collection[str], model: nn.Module) -> tuple[Rename, str]:
-    """Return how names in a file become names in ``model``, and words for it.
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way in which names in a file become names in a model, and back."""
+
+    module: Rename
+    tensor: Rename
+    module_back: Callable[[str], str | None]
+    """The name that the file would have used for a module; None if it could not have had it."""
+
+    words: str = ""
+    """What it does, or ``""`` if it does nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """The way that was found, on the model's real names."""
+
+    way: Way
+    real: dict[str, str]
+    """Names without what torch.compile and FSDP put into them, to the names as they are."""
+
+    def module(self, name: str) -> str:
+        """Return the path in the model of a module of the file."""
+        path = self.way.module(name)
+        return self.real.get(path, path)
+
+    def tensor(self, name: str) -> str:
+        """Return the full name in the model of a parameter or buffer of the file."""
+        full = self.way.tensor(name)
+        return self.real.get(full, full)
+
+    def in_file(self, path: str) -> str | None:
+        """Return what the file would have called the module at ``path``, or None."""
+        return self.way.module_back(without_wrappers(path))
+
+
+def resolve(
+    modules: Collection[str], tensors: Collection[str], known: Collection[str], model: nn.Module
+) -> Resolution:
+    """Return how names in a file become names in ``model``.
 
     Args:
-        names: Names in the file.
-        known: All names that exist in the model.
+        modules: Names of modules in the file.
+        tensors: Names of parameters and buffers in the file.
+        known: All names of modules, parameters and buffers that the model has.
         model: The model.
 
     Returns:
-        The renaming, and what it does in words, or ``""`` if it does nothing. If no renaming
-        finds all names, the one that finds most.
+        The first way that finds all names; if there is none, the one that finds most.
     """
-    best: tuple[int, Rename, str] = (-1, lambda name: name, "")
-    for rename, words in _ways(names, model):
-        hits = sum(rename(name) in known for name in names)
-        if hits == len(names):
-            return rename, words
-        if hits > best[0]:
-            best = (hits, rename, words)
-    return best[1], best[2]
+    real = {without_wrappers(name): name for name in known}
+    most, best = -1, Way(_same, _same, _same)
+    for way in _ways([*modules, *tensors], real, model):
+        hits = sum(way.module(name) in real for name in modules)
+        hits += sum(way.tensor(name) in real for name in tensors)
+        if hits == len(modules) + len(tensors):
+            return Resolution(way, real)
+        if hits > most:
+            most, best = hits, way
+    return Resolution(best, real)
 
 
-def _ways(names: Collection[str], model: nn.Module) -> Iterator[tuple[Rename, str]]:
-    yield lambda name: name, ""
-    converted = _transformers_renames(model)
-    ways: list[tuple[Rename, str]] = [(lambda name: name, "")]
-    if converted is not None:
-        yield converted, "names of an older transformers were converted"
-        ways.append((converted, "names of an older transformers were converted; "))
+def _ways(names: list[str], real: Collection[str], model: nn.Module) -> Iterator[Way]:
+    plain = Way(_same, _same, _same)
+    yield plain
+    starts = [plain, *_converted(model)]
+    yield from starts[1:]
     prefix = getattr(model, "base_model_prefix", "")
-    for first, words in ways:
+    for start in starts:
         if prefix and hasattr(model, prefix):
-            yield (
-                lambda name, first=first: first(f"{prefix}.{name}"),
-                f"{words}trained on the backbone alone: {prefix!r} was put before its names",
-            )
-        for lead in _common_leads(names):
-            yield (
-                lambda name, first=first, lead=lead: first(name.removeprefix(lead)),
-                f"{words}trained on a model around this one: {lead!r} was taken off its names",
-            )
+            yield _with_prefix(start, f"{prefix}.")
+        for lead in _common_leads(names, real, start):
+            yield _without_lead(start, lead)
 
 
-def _common_leads(names: Collection[str]) -> Iterator[str]:
-    """Yield the dotted beginnings that all names share, shortest first."""
-    first = next(iter(names), "")
-    for match in re.finditer(r"\.", first):
-        lead = first[: match.end()]
-        if not all(name.startswith(lead) for name in names):
-            return
-        yield lead
+def _with_prefix(start: Way, prefix: str) -> Way:
+    return Way(
+        lambda name: start.module(f"{prefix}{name}"),
+        lambda name: start.tensor(f"{prefix}{name}"),
+        lambda path: _take_off(prefix, start.module_back(path)),
+        f"{_begin(start)}trained on the backbone alone: {prefix!r} was put before its names",
+    )
 
 
-def _transformers_renames(model: nn.Module) -> Rename | None:
-    """Return transformers' own conversion of a checkpoint's names, or None if it has none."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    renamings = [
-        item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)
-    ]
-    if not renamings:
-        return None
+def _without_lead(start: Way, lead: str) -> Way:
+    return Way(
+        lambda name: start.module(name.removeprefix(lead)),
+        lambda name: start.tensor(name.removeprefix(lead)),
+        lambda path: None if (name := start.module_back(path)) is None else f"{lead}{name}",
+        f"{_begin(start)}trained on a model around this one: {lead!r} was taken off its names",
+    )
 
-    def rename(name: str) -> str:
-        key = f"{name}.weight"
-        for item in renamings:
+
+def _begin(start: Way) -> str:
+    return f"{start.words}; " if start.words else ""
+
+
+def _take_off(prefix: str, name: str | None) -> str | None:
+    return name.removeprefix(prefix) if name is not None and name.startswith(prefix) else None
+
+
+def _common_leads(names: list[str], real: Collection[str], start: Way) -> Iterator[str]:
+    """Yield the dotted beginnings that all names share and whose absence makes the first known."""
+    first = names[0] if names else ""
+    at = first.find(".")
+    while at >= 0:
+        lead, rest = first[: at + 1], first[at + 1 :]
+        if (start.module(rest) in real or start.tensor(rest) in real) and all(
+            name.startswith(lead) for name in names
+        ):
+            yield lead
+        at = first.find(".", at + 1)
+
+
+def _converted(model: nn.Module) -> list[Way]:
+    """Return transformers' own conversion of a checkpoint's names, if it has one for this model."""
+    if not is_pretrained(model):
+        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    found = [item for item in mapping if isinstance(item, WeightRenaming)]
+    if not found:
+        return []
+    try:
+        back = [item.reverse_transform() for item in reversed(found)]
+    except ValueError:  # one that cannot be turned round
+        back = []
+
+    def tensor(name: str) -> str:
+        for item in found:
+            name = item.rename_source_key(name)[0]
+        return name
+
+    def module(name: str) -> str:
+        return tensor(f"{name}.weight").removesuffix(".weight")
+
+    def module_back(path: str) -> str:
+        key = f"{path}.weight"
+        for item in back:
             key = item.rename_source_key(key)[0]
-        return key.removesuffix(".weight")
+        name = key.removesuffix(".weight")
+        return name if module(name) == path else path
 
-    return rename
+    words = "names of an older transformers were converted"
+    return [Way(module, tensor, module_back, words)]
+
+
+def _same(name: str) -> str:
+    return name

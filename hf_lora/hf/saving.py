@@ -1,20 +1,21 @@
 """Saving adapters: what a wrapped model holds, as a PEFT folder with a complete header."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from hf_lora.config import DTYPES
-from hf_lora.errors import ConfigError, StateError
+from hf_lora.errors import ConfigError, SaveError, StateError
 from hf_lora.files.content import Content
-from hf_lora.files.fingerprint import take
-from hf_lora.files.peft_format import PREFIX
+from hf_lora.files.fingerprint import Reader, take
+from hf_lora.files.keys import PREFIX, without_wrappers
+from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folder
 from hf_lora.hf.base_weights import base_reader
-from hf_lora.layers.hosts import features
-from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
+from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.targets import shortest_names
 
@@ -22,7 +23,16 @@ _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
     ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
 )
+# How the modules end that PEFT trains in full for a task without being told.
+_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
 
 
 def save(
@@ -109,25 +119,31 @@ def collect(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     base: str | bool | None = True,
 ) -> Content:
-    """Collect everything that is written for one adapter."""
+    """Collect everything that is written for one adapter.
+
+    Raises:
+        StateError: A tensor is not here, or not as a whole.
+        SaveError: PEFT's format cannot say what the adapter is.
+    """
     adapter = registry.adapter(name)
-    paths = [path for path, _ in model.named_modules()]
-    trained = sorted(adapter.trained)
+    modules = {without_wrappers(path): module for path, module in model.named_modules()}
+    slots = {without_wrappers(path): slot for path, slot in sorted(adapter.slots.items())}
+    trained = sorted(map(without_wrappers, adapter.trained))
+    trained_names = shortest_names(trained, modules)
+    repeated = _repeated(modules, slots, trained, trained_names)
+    tensors = _tensors(registry, name, state_dict) | repeated
     return Content(
         config=adapter.config,
-        slots=dict(sorted(adapter.slots.items())),
+        slots=slots,
         trained=tuple(trained),
-        tensors=_tensors(registry, name, dtype, state_dict),
-        target_names=shortest_names(adapter.slots.keys(), paths),
-        trained_names=_trained_names(trained, paths),
+        tensors={key: _as_saved(key, tensor, dtype) for key, tensor in tensors.items()},
+        target_names=_target_names(modules, slots, trained),
+        trained_names=trained_names,
         base=base_name(model) if base is True else base or None,
         revision=None,
-        task=_task(model),
+        task=_task(model, modules, trained_names),
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
-        fingerprint=take(
-            {path: features(registry.layers[path]) or (0, 0) for path in adapter.slots},
-            base_reader(model),
-        ),
+        fingerprint=take(slots, _clean(base_reader(model), adapter.slots)),
     )
 
 
@@ -137,26 +153,40 @@ def base_name(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def _clean(read: Reader, paths: Iterable[str]) -> Reader:
+    """Return ``read`` under the names that paths have without wrappers."""
+    real = {without_wrappers(path): path for path in paths}
+    return lambda path: read(real[path])
+
+
 def _tensors(
-    registry: Registry,
-    name: str,
-    dtype: torch.dtype | None,
-    state_dict: Mapping[str, torch.Tensor] | None,
+    registry: Registry, name: str, state_dict: Mapping[str, torch.Tensor] | None
 ) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors under PEFT's keys."""
     gathered = _by_role(registry, name, state_dict) if state_dict is not None else None
     tensors = {}
     for path, _, role, tensor in registry.tensors(name):
-        factor = role in ("lora_A", "lora_B")
-        dotted = f"{path}." if path else ""
-        key = f"{PREFIX}{dotted}{role}.weight" if factor else f"{PREFIX}{dotted}{role}"
-        value = tensor.detach() if gathered is None else gathered[path, role].detach()
+        dotted = f"{without_wrappers(path)}." if path else ""
+        ending = ".weight" if role in (LORA_A, LORA_B) else ""
+        value = tensor if gathered is None else gathered[path, role]
         if value.shape != tensor.shape:
             raise StateError(
                 f"{dotted}{role} has shape {tuple(value.shape)} where {tuple(tensor.shape)} is "
                 "expected: it is one rank's share. Gather the adapter before saving."
             )
-        tensors[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+        tensors[f"{PREFIX}{dotted}{role}{ending}"] = value
     return tensors
+
+
+def _as_saved(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if tensor.is_meta:
+        raise StateError(f"{key} is on the meta device: it has no numbers that could be saved.")
+    if hasattr(tensor, "device_mesh"):
+        raise StateError(
+            f"{key} is spread over several processes. Save with a state dict that was gathered."
+        )
+    value = tensor.detach()
+    return value.to(dtype) if dtype and value.is_floating_point() else value
 
 
 def _by_role(
@@ -178,21 +208,61 @@ def _by_role(
     return found
 
 
-def _trained_names(trained: list[str], paths: list[str]) -> list[str]:
-    """Return names that PEFT, which compares ends of text, takes for exactly these modules."""
-    names = []
-    for name in shortest_names(trained, paths):
-        meant = {path for path in paths if path.endswith(name)}
-        exact = {path for path in trained if path == name or path.endswith(f".{name}")}
-        names.extend([name] if meant == exact else sorted(exact))
-    return names
+def _target_names(
+    modules: Collection[str], slots: Collection[str], trained: Collection[str]
+) -> list[str] | str:
+    """Return names that, as PEFT reads a list, mean exactly the adapted layers.
+
+    Where one path is the tail of another there are none; a pattern of whole paths always works.
+    """
+    names = shortest_names(slots, modules)
+    index = TailIndex(names)
+    meant = {path for path in modules if index.means(path)}
+    extra = meant - set(slots)
+    # PEFT leaves out by itself what is trained in full
+    if all(_is_inside(path, trained) for path in extra):
+        return names
+    return "|".join(SPECIAL.sub(r"\\\g<0>", path).replace(".", r"\.") for path in sorted(slots))
 
 
-def _task(model: nn.Module) -> str | None:
+def _repeated(
+    modules: Mapping[str, nn.Module],
+    slots: Collection[str],
+    trained: Collection[str],
+    names: Collection[str],
+) -> dict[str, torch.Tensor]:
+    """Return the base's tensors of modules that PEFT takes for trained ones, under PEFT's keys.
+
+    PEFT compares ends of text: ``classifier`` means ``pre_classifier`` as well, and a file without
+    that cannot be loaded there.
+
+    Raises:
+        SaveError: Such a module is adapted, which PEFT's format cannot express.
+    """
+    found = {}
+    wanted = set(names)
+    for path in modules:
+        if _is_inside(path, trained) or not endings(path, wanted):
+            continue
+        adapted = [layer for layer in slots if _is_inside(layer, [path])]
+        if adapted:
+            raise SaveError(
+                f"PEFT would take {path} for a module trained in full, because it ends like one of "
+                f"{', '.join(names)}; so {adapted[0]} cannot have factors. Exclude it."
+            )
+        for below, module in modules[path].named_modules():
+            for role, tensor in own_tensors(module, tensor_names(module)):
+                key = ".".join(filter(None, (path, without_wrappers(below), role)))
+                found[f"{PREFIX}{key}"] = tensor
+    return found
+
+
+def _task(model: nn.Module, modules: Collection[str], trained_names: Collection[str]) -> str | None:
     """Return PEFT's word for what the model does, where it has one that fits.
 
     Its class for SEQ_2_SEQ_LM hands on ``input_ids`` and ``decoder_input_ids`` only, which neither
-    a speech model nor a vision-language model can be called with.
+    a speech model nor a vision-language model can be called with. Its classes for classifiers
+    expect the head in the file.
     """
     name = type(model).__name__
     task = next((task for ending, task in _TASKS if name.endswith(ending)), None)
@@ -200,4 +270,11 @@ def _task(model: nn.Module) -> str | None:
         config = getattr(model, "config", None)
         reads_text = getattr(model, "main_input_name", None) == "input_ids"
         return task if reads_text and getattr(config, "is_encoder_decoder", False) else None
-    return task
+    heads = _HEADS.get(task or "", set())
+    meant = [path for path in modules if endings(path, heads)]
+    saved = set(trained_names)
+    return task if all(endings(path, saved) for path in meant) else None
+
+
+def _is_inside(path: str, tops: Collection[str]) -> bool:
+    return path in tops or any(above in tops for above in parents(path))

@@ -1,0 +1,168 @@
+"""What hf_lora writes into the weights' header, so that the one file is complete."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_lora.config import LoRAConfig
+from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterError
+from hf_lora.files.content import Content
+from hf_lora.files.json_text import is_number, parse_json, show
+from hf_lora.files.patterns import SPECIAL
+from hf_lora.layers.base import Slot
+
+FORMAT = 1
+HEADER_KEY = "hf_lora"
+ADAPTER_CONFIG = "adapter_config"
+"""The entry that repeats ``adapter_config.json``."""
+
+_MOST_SPECIAL = 20_000
+_IGNORES_CASE = re.compile(r"\(\?[a-zA-Z-]*i")
+_ESCAPE = re.compile(r"\\[xuUN0-7]")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnHeader:
+    """The checked content of our part of a header."""
+
+    fields: dict[str, Any]
+    """As in ``adapter_config.json``."""
+
+    config: LoRAConfig
+    slots: dict[str, Slot]
+    trained: list[str]
+    raw: dict[str, Any]
+    """All of it, as parsed."""
+
+
+def make_header(content: Content, fields: Mapping[str, Any]) -> str:
+    """Return our part of the header, ``fields`` being what ``adapter_config.json`` says."""
+    entries = {
+        ADAPTER_CONFIG: fields,
+        "config": content.config.to_dict(),
+        "fingerprint": content.fingerprint,
+        "format": FORMAT,
+        "slots": {path: dataclasses.asdict(slot) for path, slot in content.slots.items()},
+        "trained": list(content.trained),
+    }
+    return json.dumps(entries)
+
+
+def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
+    """Read our part of a header; None if the file was made elsewhere.
+
+    Raises:
+        UnsupportedAdapterError: It was written by a newer hf_lora.
+        AdapterFileError: It is damaged.
+    """
+    text = metadata.get(HEADER_KEY)
+    if text is None:
+        return None
+    # json.loads lets lone halves of characters through, which no file can hold again
+    raw = parse_json(text.encode("utf-8", "replace"), f"{path}: hf_lora's part of the header")
+    version = raw.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT:
+        raise UnsupportedAdapterError(
+            f"{path} has format {show(version)}; this hf_lora reads up to {FORMAT}. Upgrade it."
+        )
+    fields, config, slots, trained = (
+        raw.get(name) for name in (ADAPTER_CONFIG, "config", "slots", "trained")
+    )
+    damaged = f"{path}: hf_lora's part of the header is damaged"
+    if not isinstance(fields, dict) or not isinstance(slots, dict) or not slots:
+        raise AdapterFileError(damaged)
+    if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+        raise AdapterFileError(damaged)
+    _check_patterns(config, damaged)
+    try:
+        checked = LoRAConfig.from_dict(config)  # type: ignore[arg-type]
+    except (ConfigError, TypeError, OverflowError) as error:
+        raise AdapterFileError(f"{path}: the configuration in the header: {error}") from error
+    sound = {name: _slot(entry, f"{damaged}: {show(name)}") for name, entry in slots.items()}
+    _check_config(checked, sound, damaged)
+    return OwnHeader(
+        fields=fields,
+        config=checked,
+        slots=sound,
+        trained=trained,
+        raw=raw,
+    )
+
+
+def contradictions(
+    own: OwnHeader, fields: Mapping[str, Any], slots: Mapping[str, Slot], trained_names: list[str]
+) -> list[str]:
+    """Return a line for each thing that decides the mathematics and is said in two ways.
+
+    Args:
+        own: The header.
+        fields: The parsed ``adapter_config.json``.
+        slots: What follows from that and the tensors.
+        trained_names: Likewise.
+    """
+    problems = []
+    for path in sorted(own.slots.keys() | slots.keys()):
+        there, here = own.slots.get(path), slots.get(path)
+        if there is None or here is None:
+            problems.append(
+                f"{path} {'has no tensors' if here is None else 'is not in the header'}"
+            )
+            continue
+        problems += [
+            f"{path}: {name} = {getattr(here, name)!r}, in the header {getattr(there, name)!r}"
+            for name in ("r", "alpha", "rslora")
+            if getattr(here, name) != getattr(there, name)
+        ]
+    then = own.fields.get("modules_to_save") or []
+    if not isinstance(then, list) or set(trained_names) != {*map(str, then)}:
+        problems.append(f"modules_to_save = {show(trained_names)}, in the header {show(then)}")
+    return problems
+
+
+def _check_config(config: LoRAConfig, slots: Mapping[str, Slot], damaged: str) -> None:
+    """Check that every slot's numbers stand somewhere in the configuration."""
+    for name in ("r", "alpha", "dropout"):
+        possible = {getattr(config, name)}
+        possible |= {fields[name] for fields in config.overrides.values() if name in fields}
+        for path, slot in slots.items():
+            if getattr(slot, name) not in possible or slot.rslora != config.rslora:
+                raise AdapterFileError(f"{damaged}: {path} is {slot}, the configuration {config}")
+
+
+def _check_patterns(config: Any, damaged: str) -> None:
+    """Refuse patterns that would take long to compile, which a configuration does with all.
+
+    Plain names cost little. Sets of characters cost thousands of times their length, and millions
+    where case is ignored.
+    """
+    if not isinstance(config, dict):
+        raise AdapterFileError(damaged)
+    texts = [text for text in config.values() if isinstance(text, str)]
+    for value in config.values():
+        if isinstance(value, (list, dict)):
+            texts += [text for text in value if isinstance(text, str)]
+    special = [text for text in texts if SPECIAL.search(text.replace("\\.", "."))]
+    wide = [
+        t for t in special if _IGNORES_CASE.search(t) and (_ESCAPE.search(t) or not t.isascii())
+    ]
+    if wide or sum(map(len, special)) > _MOST_SPECIAL:
+        raise AdapterFileError(f"{damaged}: its patterns would take too long to compile")
+
+
+def _slot(entry: Any, damaged: str) -> Slot:
+    names = {field.name for field in dataclasses.fields(Slot)}
+    if not isinstance(entry, dict) or entry.keys() != names:
+        raise AdapterFileError(damaged)
+    r, alpha, dropout, rslora = (entry[name] for name in ("r", "alpha", "dropout", "rslora"))
+    sound = (
+        isinstance(r, int)
+        and all(is_number(value) for value in (r, alpha, dropout))
+        and (r >= 1 and alpha > 0 and 0 <= dropout < 1)
+        and isinstance(rslora, bool)
+    )
+    if not sound:
+        raise AdapterFileError(damaged)
+    return Slot(r=r, alpha=float(alpha), dropout=float(dropout), rslora=rslora)

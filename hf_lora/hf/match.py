@@ -1,0 +1,266 @@
+"""Where each tensor of an adapter folder goes in a model: each in its place, every place filled."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from hf_lora.errors import AdapterMismatchError, BaseMismatchError, listing
+from hf_lora.files.content import CONFIG_FILE, Factors
+from hf_lora.files.fingerprint import differences
+from hf_lora.files.patterns import endings, parents
+from hf_lora.files.peft_targets import TARGET_FIELDS, promised_layers, says_all_linear
+from hf_lora.files.read import AdapterFolder
+from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.resolve import Resolution, resolve
+from hf_lora.layers.base import Slot
+from hf_lora.layers.hosts import features, rank_fault, why_not
+from hf_lora.layers.names import LORA_A, LORA_B
+from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
+from hf_lora.layers.unheard import unheard
+from hf_lora.model.patch import check_present
+from hf_lora.model.planning import output_head
+
+Place = tuple[str, str]
+"""(path in the model, role): the role is lora_A, lora_B or the name of a base tensor."""
+
+# PEFT names these in every adapter for such a task, whether or not the model has them.
+_USUAL_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A checked adapter folder and where each of its tensors goes in a model."""
+
+    folder: AdapterFolder
+    slots: dict[str, Slot]
+    trained: list[str]
+    keys: dict[Place, str]
+    """Place in the model to the key in the file."""
+
+    told: list[str]
+    """What was resolved or left out on the way."""
+
+
+def match_folder(folder: AdapterFolder, model: nn.Module, *, check_base: bool) -> Match:
+    """Check that every tensor in the folder has its place in ``model`` and every place its tensor.
+
+    Raises:
+        AdapterMismatchError: Something does not fit; one line each.
+        BaseMismatchError: Everything fits, but the base's weights are others.
+        StateError: A layer that it is for has no data.
+    """
+    return _Matching(folder, model).run(check_base)
+
+
+class _Matching:
+    """One comparison of a folder with a model; collects what is found and what is wrong."""
+
+    def __init__(self, folder: AdapterFolder, model: nn.Module):
+        self.folder = folder
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.owned = {
+            f"{path}.{role}" if path else role: (path, role)
+            for path, module in self.modules.items()
+            for role in tensor_names(module)
+        }
+        self.names: Resolution = resolve(
+            folder.factors, folder.others, self.modules.keys() | self.owned.keys(), model
+        )
+        self.problems: list[str] = []
+        self.told = [self.names.way.words] if self.names.way.words else []
+        self.told += [f"{part!r} in the names was taken off" for part in folder.renamed]
+        self.told += folder.told
+        self.keys: dict[Place, str] = {}
+        self.slots: dict[str, Slot] = {}
+
+    def run(self, check_base: bool) -> Match:
+        self._match_factors()
+        tops = self._trained_tops()
+        copies = self._match_others(set(tops))
+        if not self.problems:
+            self._compare_with_targets(set(tops))
+        self._raise_problems()
+        paths = dict.fromkeys(path for path, _ in (*self.keys, *copies))
+        check_present(self.model, list(paths))
+        self._compare_copies(copies)
+        self._raise_problems()
+        if check_base:
+            self._compare_with_fingerprint()
+        return Match(self.folder, self.slots, tops, self.keys, self.told)
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            kind = type(self.model).__name__
+            raise AdapterMismatchError(
+                listing(f"{self.folder.directory} does not fit this {kind}", self.problems)
+            )
+
+    def _match_factors(self) -> None:
+        deaf = unheard(self.modules)
+        for name, factors in self.folder.factors.items():
+            path = self.names.module(name)
+            fault = deaf.get(path) or _factor_fault(self.modules.get(path), factors)
+            if path in self.slots:
+                fault = "named twice"
+            if fault:
+                self.problems.append(f"{path or 'the model itself'}: {fault}")
+                continue
+            self.slots[path] = self.folder.slots[name]
+            self.keys[path, LORA_A], self.keys[path, LORA_B] = factors.a_key, factors.b_key
+
+    def _trained_tops(self) -> list[str]:
+        """Return the outermost modules that were trained in full."""
+        meant = self._trained_by_header() if self.folder.own else self._trained_by_name()
+        tops = [path for path in self.modules if path in meant]
+        return [path for path in tops if not any(above in meant for above in parents(path))]
+
+    def _trained_by_header(self) -> set[str]:
+        assert self.folder.own is not None
+        meant = {name: self.names.module(name) for name in self.folder.own.trained}
+        self.problems += [
+            f"{name} was trained in full, and the model has no {path}"
+            for name, path in meant.items()
+            if not path or path not in self.modules
+        ]
+        return set(meant.values())
+
+    def _trained_by_name(self) -> set[str]:
+        """Find what PEFT means: every module whose path ends so, at a dot or not."""
+        names = set(self.folder.trained_names)
+        if not names:
+            return set()
+        with_tensors = {path for path, _ in self.owned.values()}
+        with_tensors |= {above for path in with_tensors for above in parents(path)}
+        meant = set()
+        used = set()
+        for path in with_tensors - {""}:
+            found = endings(self.names.in_file(path) or "", names)
+            if found:
+                meant.add(path)
+                used |= found
+        self.problems += [
+            f"modules_to_save names {name!r}, which is neither in the file nor in the model"
+            for name in sorted(names - used - _USUAL_HEADS)
+        ]
+        return meant
+
+    def _match_others(self, tops: set[str]) -> dict[Place, str]:
+        """Match what is no factor; return what is no part of a trained module either."""
+        found: dict[Place, str] = {}
+        for name, key in self.folder.others.items():
+            full = self.names.tensor(name)
+            place = self.owned.get(full)
+            if place is None:
+                self.problems.append(f"{key}: the model has no {full}")
+            elif place in found:
+                self.problems.append(f"{key} and {found[place]} are both for {full}")
+            else:
+                found[place] = key
+                self._check_fit(key, place)
+        inside = {place for place in self.owned.values() if _is_inside(place[0], tops)}
+        for path in sorted({path for path, _ in inside}):
+            fault = train_fault(self.modules[path])
+            if path in self.slots:
+                fault = "it has factors as well"
+            if fault:
+                self.problems.append(f"{path} cannot be a module trained in full: {fault}")
+        self.problems += [
+            f"{full} is missing from the file"
+            for full, place in self.owned.items()
+            if place in inside and place not in found
+        ]
+        self.keys |= {place: key for place, key in found.items() if place in inside}
+        return {place: key for place, key in found.items() if place not in inside}
+
+    def _check_fit(self, key: str, place: Place) -> None:
+        tensor, file = self._base_tensor(place), self.folder.file
+        if file.shapes[key] != tuple(tensor.shape):
+            self.problems.append(
+                f"{key}: shape {file.shapes[key]}, in the model {tuple(tensor.shape)}"
+            )
+        elif file.dtypes[key].is_floating_point != tensor.is_floating_point():
+            self.problems.append(f"{key}: {file.dtypes[key]}, in the model {tensor.dtype}")
+
+    def _compare_with_targets(self, tops: set[str]) -> None:
+        """Compare the layers in the file with those that its configuration promises."""
+        fields, own = self.folder.fields, self.folder.own
+        if own and all(fields.get(name) == own.fields.get(name) for name in TARGET_FIELDS):
+            return  # the header names each layer, and has been compared with the tensors
+        names = {}
+        for path, module in self.modules.items():
+            name = self.names.in_file(path) if why_not(module) is None else None
+            if name is not None and not _is_inside(path, tops):
+                names[name] = path
+        source = str(self.folder.directory / CONFIG_FILE)
+        promised = promised_layers(fields, names.keys(), source, self.folder.patience)
+        meant = {names[name] for name in promised}
+        optional = output_head(self.model) if says_all_linear(fields) else set()
+        self.problems += [
+            f"{path} is a target, but has no tensors"
+            for path in sorted(meant - optional - self.slots.keys())
+        ]
+        self.problems += [
+            f"{path} has tensors, but is no target" for path in sorted(self.slots.keys() - meant)
+        ]
+
+    def _compare_copies(self, copies: dict[Place, str]) -> None:
+        """Leave out tensors that only repeat the base's own; nothing else is left out."""
+        for place, key in copies.items():
+            ((_, tensor),) = self.folder.file.read([key])
+            if not _equal(tensor, self._base_tensor(place)):
+                self.problems.append(
+                    f"{key}: neither a factor nor part of a module in modules_to_save, and not "
+                    "what the base has there (were tokens added? Put them into the base first)"
+                )
+            elif self.folder.own is None:
+                self.told.append(f"{key} only repeats the base's own weight and was left out")
+
+    def _compare_with_fingerprint(self) -> None:
+        fingerprint = self.folder.header and self.folder.header.get("fingerprint")
+        if not isinstance(fingerprint, dict):
+            return
+        names = {name: self.names.module(name) for name in self.folder.factors}
+        found = differences(fingerprint, names, base_reader(self.model))
+        if found:
+            base = self.folder.base or "another model"
+            raise BaseMismatchError(
+                listing(
+                    f"{self.folder.directory} was trained on {base}, and this model's weights are "
+                    "others",
+                    found,
+                    "Load the right base, or pass check_base=False if you know that this is "
+                    "wanted.",
+                )
+            )
+
+    def _base_tensor(self, place: Place) -> torch.Tensor:
+        path, role = place
+        return dict(own_tensors(self.modules[path], (role,)))[role]
+
+
+def _is_inside(path: str, tops: Iterable[str]) -> bool:
+    return path in tops or any(above in tops for above in parents(path))
+
+
+def _factor_fault(module: nn.Module | None, factors: Factors) -> str | None:
+    if module is None:
+        return "the model has no such module"
+    fault = why_not(module)
+    if fault:
+        return fault
+    sizes = features(module)
+    if sizes != (factors.in_features, factors.out_features):
+        given = (factors.in_features, factors.out_features)
+        return f"the adapter is for in, out = {given}, the layer has {sizes}"
+    return rank_fault(module, factors.r)
+
+
+def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:
+    """Say whether two tensors are the same, to the precision of the coarser of their types."""
+    if tensor.dtype == base.dtype or not base.is_floating_point():
+        return torch.equal(tensor, base.cpu())
+    coarse = min(tensor.dtype, base.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(tensor.to(coarse), base.detach().cpu().to(coarse))
