@@ -169,6 +169,12 @@ def added_names(module: nn.Module) -> set[str]:
     return module.lora_added() if isinstance(module, Patched) else set()
 
 
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter that a module itself holds under ``name``, past any property."""
+    # not by get: TorchScript's store has none
+    return next((tensor for held, tensor in module._parameters.items() if held == name), None)
+
+
 def _first_argument(host: type[nn.Module]) -> str:
     try:
         names = list(inspect.signature(host.forward).parameters)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.layers.base import Patched
+from hf_lora.layers.base import Patched, parameter_of
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
 
@@ -30,7 +30,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
 def has_float_weight(module: nn.Module) -> bool:
     """Say whether the weight is an ordinary floating-point tensor: neither packed nor quantized."""
-    weight = module._parameters.get("weight")
+    weight = parameter_of(module, "weight")
     return (
         type(weight) is nn.Parameter
         and weight.is_floating_point()
@@ -45,7 +45,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     In 16 bits an update smaller than half a unit in the last place rounds away; on a quantized
     base the type of the storage says nothing.
     """
-    weight = module._parameters.get("weight")
+    weight = parameter_of(module, "weight")
     if weight is None or not has_float_weight(module) or weight.dtype in _SIXTEEN_BIT:
         return torch.float32
     return weight.dtype

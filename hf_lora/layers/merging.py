@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_lora.devices import is_offloaded
-from hf_lora.layers.base import LoRALayer
+from hf_lora.layers.base import LoRALayer, parameter_of
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.layers.trial import is_linear_in_its_weight
@@ -23,7 +23,7 @@ def merge_fault(layer: LoRALayer) -> str | None:
     name = layer.lora_host.__name__
     if is_offloaded(layer):
         return "its weight is offloaded by accelerate"
-    if layer._parameters.get("weight") is None:
+    if parameter_of(layer, "weight") is None:
         return f"its base ({name}) computes its weight from other tensors, or keeps it elsewhere"
     if not has_float_weight(layer):
         return f"its base ({name}) holds a quantized or packed weight"
@@ -51,7 +51,7 @@ def merged_copies(module: TrainedModule, adapter: str) -> Tensors:
     """Return the adapter's trained copies, to stand in the place of the module's own tensors."""
     merged: Tensors = {}
     for name, copy in module.lora_copy(adapter).items():
-        original = module._parameters.get(name)
+        original = parameter_of(module, name)
         data = copy.detach().clone()
         merged[name] = data if original is None else _in_place_of(original, data)
     return merged

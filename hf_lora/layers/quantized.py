@@ -2,15 +2,18 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from hf_lora.layers.base import parameter_of
+
 _FLAG = "support_avx512bf16_for_cpu"
 
 
-def keep_gradients(model: nn.Module) -> list[nn.Module]:
+def keep_gradients(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     """Stop bitsandbytes from repacking 4-bit weights in a way that ends all training.
 
     On processors with AVX512-BF16 one forward in eval mode packs the weights for inference; from
@@ -18,21 +21,22 @@ def keep_gradients(model: nn.Module) -> list[nn.Module]:
     model, adapted or not, because gradients pass through all of them.
 
     Returns:
-        The layers that were changed, for :func:`restore_packing`.
+        The layers that were changed and what they said, for :func:`restore_packing`.
     """
-    changed = [module for module in model.modules() if getattr(module, _FLAG, False)]
-    for module in changed:
-        state = getattr(module._parameters.get("weight"), "quant_state", None)
+    flags = ((module, getattr(module, _FLAG, False)) for module in model.modules())
+    changed = [(module, flag) for module, flag in flags if flag]
+    for module, _ in changed:
+        state = getattr(parameter_of(module, "weight"), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             module.state_dict()  # its saving hook unpacks the weight in place
         setattr(module, _FLAG, False)
     return changed
 
 
-def restore_packing(modules: list[nn.Module]) -> None:
+def restore_packing(changed: list[tuple[nn.Module, Any]]) -> None:
     """Undo :func:`keep_gradients`."""
-    for module in modules:
-        setattr(module, _FLAG, True)
+    for module, flag in changed:
+        setattr(module, _FLAG, flag)
 
 
 def own_state(view: nn.Module) -> None:
@@ -53,7 +57,7 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
 
     None where the host's packing is not known here; the caller then does without.
     """
-    weight = module._parameters.get("weight")
+    weight = parameter_of(module, "weight")
     if weight is None or weight.is_meta:
         return None
     state = getattr(weight, "quant_state", None)

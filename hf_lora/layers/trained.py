@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hf_lora.layers.base import Patched, added_names
+from hf_lora.layers.base import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
 
 
@@ -84,7 +84,7 @@ def tensor_names(module: nn.Module) -> tuple[str, ...]:
 def train_fault(module: nn.Module) -> str | None:
     """Return why a module's own tensors cannot be trained in full, or None."""
     for name in tensor_names(module):
-        tensor = module._parameters.get(name)
+        tensor = parameter_of(module, name)
         if tensor is None:
             continue
         if is_lazy(tensor):
@@ -111,7 +111,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = module._parameters.get(name)
+    tensor = parameter_of(module, name)
     if tensor is None:
         tensor = module._buffers[name]
     assert tensor is not None

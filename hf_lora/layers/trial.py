@@ -6,10 +6,11 @@ class of somebody's own does with its weight what a linear layer does.
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora.devices import execution_device
-from hf_lora.layers.base import Patched, host_view
+from hf_lora.layers.base import Patched, host_view, parameter_of
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import own_state
 
@@ -30,23 +31,27 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     """Say whether a layer keeps its weight in something else than floating-point numbers."""
-    packed = module._parameters.get("weight") is not None and not has_float_weight(module)
-    return packed and features(module) is not None
+    weight = parameter_of(module, "weight")
+    held = weight is not None and not is_lazy(weight)
+    return held and not has_float_weight(module) and features(module) is not None
 
 
 def kind(module: nn.Module) -> tuple:
     """Return what layers have in common that behave alike in a trial."""
-    weight = module._parameters.get("weight")
+    weight = parameter_of(module, "weight")
     details = getattr(weight, "__tensor_flatten__", tuple)()  # what a quantized tensor is made with
     return host_class(module), type(weight), getattr(weight, "dtype", None), str(details)
 
 
-def gradient_fault(module: nn.Module) -> str | None:
+def gradient_fault(module: nn.Module, *, certain: bool = False) -> str | None:
     """Run the host on a row of ones and say why no gradient would reach its input, or None.
 
     Some quantized layers are made for inference only: below such a layer nothing would train.
-    An ordinary weight behind a call that needs more than one argument is given the benefit of the
-    doubt.
+
+    Args:
+        module: The layer, patched or not.
+        certain: Give the benefit of the doubt to a layer that cannot be run on a row of ones, as an
+            ordinary weight behind a call that needs more arguments has it in any case.
     """
     sizes = features(module)
     assert sizes is not None
@@ -56,7 +61,7 @@ def gradient_fault(module: nn.Module) -> str | None:
             y = _stand_in(module, training=True)(x)
             return _output_fault(y, sizes[1]) or _backward_fault(x, y)
         except Exception as error:  # whatever a stranger's forward raises
-            if has_float_weight(module):
+            if certain or has_float_weight(module):
                 return None
             first = (str(error).splitlines() or [""])[0]
             return f"a trial run fails with {type(error).__name__}: {first}"
@@ -127,7 +132,7 @@ def _input_dtype(module: nn.Module) -> torch.dtype:
     declared = getattr(module, "compute_dtype", None)
     if isinstance(declared, torch.dtype):
         return declared
-    for tensor in (module._parameters.get("bias"), *module._parameters.values()):
+    for tensor in (parameter_of(module, "bias"), *module._parameters.values()):
         if tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             return tensor.dtype
     return torch.float32

@@ -21,7 +21,7 @@ def unheard(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the path of every layer that is never called, or not in eval mode, to the reason."""
     found = {}
     for path, module in modules.items():
-        forward = type(module).forward
+        forward = getattr(type(module), "forward", None)  # TorchScript's has none
         if forward is nn.MultiheadAttention.forward:
             for below, _ in module.named_modules():
                 if below:

@@ -87,18 +87,18 @@ def check_present(model: nn.Module, paths: list[str]) -> None:
     modules = dict(model.named_modules())
     whole = {path for path, module in modules.items() if offloads_below(module)}
     below = [path for top in paths for path, _ in _with_tensors(modules[top], top)]
-    meta = [path for path in below if is_on_meta(modules[path])]
-    if meta:
-        raise StateError(
-            f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}); load the "
-            "weights first, for instance with from_pretrained, then wrap."
-        )
     fetched = [path for path in below if inside(path, whole) or ("" in whole)]
     if fetched:
         raise StateError(
             f"{len(fetched)} targeted modules are offloaded by accelerate together with a module "
             f"above them (first: {fetched[0]}), which leaves no room for an adapter; dispatch the "
             "model without preload_module_classes."
+        )
+    meta = [path for path in below if is_on_meta(modules[path])]
+    if meta:
+        raise StateError(
+            f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}); load the "
+            "weights first, for instance with from_pretrained, then wrap."
         )
 
 
@@ -116,12 +116,13 @@ def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
     for path, module in model.named_modules():
         if is_plain(module) or (path not in targeted and not is_packed(module)):
             continue
-        same = kind(module)
+        asked = path in targeted
+        same = (asked, *kind(module))
         if same not in faults:
-            faults[same] = gradient_fault(module)
+            faults[same] = gradient_fault(module, certain=not asked)
         if faults[same]:
             line = f"{path or 'the model itself'} ({host_class(module).__name__}): {faults[same]}"
-            (problems if path in targeted else told).append(line)
+            (problems if asked else told).append(line)
     if problems:
         raise TargetError(listing("These layers cannot be trained through", problems))
     return told

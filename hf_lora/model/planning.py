@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.config import LoRAConfig
-from hf_lora.layers.base import Slot
+from hf_lora.layers.base import Slot, parameter_of
 from hf_lora.layers.hosts import adapter_dtype, features, rank_fault
 from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.trained import own_tensors, tensor_names
@@ -91,7 +91,7 @@ class Owners:
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the name and value of the base's parameters that a module owns itself."""
     for name in tensor_names(module):
-        tensor = module._parameters.get(name)
+        tensor = parameter_of(module, name)
         if tensor is not None:
             yield name, tensor
 

@@ -57,8 +57,8 @@ class Registry:
     disabled: tuple[str, ...] = ()
     """The adapters that were active before transformers' ``disable_adapters``."""
 
-    repacked: list[nn.Module] = dataclasses.field(default_factory=list)
-    """Quantized layers whose packing for inference was switched off."""
+    repacked: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
+    """Quantized layers whose packing for inference was switched off, and what they said before."""
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter by name.
@@ -260,7 +260,7 @@ def create(model: nn.Module) -> Registry:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         registry.base_flags[name] = parameter.requires_grad
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # the method of that name fails on lazy modules
     model.__dict__[_ATTRIBUTE] = registry
     return registry
 
@@ -274,5 +274,6 @@ def discard(model: nn.Module) -> None:
     """Take the registry off the model and give the base its flags back."""
     registry = forget(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point() or parameter.is_complex():
-            parameter.requires_grad_(registry.base_flags.get(name, parameter.requires_grad))
+        flag = registry.base_flags.get(name, parameter.requires_grad)
+        if parameter.requires_grad != flag:
+            parameter.requires_grad = flag

@@ -1,0 +1,335 @@
+"""Which classes of layer can be adapted, and why the others are refused, by name and untouched."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.pytorch_utils import Conv1D
+
+import hf_lora
+from hf_lora import HfLoRAError, HfLoRAWarning, StateError, TargetError
+from tests.snapshot import snapshot
+from tests.tiny import scramble
+
+IN, OUT = 6, 10
+
+
+class Own(nn.Module):
+    """A layer that has nothing of PyTorch's own but sizes and a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = IN, OUT
+        self.weight = nn.Parameter(torch.randn(OUT, IN))
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0, *, shift: float = 0.0) -> torch.Tensor:
+        return x @ self.weight.T * gain + shift
+
+
+class Transposed(Own):
+    """Keeps its weight the other way round, where a square one would not show it."""
+
+    def __init__(self, out_features: int = OUT):
+        super().__init__()
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.randn(IN, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class Routed(Own):
+    """Cannot be called with its input alone."""
+
+    def forward(self, x: torch.Tensor, route: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T * route
+
+
+class Doubling(nn.Linear):
+    """A subclass whose forward is not that of a linear layer with its weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Silent(nn.Linear):
+    """A subclass that computes what its parent does, and only adds something harmless."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(input)
+
+
+class Detached(Own):
+    """Its backward gives nothing to its input, as inference-only kernels' does not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach() @ self.weight.T
+
+
+class Pair(Own):
+    """Returns a tuple, as Megatron's layers do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x @ self.weight.T, None
+
+
+class Pooling(Own):
+    """Makes one row of many."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight.T).sum(0)
+
+
+class Stacked(Own):
+    """A stack of matrices, as experts are, that calls itself a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, OUT, IN))
+
+
+class Foreign(Own):
+    """Carries the adapter of another library."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.Linear(IN, 2)
+
+
+WORKS: list[tuple[str, Callable[[], nn.Module], bool]] = [
+    ("Linear", lambda: nn.Linear(IN, OUT), True),
+    ("no bias", lambda: nn.Linear(IN, OUT, bias=False), True),
+    ("float64", lambda: nn.Linear(IN, OUT, dtype=torch.float64), True),
+    ("Conv1D", lambda: Conv1D(OUT, IN), True),
+    ("square Conv1D", lambda: Conv1D(IN, IN), True),
+    ("own class", Own, True),
+    ("subclass", lambda: Silent(IN, OUT), True),
+    ("own forward", lambda: Doubling(IN, OUT), False),
+    ("transposed", Transposed, False),
+    ("transposed square", lambda: Transposed(IN), False),
+    ("weight_norm", lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), False),
+    ("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(IN, OUT)), False),
+    ("pruned", lambda: prune.random_unstructured(nn.Linear(IN, OUT), "weight", 0.5), False),
+]
+
+
+@pytest.mark.parametrize(("make", "merges"), [w[1:] for w in WORKS], ids=[w[0] for w in WORKS])
+def test_a_host_that_works(make: Callable[[], nn.Module], merges: bool):
+    """It starts as it was, adds s B A x, trains, merges or says why not, and comes back."""
+    model = nn.Sequential(make())
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(5, IN, dtype=dtype)
+    y = model(x)
+    before = snapshot(model)
+
+    hf_lora.wrap(model, targets="0", r=2, alpha=6.0)
+    layer = model[0]
+    assert torch.equal(model(x), y)
+    scramble(model)
+    update = 3 * (x @ layer.lora_A.T.to(dtype)) @ layer.lora_B.T.to(dtype)
+    adapted = model(x)
+    assert torch.allclose(adapted, y + update, atol=1e-5)
+    adapted.sum().backward()
+    assert layer.lora_A.grad.any()
+    assert layer.lora_B.grad.any()
+
+    if merges:
+        hf_lora.merge(model)
+        assert torch.allclose(model(x), adapted, atol=1e-5)
+        hf_lora.unmerge(model)
+    else:
+        with pytest.raises(TargetError, match="its base"):
+            hf_lora.merge(model)
+    assert torch.equal(model(x), adapted)
+    hf_lora.unwrap(model)
+    assert torch.equal(model(x), y)
+    after = snapshot(model)
+    if isinstance(model[0], Silent) or hasattr(model[0], "weight_mask"):
+        # their own forward leaves something behind: a count, a weight computed anew
+        before, after = (dataclasses.replace(each, attributes={}) for each in (before, after))
+    assert after == before
+
+
+def test_arguments_beside_the_input_reach_the_host():
+    model = nn.ModuleList([Own()])
+    x = torch.randn(5, IN)
+    hf_lora.wrap(model, targets="0", r=2)
+    scramble(model)
+    plain = model[0](x)
+    assert torch.allclose(model[0](x, 1.0, shift=1.5), plain + 1.5)
+    assert torch.allclose(model[0](x=x, gain=1.0), plain)
+    routed = nn.ModuleList([Routed()])
+    hf_lora.wrap(routed, targets="0", r=2)
+    scramble(routed)
+    layer, route = routed[0], torch.tensor(0.5)
+    update = layer.scaling * x @ layer.lora_A.T @ layer.lora_B.T
+    assert torch.allclose(layer(x, route), layer.base(x, route) + update, atol=1e-4)
+    with pytest.raises(TargetError, match="not x W"):
+        hf_lora.merge(routed)
+
+
+REFUSED: list[tuple[str, Callable[[], nn.Module], str]] = [
+    ("norm", lambda: nn.LayerNorm(IN), "LayerNorm is not a linear layer"),
+    ("embedding", lambda: nn.Embedding(IN, OUT), "Embedding is not a linear layer"),
+    ("convolution", lambda: nn.Conv1d(IN, OUT, 1), "Conv1d is not a linear layer"),
+    ("bilinear", lambda: nn.Bilinear(IN, IN, OUT), "Bilinear is not a linear layer"),
+    ("lazy", lambda: nn.LazyLinear(OUT), "has no sizes yet"),
+    ("empty", lambda: nn.Linear(IN, 0), "has no sizes yet"),
+    ("no gradient", Detached, "gives no gradient to its input"),
+    ("tuple", Pair, "returns a tuple, not a tensor"),
+    ("other shape", Pooling, r"makes (10,) of one row, not (1, 10)"),
+    ("stack of matrices", Stacked, "shape (4, 10, 6)"),
+    ("other library", Foreign, "another library's adapter"),
+    ("TorchScript", lambda: torch.jit.script(nn.Linear(IN, OUT)), "compiled by TorchScript"),
+    ("small", lambda: nn.Linear(1, OUT), "r=2 is larger than the layer's smaller side, 1"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("make", "words"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_a_host_that_is_refused_is_named_and_left_as_it_was(
+    make: Callable[[], nn.Module], words: str
+):
+    model = nn.ModuleList([make(), nn.Linear(IN, OUT)])
+    lazy = any(isinstance(m, nn.LazyLinear) for m in model)
+    before = None if lazy else snapshot(model)
+    with pytest.raises(TargetError) as caught:
+        hf_lora.wrap(model, targets=["0", "1"], r=2)
+    assert words in str(caught.value)
+    assert type(model[1]) is nn.Linear
+    if before is not None:
+        assert snapshot(model) == before
+    # and the others can still be had
+    hf_lora.wrap(model, targets="1", r=2)
+    hf_lora.unwrap(model)
+
+
+def test_a_lazy_layer_can_be_adapted_once_it_has_sizes():
+    model = nn.Sequential(nn.LazyLinear(OUT))
+    assert "no sizes yet" in str(hf_lora.plan(model, targets="0", r=2))
+    model(torch.randn(1, IN))
+    hf_lora.wrap(model, targets="0", r=2)
+    assert model[0].lora_A.shape == (2, IN)
+
+
+def test_children_of_multihead_attention_are_refused_and_left_out():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+    with pytest.raises(TargetError, match="MultiheadAttention reads its weight"):
+        hf_lora.wrap(model, targets=["out_proj", "fc"], r=2)
+    plan = hf_lora.plan(model, r=2)
+    assert [target.path for target in plan.targets] == ["fc"]
+    assert "without calling it" in plan.left_out["attn.out_proj"]
+
+
+def test_the_fast_path_of_a_transformer_layer_is_refused():
+    """In eval mode it takes linear1's weight and never calls it: LoRA would be off in silence."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    plan = hf_lora.plan(model, r=2)
+    assert not plan.targets
+    assert "eval mode" in plan.left_out["linear1"]
+    with pytest.raises(TargetError, match="eval mode"):
+        hf_lora.wrap(model, targets="linear2", r=2)
+    # the decoder layer calls its own
+    decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+    hf_lora.wrap(decoder, targets=["linear1", "linear2"], r=2)
+    scramble(decoder)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        adapted = decoder.eval()(x, x)
+        with hf_lora.no_adapter(decoder):
+            assert not torch.allclose(decoder(x, x), adapted)
+
+
+class Reader(nn.Module):
+    """Uses one layer's weight by itself, and asks another's for its type only."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(IN, IN) for _ in range(3))
+
+    def _init_weights(self) -> None:
+        nn.init.zeros_(self.v_proj.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.k_proj.weight.dtype) if isinstance(self.k_proj.weight, torch.Tensor) else x
+        return F.linear(x, self.q_proj.weight) + self.k_proj(x) + self.v_proj(x)
+
+
+def test_a_layer_whose_weight_the_model_reads_itself_is_told():
+    model = nn.Sequential(Reader(), Reader())
+    plan = hf_lora.plan(model, targets=".*_proj", r=2)
+    assert len(plan.warnings) == 1
+    assert "0.q_proj (2 in all): Reader's own code reads q_proj.weight" in plan.warnings[0]
+    assert "warning: 0.q_proj" in str(plan)
+    with pytest.warns(HfLoRAWarning, match="may not be seen") as caught:
+        hf_lora.wrap(model, targets=".*_proj", r=2)
+    assert caught[0].filename == __file__
+    with pytest.warns(HfLoRAWarning, match="may not be seen") as caught:
+        hf_lora.add_adapter(model, "b", "q_proj", r=2)
+    assert caught[0].filename == __file__
+    hf_lora.add_adapter(model, "c", "[kv]_proj", r=2)
+
+
+def test_a_forward_on_the_instance_is_refused():
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    original = model[0].forward
+    model[0].forward = lambda x: original(x) + 1
+    before = snapshot(model)
+    with pytest.raises(TargetError, match="replaced on the instance"):
+        hf_lora.wrap(model, targets="0", r=2)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("verb", [hf_lora.unwrap, lambda m: hf_lora.delete_adapter(m, "b")])
+def test_a_class_changed_again_by_another_library_is_not_thrown_away(
+    verb: Callable[[nn.Module], object],
+):
+    model = nn.Sequential(nn.Linear(IN, IN))
+    hf_lora.wrap(model, targets="0", r=2)
+    hf_lora.add_adapter(model, "b", "0", r=2)
+    parametrizations.orthogonal(model[0])
+    with pytest.raises(StateError, match="changed these layers since"):
+        verb(model)
+    with pytest.raises(TargetError, match="computes its weight from other tensors"):
+        hf_lora.merge(model)
+    x = torch.randn(2, IN)
+    y = model(x)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert torch.allclose(model(x), y, atol=1e-6)
+    verb(model)
+
+
+def test_the_trial_leaves_no_trace():
+    class Watched(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = x
+            self.weight.data.mul_(1.0)
+            return super().forward(x)
+
+    model = nn.Sequential(Watched())
+    calls = []
+    model[0].register_forward_hook(lambda *args: calls.append(args))
+    state, before = torch.random.get_rng_state(), snapshot(model)
+    plan = hf_lora.plan(model, targets="0", r=2)
+    assert not plan.problems
+    assert torch.equal(torch.random.get_rng_state(), state)
+    hf_lora.wrap(model, targets="0", r=2)
+    scramble(model)
+    hf_lora.merge(model)
+    hf_lora.unwrap(model)
+    assert not calls
+    assert snapshot(model) == before
+
+
+def test_the_seeds_constructor_refuses_what_wrap_refuses():
+    meta = nn.Linear(IN, OUT, device="meta")
+    patched = hf_lora.LoRALinear(nn.Linear(IN, OUT), 2)
+    for base, r in ((Own(), 2), (meta, 2), (patched, 2), (nn.Linear(IN, OUT), 7), (None, 2)):
+        with pytest.raises(HfLoRAError):
+            hf_lora.LoRALinear(base, r)  # type: ignore[arg-type]
