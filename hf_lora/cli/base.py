@@ -52,7 +52,7 @@ def load_model(base: Base) -> Any:
                 load_in_8bit=base.load_in_8bit,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=None if base.dtype == "auto" else base.dtype,
+                bnb_4bit_compute_dtype=_compute_dtype(base),
             )
         return AutoModelForCausalLM.from_pretrained(base.model, **_where(base), **options, **_SAFE)
 
@@ -63,15 +63,21 @@ def skeleton(config: Any) -> nn.Module:
     Raises:
         ConfigError: transformers has no model for it.
     """
+    dtype = config.dtype or torch.float32
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     with _explained(config.name_or_path, "model"), torch.device("meta"):
         if named and named[0] is not None:
-            model = named[0](config)
-        elif type(config) in AutoModelForCausalLM._model_mapping:
-            model = AutoModelForCausalLM.from_config(config)
-        else:
-            model = AutoModel.from_config(config)
-    return model.to(config.dtype or torch.float32)
+            return named[0](config).to(dtype)
+        try:
+            return AutoModelForCausalLM.from_config(config).to(dtype)
+        except ValueError:  # no causal language model
+            return AutoModel.from_config(config).to(dtype)
+
+
+def _compute_dtype(base: Base) -> str:
+    if base.dtype != "auto":
+        return base.dtype
+    return "bfloat16" if torch.accelerator.is_available() else "float32"
 
 
 def _where(base: Base) -> dict[str, Any]:

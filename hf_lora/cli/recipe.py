@@ -124,7 +124,8 @@ class Recipe:
 
     lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     trainer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Arguments of transformers' ``TrainingArguments``; ``learning_rate`` may be a list."""
+    """Arguments of transformers' ``TrainingArguments``; ``learning_rate``, 2e-4 unless it is given,
+    may be a list."""
 
     push: Push | None = None
 

@@ -13,6 +13,9 @@ from transformers import TrainingArguments
 from hf_lora.cli.fields import mismatch, report_unknown
 
 RATE = "learning_rate"
+DEFAULT_RATE = 2e-4
+"""What few adapters are far from; Trainer's own 5e-5 is meant for training every weight."""
+
 _OURS = {
     "output_dir": "set output instead",
     "push_to_hub": "set push instead",
@@ -28,7 +31,7 @@ _OURS["hub_revision"] = "set push instead"
 
 def learning_rates(trainer: Mapping[str, Any]) -> list[float]:
     """Return the learning rates to try, one if the recipe has no list."""
-    said = trainer.get(RATE, TrainingArguments.learning_rate)
+    said = trainer.get(RATE, DEFAULT_RATE)
     return [float(rate) for rate in (said if isinstance(said, list) else [said])]
 
 

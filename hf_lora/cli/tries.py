@@ -1,10 +1,7 @@
-"""One training at one learning rate, and the record of those that are done, for --resume."""
+"""Training at one learning rate after the other, each from the same start; the best is kept."""
 
 import contextlib
-import dataclasses
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,74 +14,10 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_lora
 from hf_lora.cli.examples import Examples, collate
 from hf_lora.cli.recipe import Recipe
+from hf_lora.cli.record import CHECKPOINTS, Record, Try
 from hf_lora.cli.trainer_fields import arguments, learning_rates
-from hf_lora.errors import ConfigError
-from hf_lora.files.atomic import as_json, staged
-from hf_lora.files.read import is_adapter_folder
-
-RECORD_FILE = "training.json"
-CHECKPOINTS = "checkpoints"
 
 _LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
-
-
-@dataclasses.dataclass(frozen=True)
-class Try:
-    """One training."""
-
-    learning_rate: float
-    steps: int
-    train_loss: float
-    eval_loss: float | None
-    """None without data to evaluate on, or if it is not a finite number: the training diverged."""
-
-    seconds: float
-
-    def beats(self, other: "Try | None") -> bool:
-        """Say whether this one is to be kept rather than the other."""
-        return other is None or _rank(self) < _rank(other)
-
-
-class Record:
-    """The file in the output folder that says what has been tried, and with which recipe."""
-
-    def __init__(self, recipe: Recipe, *, resume: bool):
-        self._path = recipe.output / RECORD_FILE
-        self._digest = recipe.digest
-        self.tries: list[Try] = []
-        if resume and self._path.is_file():
-            self.tries = self._read()
-        elif self._path.exists() or is_adapter_folder(recipe.output):
-            raise ConfigError(
-                f"output: {recipe.output} holds an adapter or a training already; take another "
-                "folder, or go on with --resume"
-            )
-
-    def add(self, done: Try) -> None:
-        """Write down a try, or that there is none yet."""
-        self.tries.append(done)
-        self.write()
-
-    def write(self) -> None:
-        """Write the file, whole or not at all."""
-        tries = [dataclasses.asdict(each) for each in self.tries]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = as_json({"recipe": self._digest, "tries": tries})
-        with staged(self._path, lambda file: file.write(text)) as new:
-            os.replace(new, self._path)
-
-    def _read(self) -> list[Try]:
-        try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-            digest, tries = content["recipe"], [Try(**each) for each in content["tries"]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{self._path} cannot be read: {error!r}") from error
-        if digest != self._digest:
-            raise ConfigError(
-                f"output: {self._path.parent} was begun with another recipe, so it cannot be "
-                "resumed with this one; take another folder"
-            )
-        return tries
 
 
 def run_tries(
@@ -159,10 +92,6 @@ def _train(
         eval_loss=loss if math.isfinite(loss) else None,
         seconds=round(time.monotonic() - start, 2),
     )
-
-
-def _rank(done: Try) -> float:
-    return math.inf if done.eval_loss is None else done.eval_loss
 
 
 class _Bars(TrainerCallback):

@@ -1,6 +1,7 @@
 """Files and data sets become examples: reading, cutting, packing, holding out, batches."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_a_data_set_that_is_not_there(tokenizer: PreTrainedTokenizerFast, tmp_pa
     Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ConfigError, match="split other cannot be loaded"):
         load(tokenizer, data(train=DataSet(dataset=str(tmp_path), split="other")))
+
+
+def test_without_the_library_datasets_only_what_needs_it_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert load(tokenizer, data(tmp_path / "a.jsonl")).train
+    with pytest.raises(ConfigError, match=r'a.parquet is read with .* pip install "hf-lora\[train'):
+        load(tokenizer, data(tmp_path / "a.parquet"))
+    with pytest.raises(ConfigError, match="me/data is read with the library datasets"):
+        load(tokenizer, data(train=DataSet(dataset="me/data")))
 
 
 def test_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):

@@ -116,6 +116,7 @@ def scene(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scen
         "pull absent": ["pull", "user/absent", folder / "absent", "--json"],
         "push peft": ["push", made_by_peft(base, folder / "peft"), "user/peft"],
         "train": ["train", recipe, *settings, "-o", folder / "out", "--json"],
+        "push trained": ["push", folder / "out", "user/later", "--base", "me/base"],
     }
     with HubServer() as hub:
         yield Scene(hub, folder, adapter, before, call(hub, folder, calls))
@@ -196,12 +197,14 @@ def test_a_folder_with_a_card_and_no_base_on_the_hub(scene: Scene):
 def test_a_recipe_that_pushes(scene: Scene):
     assert scene.json("train")["pushed"].startswith(scene.hub.url)
     files = scene.files("user/opposites")
+    later = scene.files("user/later")["README.md"].decode()
     assert load(files["adapter_model.safetensors"]).keys() == (
         load_file(scene.folder / "out" / "adapter_model.safetensors").keys()
     )
     card = files["README.md"].decode()
     for words in ("eval_loss", "learning_rate", "0.0005", "32 examples"):
         assert words in card, card
+        assert words in later, later
     assert not any("checkpoint" in name or name == "training.json" for name in files)
 
 

@@ -184,6 +184,14 @@ def test_resuming_several_learning_rates_does_what_is_left(
     assert weights(cut) == weights(tmp_path / "out")
 
 
+def test_a_training_that_failed_at_once_is_nothing_to_resume(
+    run: Run, recipe: Callable[..., Path], tmp_path: Path
+):
+    assert "q_prjo" in run("train", recipe(lora={"targets": ["q_prjo"]}), code=1).stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["training.json"]
+    run("train", recipe(trainer={"max_steps": 1}))
+
+
 def test_what_is_in_the_output_is_not_written_over(
     run: Run, recipe: Callable[..., Path], tmp_path: Path
 ):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hf_lora.cli.output import Result, tell
+from hf_lora.cli.record import known_training
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.read import is_adapter_folder, read_folder
 from hf_lora.hf.folder_push import push_adapter_folder
@@ -33,6 +34,7 @@ def push(
         revision=revision,
         create_pr=create_pr,
         commit_message=message,
+        training=known_training(folder),
     )
     if pushed.left_out:
         tell(f"left out, as no part of an adapter: {', '.join(pushed.left_out)}")

@@ -10,8 +10,9 @@ from hf_lora.cli.examples import Examples, load_examples
 from hf_lora.cli.output import Result, bars, plain, tell
 from hf_lora.cli.recipe import DataSet, Recipe
 from hf_lora.cli.recipe_file import read_recipe
+from hf_lora.cli.record import CHECKPOINTS, RECORD_FILE, Record, Try
 from hf_lora.cli.trainer_fields import RATE
-from hf_lora.cli.tries import CHECKPOINTS, RECORD_FILE, Record, Try, run_tries
+from hf_lora.cli.tries import run_tries
 from hf_lora.files.content import WEIGHTS_FILE
 from hf_lora.hf.card import Training
 from hf_lora.hf.folder_push import Pushed, push_adapter_folder
@@ -33,7 +34,9 @@ def run(path: Path, *, settings: Sequence[str], output: Path | None, resume: boo
         tell(_about(examples))
         model = load_model(recipe.base)
         best = run_tries(model, recipe, examples, record, progress)
-    pushed = _push(recipe, best, examples) if recipe.push else None
+    training = _training(recipe, best, examples)
+    record.finish(training)
+    pushed = _push(recipe, training) if recipe.push else None
     return Result(
         data={
             "adapter": recipe.output,
@@ -80,13 +83,10 @@ def _about(examples: Examples) -> str:
     return "\n".join(lines)
 
 
-def _push(recipe: Recipe, best: Try, examples: Examples) -> Pushed:
+def _push(recipe: Recipe, training: Training) -> Pushed:
     assert recipe.push is not None
-    return push_adapter_folder(
-        recipe.output,
-        training=_training(recipe, best, examples),
-        **dataclasses.asdict(recipe.push),
-    )
+    fields = dataclasses.asdict(recipe.push)
+    return push_adapter_folder(recipe.output, training=training, **fields)
 
 
 def _training(recipe: Recipe, best: Try, examples: Examples) -> Training:
