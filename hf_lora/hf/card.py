@@ -1,42 +1,41 @@
-"""The model card of an adapter: what it is, how to use it, how it was trained if that is known."""
+"""The model card of adapters: what they are, how to use them, how they were trained if it is known.
 
-import dataclasses
+Equal facts give equal bytes, so a push that changes nothing makes no commit. The last line of a
+card is a seal, by which a later push tells a card that somebody has edited since.
+"""
+
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import torch
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
-from hf_lora.layers.names import DEFAULT
-from hf_lora.model.plan import size
-from hf_lora.model.registry import Adapter, Registry
-
-LIBRARY = "hf_lora"
-_PIPELINES = (
-    ("ForCausalLM", "text-generation"),
-    ("LMHeadModel", "text-generation"),
-    ("ForSequenceClassification", "text-classification"),
-    ("ForTokenClassification", "token-classification"),
-    ("ForQuestionAnswering", "question-answering"),
-    ("ForImageClassification", "image-classification"),
-    ("ForSpeechSeq2Seq", "automatic-speech-recognition"),
+from hf_lora.files.read import AdapterFolder
+from hf_lora.hf.card_facts import (
+    AdapterFacts,
+    ModelFacts,
+    Training,
+    adapter_facts,
+    folder_facts,
+    folder_model_facts,
+    model_facts,
 )
+from hf_lora.hf.card_text import card_text
+from hf_lora.model.registry import Registry
 
+CARD_FILE = "README.md"
+LIBRARY = "hf_lora"
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """What a Trainer knows of how an adapter came to be."""
-
-    datasets: Sequence[str] = ()
-    """Hub ids of the data sets."""
-
-    dataset_words: str = ""
-    """The data in words, for data that is not on the Hub."""
-
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields for the card's metadata that the user gave to the Trainer: license, language, tags."""
+_SEAL = re.compile(r"\n<!-- hf_lora ([0-9a-f]{16}) -->\n*\Z")
+# Metrics that the Hub knows under these names.
+_KNOWN_METRICS = {
+    "accuracy", "bleu", "cer", "chrf", "exact_match", "f1", "matthews_correlation", "mae",
+    "mean_iou", "mse", "pearsonr", "perplexity", "precision", "recall", "rouge", "rouge1",
+    "rouge2", "rougel", "rougelsum", "sacrebleu", "spearmanr", "wer",
+}  # fmt: skip
 
 
 def adapter_card(
@@ -47,8 +46,10 @@ def adapter_card(
     base: str | None,
     repo_id: str,
     training: Training | None = None,
+    dtype: torch.dtype | None = None,
+    others: Sequence[str] = (),
 ) -> str:
-    """Return the card of the named adapters, as Markdown with the Hub's metadata in front.
+    """Return the card of adapters on a model, as Markdown with the Hub's metadata in front.
 
     Args:
         model: The wrapped model.
@@ -57,93 +58,93 @@ def adapter_card(
         base: Hub id of the base model, or None if it has none.
         repo_id: Where the card will stand; used in the code snippet.
         training: What is known of the training.
+        dtype: Type in which the adapters are saved; by default their own.
+        others: Adapters that the repo holds besides, of which nothing is known here.
     """
-    training = training or Training()
-    extra = dict(training.extra)
-    tags = [LIBRARY, "lora", "adapter", *(extra.pop("tags", None) or [])]
+    facts = adapter_facts(registry, names, dtype)
+    about = model_facts(model, registry, names)
+    return _card(about, facts, base, repo_id, training or Training(), others)
+
+
+def folder_card(
+    adapters: Mapping[str, AdapterFolder],
+    repo_id: str,
+    *,
+    base: str | None,
+    training: Training | None = None,
+) -> str:
+    """Return the card of saved adapters, from their files alone.
+
+    Args:
+        adapters: Name of each adapter to its folder.
+        base, repo_id, training: As for :func:`adapter_card`.
+    """
+    facts = [folder_facts(name, folder) for name, folder in adapters.items()]
+    about = folder_model_facts(next(iter(adapters.values())))
+    return _card(about, facts, base, repo_id, training or Training(), ())
+
+
+def is_untouched(card: str) -> bool:
+    """Say whether hf_lora wrote this card and nobody has changed it since."""
+    found = _SEAL.search(card.replace("\r\n", "\n"))
+    return found is not None and found[1] == _digest(card.replace("\r\n", "\n")[: found.start()])
+
+
+def _card(
+    model: ModelFacts,
+    adapters: Sequence[AdapterFacts],
+    base: str | None,
+    repo_id: str,
+    training: Training,
+    others: Sequence[str],
+) -> str:
+    metadata = _metadata(model, base, repo_id, training)
+    text = card_text(model, adapters, base=base, repo_id=repo_id, training=training, others=others)
+    whole = f"---\n{metadata}\n---\n\n{text}"
+    return f"{whole}\n<!-- hf_lora {_digest(whole)} -->\n"
+
+
+def _metadata(model: ModelFacts, base: str | None, repo_id: str, training: Training) -> str:
+    extra = {name: value for name, value in training.extra.items() if value}
+    tags = extra.pop("tags", None) or []
+    task = extra.pop("pipeline_tag", model.task)
     data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
         library_name=LIBRARY,
-        pipeline_tag=_pipeline(model),
-        tags=list(dict.fromkeys(tags)),
+        pipeline_tag=task,
+        tags=[LIBRARY, "lora", "adapter", *tags],
         datasets=list(training.datasets) or None,
+        metrics=sorted(_known_metrics(training)) or None,
+        **_results(task, repo_id, training),
         **extra,
     )
-    title = repo_id.rsplit("/", 1)[-1]
-    lines = [f"# {title}", "", _what(model, names, base), "", *_table(registry, names), ""]
-    lines += ["## Use it", "", *_snippet(model, names, base, repo_id), ""]
-    lines += _training_lines(training)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines).rstrip() + "\n"))
+    return data.to_yaml()
 
 
-def _what(model: nn.Module, names: Sequence[str], base: str | None) -> str:
-    of = f"[{base}](https://huggingface.co/{base})" if base else f"a {type(model).__name__}"
-    several = f"{len(names)} LoRA adapters" if len(names) > 1 else "A LoRA adapter"
-    return (
-        f"{several} of {of}, in PEFT's file format: hf_lora, PEFT, vLLM and other readers of that "
-        "format load it. The repo holds the adapter alone, not the base model."
-    )
+def _known_metrics(training: Training) -> dict[str, int | float]:
+    plain = {name.lower().replace(" ", "_"): value for name, value in training.metrics.items()}
+    return {name: value for name, value in plain.items() if name in _KNOWN_METRICS}
 
 
-def _table(registry: Registry, names: Sequence[str]) -> list[str]:
-    rows = ["| adapter | layers | rank | alpha | parameters | size |", "|---|---|---|---|---|---|"]
-    for name in names:
-        adapter = registry.adapter(name)
-        tensors = [tensor for *_, tensor in registry.tensors(name)]
-        count = sum(tensor.numel() for tensor in tensors)
-        weight = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        rows.append(
-            f"| {name} | {_layers(adapter)} | {_range(s.r for s in adapter.slots.values())} "
-            f"| {_range(s.alpha for s in adapter.slots.values())} | {count:,} | {size(weight)} |"
+def _results(task: str | None, repo_id: str, training: Training) -> dict[str, Any]:
+    """Return the results as the Hub lists them, if it is clear what they were measured on."""
+    metrics = _known_metrics(training)
+    if not metrics or not task or len(training.datasets) != 1:
+        return {}
+    (dataset,) = training.datasets
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name,
+            metric_value=value,
         )
-    return rows
+        for name, value in sorted(metrics.items())
+    ]
+    return {"model_name": repo_id.rsplit("/", 1)[-1], "eval_results": results}
 
 
-def _layers(adapter: Adapter) -> str:
-    counts: dict[str, int] = {}
-    for path in adapter.slots:
-        tail = path.rsplit(".", 1)[-1]
-        counts[tail] = counts.get(tail, 0) + 1
-    shown = [f"`{tail}` ({count})" for tail, count in sorted(counts.items())]
-    return ", ".join(shown + [f"`{path}` in full" for path in adapter.trained])
-
-
-def _range(values: Any) -> str:
-    distinct = sorted(set(values))
-    if len(distinct) == 1:
-        return f"{distinct[0]:g}"
-    return f"{distinct[0]:g} to {distinct[-1]:g}"
-
-
-def _snippet(model: nn.Module, names: Sequence[str], base: str | None, repo_id: str) -> list[str]:
-    subfolder = "" if names[0] == DEFAULT else f', subfolder="{names[0]}"'
-    if base:
-        load = [f'model = hf_lora.from_pretrained("{repo_id}"{subfolder})']
-    else:
-        load = [
-            f"# model = the {type(model).__name__} that the adapter was trained on",
-            f'model = hf_lora.load(model, "{repo_id}"{subfolder})',
-        ]
-    return ["```python", "import hf_lora", "", *load, "```", "", "`pip install hf-lora`"]
-
-
-def _training_lines(training: Training) -> list[str]:
-    lines: list[str] = []
-    if training.datasets or training.dataset_words:
-        links = [f"[{d}](https://huggingface.co/datasets/{d})" for d in training.datasets]
-        lines += ["## Training data", "", ", ".join(links) or training.dataset_words, ""]
-    if training.metrics:
-        lines += ["## Evaluation", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in training.metrics.items()] + [""]
-    if training.hyperparameters:
-        lines += ["## Training", "", "| setting | value |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in training.hyperparameters.items()] + [
-            ""
-        ]
-    return lines
-
-
-def _pipeline(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((task for ending, task in _PIPELINES if name.endswith(ending)), None)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

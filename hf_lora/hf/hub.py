@@ -4,39 +4,36 @@ Nothing here talks to the network unless the source is no folder and has the for
 the user calls push.
 """
 
+import dataclasses
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import httpx2
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from hf_lora.errors import AdapterFileError, HfLoRAWarning, HubError
+from hf_lora.errors import AdapterFileError, ConfigError, HfLoRAWarning, HubError
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
-from hf_lora.files.read import is_adapter_folder
-from hf_lora.hf.card import Training, adapter_card
-from hf_lora.hf.saving import base_name, save_state
+from hf_lora.files.read import read_folder
+from hf_lora.files.write import copy_folder
+from hf_lora.hf.base_on_hub import base_license, hub_base
+from hf_lora.hf.card import CARD_FILE, LIBRARY, Training, adapter_card, is_untouched
+from hf_lora.hf.hub_errors import reading, what_is_there, writing
+from hf_lora.hf.saving import as_dtype, base_name, save_state
+from hf_lora.layers.names import DEFAULT
 from hf_lora.model.registry import wrapped
-
-CARD_FILE = "README.md"
+from hf_lora.version import __version__
 
 
 def locate(
@@ -48,7 +45,9 @@ def locate(
 ) -> Path:
     """Return a local folder that holds the adapter ``source``: itself, or its files from the Hub.
 
-    Only the two files of the adapter are fetched; what the cache has is not fetched again.
+    A folder that exists is taken as it is and a path object is never a repo id: neither touches the
+    network. Of a repo only the two files of the adapter are fetched, both of one commit; what the
+    cache has is not fetched again.
 
     Raises:
         AdapterFileError: Neither a folder nor a repo id, or no adapter in it.
@@ -56,16 +55,32 @@ def locate(
     """
     check_subfolder(subfolder)
     folder = Path(source)
-    if folder.exists() or isinstance(source, os.PathLike):
+    if isinstance(source, os.PathLike) or folder.exists():
         return folder / subfolder if subfolder else folder
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        raise AdapterFileError(f"{source!r} is neither a folder nor a repo id on the Hub") from None
-    paths = [
-        _fetch(source, name, revision, subfolder, token) for name in (CONFIG_FILE, WEIGHTS_FILE)
-    ]
-    return Path(paths[0]).parent
+    return _fetch(source, revision=revision, subfolder=subfolder, token=token)
+
+
+def pull(
+    repo_id: str,
+    directory: Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Copy an adapter from the Hub into ``directory``, replacing one that is there.
+
+    The files are checked before anything is replaced, and replaced as :func:`hf_lora.save` does.
+
+    Raises:
+        AdapterFileError, HubError: As for :func:`locate`, or the adapter is not sound.
+        SaveError: The folder cannot be written; what was there before still is.
+    """
+    check_subfolder(subfolder)
+    found = _fetch(repo_id, revision=revision, subfolder=subfolder, token=token)
+    read_folder(found)
+    copy_folder(found, directory)
+    return directory
 
 
 def push(
@@ -84,31 +99,29 @@ def push(
 ) -> str:
     """Push adapters and a model card in one commit; see :func:`hf_lora.push_to_hub`."""
     inner, registry = wrapped(model)
-    base = base_name(inner)
-    if base is not None and os.path.isdir(base):
-        warnings.warn(
-            f"The base model was loaded from the folder {base!r}, which nobody else has; the pushed "
-            "adapter names no base. Set model.config._name_or_path to its Hub id to name it.",
-            HfLoRAWarning,
-            stacklevel=3,
-        )
-        base = None
+    base = hub_base(base_name(inner))
     names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
     with tempfile.TemporaryDirectory() as directory:
         save_state(inner, directory, adapter=adapter, dtype=dtype, base=base)
-        training = Training(extra={"tags": list(tags)})
-        card = adapter_card(inner, registry, names, base=base, repo_id=repo_id, training=training)
-        Path(directory, CARD_FILE).write_text(card, encoding="utf-8")
-        return push_folder(
-            Path(directory),
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-            commit_message=commit_message or f"Upload {', '.join(names)} with hf_lora",
-            commit_description=commit_description,
+        with writing(repo_id):
+            repo = _open(repo_id, private, revision, create_pr, token)
+        license_ = base_license(base, token) if base else {}
+        there = repo.adapters()
+        described = [name for name in registry.adapters if name in {*names, *there}]
+        card = adapter_card(
+            inner,
+            registry,
+            described,
+            base=base,
+            repo_id=repo.id,
+            training=Training(extra={**license_, "tags": list(tags)}),
+            dtype=as_dtype(dtype),
+            others=[name for name in there if name not in described],
         )
+        Path(directory, CARD_FILE).write_text(card, encoding="utf-8")
+        message = commit_message or f"Upload {', '.join(names)} with hf_lora"
+        with writing(repo_id):
+            return _commit(repo, Path(directory), message, commit_description)
 
 
 def push_folder(
@@ -122,51 +135,103 @@ def push_folder(
     commit_message: str,
     commit_description: str | None = None,
 ) -> str:
-    """Upload a folder in one commit, making the repo if there is none.
+    """Upload everything in a folder in one commit, making the repo if there is none.
+
+    If everything is there already there is no commit. A card that hf_lora wrote does not replace
+    one on the Hub that somebody else wrote or has edited, which is told with a warning.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
+        ConfigError: A pull request against a revision.
         HubError: The Hub refused, or went away; nothing or everything has been committed.
     """
-    api = HfApi(token=token)
-    with _translated(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=directory,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
+    with writing(repo_id):
+        repo = _open(repo_id, private, revision, create_pr, token)
+        return _commit(repo, directory, commit_message, commit_description)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repo:
+    """A repo that exists, and what will be committed to."""
+
+    api: HfApi
+    id: str
+    revision: str | None
+    create_pr: bool
+    files: tuple[str, ...]
+
+    def adapters(self) -> list[str]:
+        """Return the names of the adapters in it."""
+        folders = [PurePosixPath(f).parent for f in self.files if f.endswith(f"/{WEIGHTS_FILE}")]
+        named = [folder.name for folder in folders if len(folder.parts) == 1]
+        own = [DEFAULT] if WEIGHTS_FILE in self.files else []
+        return own + [name for name in named if name != "last-checkpoint"]
+
+
+def _open(
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    token: str | bool | None,
+) -> _Repo:
+    """Make the repo and the branch if there are none."""
+    if create_pr and revision is not None:
+        raise ConfigError(
+            f"create_pr=True opens a pull request against main, and revision={revision!r} names "
+            "another branch; give one of the two."
         )
+    api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise HubError(
+            f"{repo_id} exists and is public, and private=True cannot change that. Nothing was "
+            "pushed: push without it, or make the repo private in its settings first."
+        )
+    # refs/pr/3 is a pull request: it is there or it is not
+    branch = revision if revision is not None and not revision.startswith("refs/") else None
+    if branch is not None and not api.revision_exists(repo_id, branch):
+        api.create_branch(repo_id, branch=branch)
+    files = tuple(api.list_repo_files(repo_id, revision=revision))
+    return _Repo(api, repo_id, revision, create_pr, files)
+
+
+def _commit(repo: _Repo, directory: Path, message: str, description: str | None) -> str:
+    """Commit what is in the folder, at once: the client's own upload of folders may split it."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    card = directory / CARD_FILE
+    if card in paths and _untouched(card) and _has_edited_card(repo):
+        paths.remove(card)
+    commit = repo.api.create_commit(
+        repo.id,
+        [CommitOperationAdd(path.relative_to(directory).as_posix(), path) for path in paths],
+        commit_message=message,
+        commit_description=description,
+        revision=repo.revision,
+        create_pr=repo.create_pr,
+    )
     return commit.pr_url or commit.commit_url
 
 
-def pull(
-    repo_id: str,
-    directory: Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """Copy an adapter's files from the Hub into ``directory``.
+def _has_edited_card(repo: _Repo) -> bool:
+    """Say, and warn, whether the repo has a card that is not as hf_lora wrote it."""
+    if CARD_FILE not in repo.files:
+        return False
+    if _untouched(Path(repo.api.hf_hub_download(repo.id, CARD_FILE, revision=repo.revision))):
+        return False
+    warnings.warn(
+        f"The model card of {repo.id} was not written by hf_lora, or was edited since, and is left "
+        "as it is. Delete its README.md to have a new one pushed.",
+        HfLoRAWarning,
+        stacklevel=4,
+    )
+    return True
 
-    Raises:
-        AdapterFileError, HubError: As for :func:`locate`.
-    """
-    found = locate(repo_id, revision=revision, subfolder=subfolder, token=token)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if (found / name).is_file():
-            shutil.copyfile(found / name, directory / name)
-    if not is_adapter_folder(directory):
-        raise AdapterFileError(f"{repo_id} holds no {WEIGHTS_FILE}")
-    return directory
+
+def _untouched(card: Path) -> bool:
+    return is_untouched(card.read_text(encoding="utf-8", errors="replace"))
 
 
 def check_subfolder(subfolder: str | None) -> None:
@@ -179,61 +244,35 @@ def check_subfolder(subfolder: str | None) -> None:
 
 
 def _fetch(
-    repo_id: str, name: str, revision: str | None, subfolder: str | None, token: str | bool | None
-) -> str:
-    with _translated(repo_id):
-        try:
-            return hf_hub_download(
-                repo_id, name, revision=revision, subfolder=subfolder, token=token
-            )
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError as error:
-            where = f"{repo_id}/{subfolder}" if subfolder else repo_id
-            raise AdapterFileError(
-                f"{where} has no {name}, so it is no adapter that hf_lora can read"
-            ) from error
-
-
-@contextmanager
-def _translated(repo_id: str) -> Iterator[None]:
-    """Turn the client's errors into one of ours that says what to do."""
+    repo_id: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
+) -> Path:
+    """Return the cache's folder with an adapter's two files, of one commit."""
     try:
-        yield
-    except AdapterFileError:
-        raise
-    except GatedRepoError as error:
-        raise HubError(
-            f"{repo_id} is gated: ask for access on its page, then log in with `hf auth login` "
-            "or pass token=..."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{repo_id} has no such revision: {_first_line(error)}") from error
-    except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no repo id: {_first_line(error)}") from error
-    except (RepositoryNotFoundError, LocalTokenNotFoundError) as error:
-        raise HubError(
-            f"{repo_id} does not exist, or is private and your token does not open it: log in with "
-            "`hf auth login` or pass token=..."
-        ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise HubError(
-            f"{repo_id} is not in the cache, and the Hub cannot be reached or HF_HUB_OFFLINE is set"
-        ) from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise HubError(
-                f"Your token may not do this on {repo_id} (HTTP {status}); log in with "
-                "`hf auth login` or pass a token= that may write"
-            ) from error
-        raise HubError(f"The Hub refused: {_first_line(error)}") from error
-    except (OSError, httpx2.HTTPError) as error:
-        raise HubError(
-            f"The Hub could not be reached, or went away: {_first_line(error)}. If the server has "
-            "no Xet storage, set HF_HUB_DISABLE_XET=1 before Python starts."
-        ) from error
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise AdapterFileError(
+            f"{repo_id!r} is neither a folder nor a repo id on the Hub"
+        ) from None
+    inside = Path(subfolder or "").as_posix()
+    at = revision
+    with reading(repo_id, revision):
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            try:
+                path = Path(hf_hub_download(repo_id, f"{inside}/{name}", revision=at, token=token))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as error:
+                held = _files(repo_id, at, token)
+                words = what_is_there(repo_id, subfolder, name, held)
+                raise AdapterFileError(words) from error
+            folder = path.parent
+            at = path.parents[len(Path(inside).parts)].name
+    return folder
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """Return what a repo holds, for an error message only: nothing, if that cannot be said."""
+    try:
+        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except (HfHubHTTPError, httpx2.HTTPError, OSError):
+        return []

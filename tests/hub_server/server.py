@@ -118,6 +118,14 @@ class HubServer:
                     return fault.action
         return None
 
+    def forget(self) -> None:
+        """Drop log, faults and problems, and listen: as new to the next test, but for the state."""
+        with self._lock:
+            self._faults.clear()
+            self.problems.clear()
+            self.log.clear()
+        self.start()
+
     # Requests
 
     def answer(self, request: Request) -> Response:

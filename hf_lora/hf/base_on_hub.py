@@ -1,0 +1,55 @@
+"""The base model as others see it: the id under which they find it, and its licence."""
+
+import os
+import re
+import warnings
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_lora.errors import HfLoRAWarning
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+_SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]{40}[/\\]?")
+
+
+def hub_base(base: str | None) -> str | None:
+    """Return the id under which others find a base model, or None, with a warning, if they cannot.
+
+    A folder of the Hub's own cache stands for the repo that it is a copy of.
+    """
+    if base is None:
+        return None
+    cached = _SNAPSHOT.search(base)
+    name = cached["id"].replace("--", "/") if cached else base
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        known = False
+    else:
+        known = cached is not None or not os.path.isdir(name)
+    if known:
+        return name
+    warnings.warn(
+        f"The base model was loaded from the folder {base!r}, which nobody else has; what is "
+        "pushed names no base. Set model.config._name_or_path to its Hub id to name it.",
+        HfLoRAWarning,
+        stacklevel=4,
+    )
+    return None
+
+
+def base_license(base: str, token: str | bool | None) -> dict[str, str]:
+    """Return what the base model's own card says of its licence, which holds for an adapter too.
+
+    Nothing, if the Hub cannot be asked: a card without it is better than no push.
+    """
+    try:
+        card = HfApi(token=token).model_info(base).card_data
+    except (HfHubHTTPError, httpx2.HTTPError, OSError):
+        return {}
+    found = {name: card.get(name) for name in LICENSE_FIELDS} if card else {}
+    return {name: value for name, value in found.items() if isinstance(value, str)}

@@ -1,0 +1,193 @@
+"""What a model card tells: gathered from a wrapped model, or from an adapter folder alone."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lora.files.read import AdapterFolder
+from hf_lora.layers.base import Slot
+from hf_lora.model.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a Trainer knows of how an adapter came to be."""
+
+    title: str = ""
+    """Headline of the card; by default the repo's name."""
+
+    datasets: Sequence[str] = ()
+    """Hub ids of the data sets."""
+
+    dataset_words: str = ""
+    """The data in words: what it is called, how much of it there was."""
+
+    metrics: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    """Results on the evaluation data, by name."""
+
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields for the card's metadata, such as license, language, tags and pipeline_tag."""
+
+    processor: bool = False
+    """Whether the tokenizer, or what else prepares inputs, lies beside the adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter."""
+
+    name: str
+    slots: Mapping[str, Slot]
+    """Path of each adapted layer to its numbers."""
+
+    trained: tuple[str, ...]
+    """The modules that were trained in full."""
+
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...] = ()
+    """Types of its tensors, where they are known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the adapters belong to, and how it is loaded and called."""
+
+    name: str
+    """Its class, or words for it."""
+
+    loader: str | None = None
+    """What in transformers loads it; None: what that is cannot be told from here."""
+
+    default_loader: bool = False
+    """Whether :func:`hf_lora.from_pretrained` takes that one of itself."""
+
+    task: str | None = None
+    """The Hub's word for what it does."""
+
+    generates: bool = False
+    """Whether it writes text after a text."""
+
+    reads: str | None = None
+    """Name of its main input."""
+
+    labels: tuple[str, ...] = ()
+    """The classes that it tells apart, where they are its own and not the base's."""
+
+
+# Ends of class names, what loads such a model, and the Hub's word for what it does.
+_CLASSES = (
+    ("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
+    ("LMHeadModel", "AutoModelForCausalLM", "text-generation"),
+    ("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
+    ("ForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
+    ("ForImageClassification", "AutoModelForImageClassification", "image-classification"),
+    ("ForSemanticSegmentation", "AutoModelForSemanticSegmentation", "image-segmentation"),
+    ("ForObjectDetection", "AutoModelForObjectDetection", "object-detection"),
+    ("ForAudioClassification", "AutoModelForAudioClassification", "audio-classification"),
+    ("ForCTC", "AutoModelForCTC", "automatic-speech-recognition"),
+    ("ForSpeechSeq2Seq", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+)
+# PEFT's words for tasks, what hf_lora.from_pretrained loads for them, and the Hub's word.
+_TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+}
+
+# The last weight of a head that classifies.
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+# What hf_lora.from_pretrained loads of itself, because PEFT's file names the task.
+_GENERATING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
+def adapter_facts(
+    registry: Registry, names: Iterable[str], dtype: torch.dtype | None = None
+) -> list[AdapterFacts]:
+    """Return the facts of adapters on a model, as they are when saved with ``dtype``."""
+    return [_adapter_facts(registry, name, dtype) for name in names]
+
+
+def _adapter_facts(registry: Registry, name: str, dtype: torch.dtype | None) -> AdapterFacts:
+    adapter = registry.adapter(name)
+    tensors = [tensor for *_, tensor in registry.tensors(name)]
+    saved = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
+    return AdapterFacts(
+        name=name,
+        slots=adapter.slots,
+        trained=adapter.trained,
+        parameters=sum(tensor.numel() for tensor in tensors),
+        bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
+        dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
+    )
+
+
+def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
+    """Return the facts of an adapter in a folder."""
+    return AdapterFacts(
+        name=name,
+        slots=folder.slots,
+        trained=tuple(folder.trained_names),
+        parameters=sum(math.prod(shape) for shape in folder.file.shapes.values()),
+        bytes=folder.file.path.stat().st_size,
+    )
+
+
+def model_facts(model: nn.Module, registry: Registry, names: Iterable[str]) -> ModelFacts:
+    """Return the facts of a wrapped model."""
+    name = type(model).__name__
+    if not type(model).__module__.startswith("transformers."):
+        return ModelFacts(name)
+    # a class of transformers loads itself where none of the auto classes is sure to
+    found = next((row for row in _CLASSES if name.endswith(row[0])), (name, name, None))
+    _, loader, task = found
+    reads = getattr(model, "main_input_name", None)
+    if getattr(model.config, "is_encoder_decoder", False) and reads == "input_ids":
+        loader = "AutoModelForSeq2SeqLM" if name.endswith("ForConditionalGeneration") else loader
+    own_head = any(registry.adapter(adapter).trained for adapter in names)
+    labels = getattr(model.config, "id2label", None)
+    default = loader in _GENERATING
+    return ModelFacts(
+        name=name,
+        loader=loader,
+        default_loader=default,
+        task=task,
+        generates=default and reads == "input_ids",
+        reads=reads,
+        labels=tuple(str(labels[key]) for key in sorted(labels))
+        if labels and own_head and "Classification" in name
+        else (),
+    )
+
+
+def folder_model_facts(folder: AdapterFolder) -> ModelFacts:
+    """Return the facts of the model that an adapter folder is for, as far as the files tell."""
+    loader, task = _TASKS.get(str(folder.fields.get("task_type")), (None, None))
+    classifies = task is not None and task.endswith("classification")
+    return ModelFacts(
+        name="base model",
+        loader=loader,
+        default_loader=loader is not None,
+        task=task,
+        generates=loader in _GENERATING,
+        reads="input_ids" if loader else None,
+        labels=_nameless_labels(folder) if classifies else (),
+    )
+
+
+def _nameless_labels(folder: AdapterFolder) -> tuple[str, ...]:
+    """Return as many labels as the head in the folder tells apart, without their names."""
+    for name, key in folder.others.items():
+        if name.endswith(_HEADS):
+            return tuple(f"LABEL_{number}" for number in range(folder.file.shapes[key][0]))
+    return ()
