@@ -33,6 +33,9 @@ class Adapter:
     trained: tuple[str, ...]
     """Paths of the modules that are trained in full, each with everything below it."""
 
+    training: Any = None
+    """What is known of its last training here, for the model card."""
+
 
 @dataclasses.dataclass
 class Registry:

@@ -26,7 +26,9 @@ class Case:
     """Whether its base can be merged into."""
 
 
-def llama(tied: bool = False, layers: int = 2, **fields: Any) -> hf.LlamaForCausalLM:
+def llama(
+    tied: bool = False, layers: int = 2, dtype: torch.dtype = torch.float32, **fields: Any
+) -> hf.LlamaForCausalLM:
     """Return a tiny Llama, equal each time."""
     torch.manual_seed(11)
     sizes = {
@@ -39,7 +41,9 @@ def llama(tied: bool = False, layers: int = 2, **fields: Any) -> hf.LlamaForCaus
         "max_position_embeddings": 32,
         "tie_word_embeddings": tied,
     }
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes | fields)).eval()
+    config = hf.LlamaConfig(**sizes | fields)
+    # not by a cast afterwards, which would round the rotary frequencies as well
+    return hf.LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def gpt2() -> hf.GPT2LMHeadModel:
@@ -116,7 +120,9 @@ def _rows(name: str, width: int) -> Callable[[], dict[str, torch.Tensor]]:
 
 CASES: dict[str, Case] = {
     "llama": Case(llama, {"r": 4, "overrides": {"q_proj": {"r": 2, "alpha": 7}}}, _tokens()),
-    "llama bf16": Case(lambda: llama().bfloat16(), {"targets": ["q_proj", "v_proj"]}, _tokens()),
+    "llama bf16": Case(
+        lambda: llama(dtype=torch.bfloat16), {"targets": ["q_proj", "v_proj"]}, _tokens()
+    ),
     "llama tied head": Case(
         lambda: llama(tied=True), {"targets": ["lm_head", "down_proj"], "r": 4}, _tokens()
     ),
