@@ -41,9 +41,9 @@ def main() -> None:
         ref_model=reference,
         args=DPOConfig(
             OUTPUT,
-            max_steps=15 if args.quick else 80,
+            max_steps=10 if args.quick else 60,
             per_device_train_batch_size=8,
-            learning_rate=1e-4,
+            learning_rate=2e-4,
             lr_scheduler_type="cosine",
             logging_steps=5,
             save_strategy="no",

@@ -49,7 +49,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             OUTPUT,
-            max_steps=20 if args.quick else 120,
+            max_steps=15 if args.quick else 120,
             per_device_train_batch_size=16,
             learning_rate=5e-4,
             lr_scheduler_type="cosine",

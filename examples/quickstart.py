@@ -50,7 +50,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             str(OUTPUT),
-            max_steps=30 if args.quick else 120,
+            max_steps=30 if args.quick else 80,
             per_device_train_batch_size=16,
             learning_rate=5e-4,
             lr_scheduler_type="cosine",
@@ -125,7 +125,7 @@ def plot(history: list[dict], before: float, after: float) -> None:
     rows = [row for row in history if "loss" in row]
     axes = Figure(figsize=(6, 4)).subplots()
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label="training")
-    axes.plot([0, rows[-1]["step"]], [before, after], "o--", label="held out")
+    axes.plot([0, rows[-1]["step"]], [before, after], "o", label="held out")
     axes.set(xlabel="step", ylabel="loss", title="Learning British spelling")
     axes.legend()
     axes.figure.savefig(OUTPUT / "loss.png", dpi=120)
