@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hf_lora.cli.recipe import Recipe
 from hf_lora.errors import ConfigError
 from hf_lora.files.atomic import as_json, staged
 from hf_lora.files.read import is_adapter_folder
-from hf_lora.hf.card import Training
+from hf_lora.hf.card_facts import Training
 
 RECORD_FILE = "training.json"
 CHECKPOINTS = "checkpoints"
@@ -45,7 +44,7 @@ class Record:
     def __init__(self, recipe: Recipe, *, resume: bool):
         self._path = recipe.output / RECORD_FILE
         self._digest = recipe.digest
-        self._card: Mapping[str, Any] | None = None
+        self._card: Training | None = None
         self.tries: list[Try] = []
         if not _begun(recipe.output):
             return
@@ -69,13 +68,14 @@ class Record:
 
     def finish(self, training: Training) -> None:
         """Write down what a model card tells of the training."""
-        self._card = dataclasses.asdict(training)
+        self._card = training
         self.write()
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
         tries = [dataclasses.asdict(each) for each in self.tries]
-        text = as_json({"recipe": self._digest, "tries": tries, "card": self._card})
+        card = self._card and dataclasses.asdict(self._card)
+        text = as_json({"recipe": self._digest, "tries": tries, "card": card})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with staged(self._path, lambda file: file.write(text)) as new:
             os.replace(new, self._path)
@@ -89,8 +89,7 @@ def known_training(folder: Path) -> Training | None:
     """
     if not (folder / RECORD_FILE).is_file():
         return None
-    card = _read(folder / RECORD_FILE)["card"]
-    return Training(**card) if card else None
+    return _read(folder / RECORD_FILE)["card"]
 
 
 def _begun(output: Path) -> bool:
@@ -104,7 +103,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tries = [Try(**each) for each in content["tries"]]
-        return {"recipe": content["recipe"], "tries": tries, "card": content["card"]}
+        card = Training(**content["card"]) if content["card"] else None
+        return {"recipe": content["recipe"], "tries": tries, "card": card}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
 

@@ -51,6 +51,8 @@ class Description:
     task: str | None
     layers: tuple[LayerFacts, ...]
     trained_names: tuple[str, ...]
+    """Modules trained in full: their paths, or in files made elsewhere their names."""
+
     trained: tuple[TrainedFacts, ...]
     dropout: float
     rslora: bool
@@ -133,7 +135,7 @@ def describe(
         revision=folder.revision,
         task=folder.fields.get("task_type"),
         layers=tuple(layers),
-        trained_names=tuple(folder.trained_names),
+        trained_names=tuple(folder.trained_names if folder.own is None else folder.own.trained),
         trained=tuple(trained),
         dropout=next(iter(folder.slots.values())).dropout,
         rslora=next(iter(folder.slots.values())).rslora,

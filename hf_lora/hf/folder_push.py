@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -13,12 +12,13 @@ from pathlib import Path
 from hf_lora.errors import AdapterFileError, HfLoRAWarning
 from hf_lora.files.atomic import as_json
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.header import ADAPTER_CONFIG, HEADER_KEY
 from hf_lora.files.read import AdapterFolder, is_adapter_folder, read_folder
 from hf_lora.files.safetensors_io import serialize
-from hf_lora.files.write import HEADER_KEY
-from hf_lora.hf.card import Training
-from hf_lora.hf.folder_card import folder_card
-from hf_lora.hf.hub import CARD_FILE, push_folder
+from hf_lora.hf.base_on_hub import base_license, hub_base
+from hf_lora.hf.card import CARD_FILE, folder_card
+from hf_lora.hf.card_facts import Training
+from hf_lora.hf.hub import push_folder
 from hf_lora.layers.names import DEFAULT
 
 _BESIDE = (
@@ -27,7 +27,7 @@ _BESIDE = (
 )  # fmt: skip
 """What belongs to an adapter although it is no adapter; everything else stays at home."""
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,13 @@ def push_adapter_folder(
         for entry in beside:
             shutil.copyfile(entry, root / entry.name)
         if not (root / CARD_FILE).exists():
-            card = folder_card(adapters, repo_id, base=named, training=training)
+            known = training or Training()
+            known = dataclasses.replace(
+                known,
+                extra={**(base_license(named, token) if named else {}), **known.extra},
+                processor=any(entry.name.startswith("tokenizer") for entry in beside),
+            )
+            card = folder_card(adapters, repo_id, base=named, training=known)
             (root / CARD_FILE).write_text(card, encoding="utf-8")
         files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
         url = push_folder(
@@ -116,15 +122,17 @@ def _folders(directory: Path) -> dict[str, Path]:
 
 def _nameable(base: str | None, directory: Path) -> str | None:
     """Return the base model's name if others can use it."""
-    if base is None or not (os.path.isabs(base) or os.path.isdir(base) or base.startswith(".")):
-        return base
-    warnings.warn(
-        f"{directory} names the folder {base!r} as its base model, which nobody else has; the "
-        "pushed adapter names no base. Give the Hub id of the base to name it.",
-        HfLoRAWarning,
-        stacklevel=3,
-    )
-    return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HfLoRAWarning)  # its advice is for a model in memory
+        named = hub_base(base)
+    if base is not None and named is None:
+        warnings.warn(
+            f"{directory} names the folder {base!r} as its base model, which nobody else has; "
+            "what is pushed names no base. Give the Hub id of the base to name it.",
+            HfLoRAWarning,
+            stacklevel=3,
+        )
+    return named
 
 
 def _belongs(entry: Path) -> bool:
@@ -142,11 +150,11 @@ def _stage(adapter: AdapterFolder, target: Path, base: str | None) -> None:
         return
     changed = {**fields, "base_model_name_or_path": base, "revision": None}
     (target / CONFIG_FILE).write_bytes(as_json(changed))
-    metadata = dict(adapter.file.metadata)
     if adapter.header is None:
         shutil.copyfile(adapter.file.path, target / WEIGHTS_FILE)
         return
-    metadata[HEADER_KEY] = json.dumps({**adapter.header, "base": base})
+    header = json.dumps({**adapter.header, ADAPTER_CONFIG: changed})
+    metadata = {**adapter.file.metadata, HEADER_KEY: header}
     tensors = dict(adapter.file.read(list(adapter.file.shapes)))
     with open(target / WEIGHTS_FILE, "wb") as file:
         serialize(tensors, metadata)(file)

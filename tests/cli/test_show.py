@@ -18,7 +18,7 @@ FIELDS = {
     "r": 4,
     "alpha": 6,
     "overrides": {"down_proj": {"r": 2, "alpha": 3}},
-    "train": ["model.norm"],
+    "train": ["layers.1.input_layernorm"],
 }
 
 
@@ -62,7 +62,7 @@ def test_norms_dead_layers_and_sizes(run: Run, adapter: Path, base: Path):
     size = (adapter / "adapter_model.safetensors").stat().st_size
     causes = found["causes"]
     assert sum(causes.values()) == found["file_bytes"] == size
-    assert causes["model.norm in full, float32"] == 4 * 32
+    assert causes["model.layers.1.input_layernorm in full, float32"] == 4 * 32
     assert causes["q_proj, rank 4, float32"] == 4 * 4 * (32 + 32) * 2
     assert found["header"] == {
         "format": 1,
@@ -77,7 +77,7 @@ def test_in_words(run: Run, adapter: Path, base: Path):
         "made by hf_lora, format 1",
         f"base: {base} (CAUSAL_LM)",
         "rank 2, 4, alpha 3, 6, scaled by alpha / r",
-        "trained in full: ",
+        "trained in full: model.layers.1.input_layernorm\n",
         "fingerprint of the base: 4 layers sampled, not quantized",
         "dead: 1 of 4 layers change nothing:\n  - model.layers.0.self_attn.q_proj",
     ):
@@ -142,7 +142,7 @@ def test_a_named_adapter_is_in_a_folder_of_its_name(run: Run, base: Path, tmp_pa
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 9), "truncated"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds no adapter_model"),
     ],

@@ -14,7 +14,7 @@ from hf_lora.cli.record import CHECKPOINTS, RECORD_FILE, Record, Try
 from hf_lora.cli.trainer_fields import RATE
 from hf_lora.cli.tries import run_tries
 from hf_lora.files.content import WEIGHTS_FILE
-from hf_lora.hf.card import Training
+from hf_lora.hf.card_facts import Training
 from hf_lora.hf.folder_push import Pushed, push_adapter_folder
 from hf_lora.model.plan import size
 
