@@ -189,7 +189,8 @@ def from_pretrained(
     Args:
         source: A folder, or the id of a repo on the Hub.
         model_class: What loads the base, such as ``AutoModelForSequenceClassification``; by default
-            the auto class for the adapter's task, causal language models if it names none.
+            the auto class for the adapter's task, or, if it names none, the class that the base was
+            saved from.
         trainable, revision, subfolder, token, check_base: As for :func:`load`.
         **model_kwargs: Handed to ``model_class.from_pretrained``, for instance ``dtype`` or
             ``device_map``.
@@ -211,8 +212,10 @@ def from_pretrained(
         )
     if content.revision is not None:
         model_kwargs.setdefault("revision", content.revision)
-    loader = model_class or _auto_class(content.fields.get("task_type"))
-    model = loader.from_pretrained(content.base, token=token, **model_kwargs)
+    if token is not None:
+        model_kwargs.setdefault("token", token)
+    loader = model_class or _class_for(content.fields.get("task_type"), content.base, model_kwargs)
+    model = loader.from_pretrained(content.base, **model_kwargs)
     return load(model, folder, trainable=trainable, check_base=check_base)
 
 
@@ -266,12 +269,27 @@ def _hook(model: nn.Module) -> None:
     trainer_patch.install()
 
 
-def _auto_class(task: Any) -> Any:
-    names = {
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-        "FEATURE_EXTRACTION": "AutoModel",
-    }
-    return getattr(transformers, names.get(task, "AutoModelForCausalLM"))
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "gguf_file")
+
+
+def _class_for(task: Any, base: str, model_kwargs: dict[str, Any]) -> Any:
+    """Return the class of transformers that loads the base for an adapter's task."""
+    if task in _CLASSES:
+        return getattr(transformers, _CLASSES[task])
+    kwargs = {name: model_kwargs[name] for name in _CONFIG_KWARGS if name in model_kwargs}
+    saved_from = transformers.AutoConfig.from_pretrained(base, **kwargs).architectures or [""]
+    found = getattr(transformers, saved_from[0], None)
+    if found is None:
+        raise AdapterFileError(
+            f"The adapter names no task that hf_lora knows ({task!r}), and its base {base} was "
+            f"saved from {saved_from[0] or 'a class that it does not name'}; pass model_class=..."
+        )
+    return found
