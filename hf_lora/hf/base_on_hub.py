@@ -17,9 +17,25 @@ _SNAPSHOT = re.compile(r"models--(?P<id>[^/\\]+)[/\\]snapshots[/\\][0-9a-f]{40}[
 
 
 def hub_base(base: str | None) -> str | None:
-    """Return the id under which others find a base model, or None, with a warning, if they cannot.
+    """Return the id of a model's base as :func:`hub_id` does, with a warning if it has none."""
+    found = hub_id(base)
+    if base is not None and found is None:
+        warnings.warn(
+            f"The base model was loaded from the folder {base!r}, which nobody else has; what is "
+            "pushed names no base. Set model.config._name_or_path to its Hub id to name it.",
+            HfLoRAWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def hub_id(base: str | None) -> str | None:
+    """Return the id under which others find a base model, or None if they cannot.
 
     A folder of the Hub's own cache stands for the repo that it is a copy of.
+
+    Args:
+        base: What the model or the adapter names as its base: an id or a folder.
     """
     if base is None:
         return None
@@ -28,18 +44,8 @@ def hub_base(base: str | None) -> str | None:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        known = False
-    else:
-        known = cached is not None or not os.path.isdir(name)
-    if known:
-        return name
-    warnings.warn(
-        f"The base model was loaded from the folder {base!r}, which nobody else has; what is "
-        "pushed names no base. Set model.config._name_or_path to its Hub id to name it.",
-        HfLoRAWarning,
-        stacklevel=4,
-    )
-    return None
+        return None
+    return name if cached or not os.path.isdir(name) else None
 
 
 def base_license(base: str, token: str | bool | None) -> dict[str, str]:

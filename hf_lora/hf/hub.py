@@ -8,8 +8,9 @@ import dataclasses
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import httpx2
 import torch
@@ -32,7 +33,7 @@ from hf_lora.hf.card import CARD_FILE, LIBRARY, Training, adapter_card, is_untou
 from hf_lora.hf.hub_errors import reading, what_is_there, writing
 from hf_lora.hf.saving import as_dtype, base_name, save_state
 from hf_lora.layers.names import DEFAULT
-from hf_lora.model.registry import wrapped
+from hf_lora.model.registry import Registry, wrapped
 from hf_lora.version import __version__
 
 
@@ -105,7 +106,7 @@ def push(
         save_state(inner, directory, adapter=adapter, dtype=dtype, base=base)
         with writing(repo_id):
             repo = _open(repo_id, private, revision, create_pr, token)
-        license_ = base_license(base, token) if base else {}
+        licence = base_license(base, token) if base else {}
         there = repo.adapters()
         described = [name for name in registry.adapters if name in {*names, *there}]
         card = adapter_card(
@@ -114,7 +115,7 @@ def push(
             described,
             base=base,
             repo_id=repo.id,
-            training=Training(extra={**license_, "tags": list(tags)}),
+            training=_told(registry, described, {**licence, "tags": list(tags)}),
             dtype=as_dtype(dtype),
             others=[name for name in there if name not in described],
         )
@@ -122,6 +123,14 @@ def push(
         message = commit_message or f"Upload {', '.join(names)} with hf_lora"
         with writing(repo_id):
             return _commit(repo, Path(directory), message, commit_description)
+
+
+def _told(registry: Registry, names: Sequence[str], given: Mapping[str, Any]) -> Training:
+    """Return what is known of the training, if all these adapters were trained in the same run."""
+    runs = [registry.adapter(name).training for name in names]
+    if runs[0] is None or any(run is not runs[0] for run in runs):
+        return Training(extra=given)
+    return runs[0].told(given)
 
 
 def push_folder(

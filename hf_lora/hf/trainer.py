@@ -6,7 +6,6 @@ class, which :func:`hf_lora.wrap` installs, or as :class:`LoRATrainerMixin`.
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,21 @@ from typing import Any
 from torch import nn
 
 from hf_lora.errors import AdapterMismatchError
-from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
 from hf_lora.files.read import is_adapter_folder
+from hf_lora.hf.base_on_hub import hub_base
 from hf_lora.hf.loading import restore
 from hf_lora.hf.pretrained import is_pretrained
-from hf_lora.hf.saving import adapter_folder
+from hf_lora.hf.saving import adapter_folder, base_name
 from hf_lora.hf.trainer_card import create_model_card
+from hf_lora.hf.trainer_push import bring_adapters, name_for_others
 from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
+from hf_lora.hf.training_run import run_of
 from hf_lora.model.registry import Registry, find, wrapped
 
 Original = Callable[..., Any]
 """The method of Trainer, bound to the trainer."""
 
+_WITH_CHECKPOINTS = ("checkpoint", "all_checkpoints")
 _NO_GRAPH = "does not require grad"
 """What torch's error says when a loss depends on nothing that trains."""
 
@@ -70,11 +72,17 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         switch_dropout_off(found[1])
     _add_gradient_check(trainer)
     try:
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
     except RuntimeError as error:
         if _NO_GRAPH not in str(error):
             raise
         raise nothing_trains(*(_ours(trainer.model) or found)) from error
+    _, registry = _ours(trainer.model) or found
+    run = run_of(trainer)
+    for name in registry.routing.active:
+        if any(parameter.requires_grad for _, parameter in registry.parameters(name)):
+            registry.adapter(name).training = run
+    return result
 
 
 def load_from_checkpoint(
@@ -104,13 +112,13 @@ def push_from_checkpoint(original: Original, trainer: Any, checkpoint_folder: st
     """Put a checkpoint's adapters where Trainer pushes from: without PEFT it would leave them."""
     found = _ours(trainer.model)
     if found is not None and _will_push(trainer):
-        for name in found[1].adapters:
-            source = adapter_folder(Path(checkpoint_folder), name)
-            target = adapter_folder(Path(trainer.args.output_dir), name)
-            target.mkdir(parents=True, exist_ok=True)
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                if (source / file).is_file():
-                    shutil.copyfile(source / file, target / file)
+        model, registry = found
+        checkpoint, output = Path(checkpoint_folder), Path(trainer.args.output_dir)
+        bring_adapters(registry, checkpoint, output)
+        strategy = trainer.args.hub_strategy
+        pushed = [output, checkpoint] if strategy in _WITH_CHECKPOINTS else [output]
+        for folder in pushed:
+            name_for_others(model, registry, folder, hub_base(base_name(model)))
     original(checkpoint_folder)
 
 

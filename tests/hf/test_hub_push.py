@@ -191,6 +191,17 @@ class TestCardsOfOthers:
         assert len(warned) == 1
         assert warned[0].startswith("The model card of user/edited was not written by hf_lora")
 
+    def test_a_card_that_the_user_brings_replaces_any(self, hub: HubServer, worker: Worker):
+        hub.add_repo("user/brought", {"README.md": "# Theirs\n"})
+        _, warned = worker.run("""
+            from hf_lora.hf.hub import push_folder
+            hf_lora.save(adapted(), "brought")
+            Path("brought/README.md").write_text("# Mine\\n")
+            report(told(push_folder, Path("brought"), "user/brought", commit_message="Mine"))
+        """)
+        assert card(hub, "user/brought") == "# Mine\n"
+        assert warned == []
+
     def test_our_own_card_is_kept_up_to_date(self, hub: HubServer, worker: Worker):
         _, warned = worker.run("""
             hf_lora.push_to_hub(adapted(r=4), "user/fresh")

@@ -222,6 +222,26 @@ report([losses[t.state.best_global_step], str(ModelCard.load("user/best"))])
         )
         assert f"| Loss | {best:.4g} |" in text
 
+    def test_our_own_push_after_a_training_tells_of_it_too(self, hub: HubServer, worker: Worker):
+        """Also of an evaluation that came after, and not if the adapters were trained apart."""
+        loss, one, two = run(
+            worker,
+            """
+t = trainer(adapted(), "unused", push_to_hub=False)
+t.train()
+loss = t.evaluate()["eval_loss"]
+hf_lora.push_to_hub(t.model, "user/after")
+hf_lora.add_adapter(t.model, "fr", targets="down_proj", r=2)
+t.model.push_to_hub("user/after-two")
+report([loss, str(ModelCard.load("user/after")), str(ModelCard.load("user/after-two"))])
+""",
+        )
+        assert f"| Loss | {loss:.4g} |" in one
+        assert "| Learning rate | 0.01, constant |" in one
+        assert "16 examples to train, 4 to evaluate." in one
+        assert 'AutoTokenizer.from_pretrained("user/base")' in one
+        assert "Learning rate" not in two
+
     def test_a_run_that_is_not_pushed_asks_nobody(self, hub: HubServer, worker: Worker):
         """TRL writes cards at every checkpoint, also of runs that stay at home."""
         run(
@@ -251,6 +271,46 @@ t.push_to_hub()
         assert "generated_from_trainer" in hub.files("user/plain")["README.md"].decode()
         assert "model.safetensors" in names(hub, "user/plain")
         assert "config.json" in names(hub, "user/plain")
+
+
+@pytest.mark.parametrize("finetuned_from", [None, "user/base"])
+def test_no_path_of_this_machine_is_pushed(
+    hub: HubServer, worker: Worker, finetuned_from: str | None
+):
+    """Neither by the strategies during the run nor at its end; what was said instead is named."""
+    name = f"local-{bool(finetuned_from)}"
+    folder = worker.home / "base"
+    warned = run(
+        worker,
+        """
+def push():
+    t = trainer(adapted(folder), name, hub_strategy="checkpoint")
+    t.train()
+    t._finish_current_push()
+    before = {n: f.hex() for n, f in
+              ((n, Path(HfApi().hf_hub_download(f"user/{name}", n)).read_bytes()) for n in files)}
+    t.push_to_hub(**({"finetuned_from": finetuned_from} if finetuned_from else {}))
+    resumed = trainer(adapted(folder, seed=9), name, push_to_hub=False)
+    resumed.train(resume_from_checkpoint=True)
+    return before
+files = ["adapter_config.json", "adapter_model.safetensors", "last-checkpoint/adapter_config.json"]
+before, warned = told(push)
+assert not any(folder.encode().hex() in content for content in before.values())
+report(warned)
+""",
+        name=name,
+        folder=folder,
+        finetuned_from=finetuned_from,
+    )
+    assert any("which nobody else has" in text for text in warned)
+    pushed = hub.files(f"user/{name}")
+    for file in WEIGHTS | below("last-checkpoint", WEIGHTS) | {"README.md"}:
+        assert str(folder).encode() not in pushed[file], file
+    fields = json.loads(pushed["adapter_config.json"])
+    assert fields["base_model_name_or_path"] == finetuned_from
+    assert (b"base_model: user/base" in pushed["README.md"]) == bool(finetuned_from)
+    if finetuned_from:
+        worker.run("""hf_lora.from_pretrained(name)""", name=f"user/{name}")
 
 
 def test_the_config_names_the_base(hub: HubServer, worker: Worker):

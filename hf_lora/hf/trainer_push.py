@@ -1,0 +1,44 @@
+"""Making a Trainer's folders ready for its push: our files in them, and no path of this machine."""
+
+from pathlib import Path
+
+from torch import nn
+
+from hf_lora.files.base_name import copy_naming
+from hf_lora.files.read import is_adapter_folder, read_folder
+from hf_lora.files.write import copy_folder
+from hf_lora.hf.base_on_hub import hub_id
+from hf_lora.hf.saving import adapter_folder, base_name
+from hf_lora.model.registry import Registry
+
+
+def bring_adapters(registry: Registry, checkpoint: Path, output: Path) -> None:
+    """Copy a checkpoint's adapters to where Trainer pushes from: without PEFT it leaves them.
+
+    Raises:
+        SaveError: A file cannot be read or written.
+    """
+    for name in registry.adapters:
+        source = adapter_folder(checkpoint, name)
+        if is_adapter_folder(source):
+            copy_folder(source, adapter_folder(output, name))
+
+
+def name_for_others(
+    model: nn.Module, registry: Registry, directory: Path, base: str | None
+) -> None:
+    """Where the base is a folder of this machine, name ``base`` in the adapters in ``directory``.
+
+    Args:
+        model: The wrapped model.
+        registry: Its registry.
+        directory: What is about to be pushed.
+        base: Id under which others find the base, or None if they do not.
+    """
+    own = base_name(model)
+    if own is None or hub_id(own) == own:
+        return
+    for name in registry.adapters:
+        folder = adapter_folder(directory, name)
+        if is_adapter_folder(folder):
+            copy_naming(read_folder(folder), folder, base)
