@@ -23,6 +23,8 @@ def base_view(model: nn.Module) -> Any:
 
     It has the model's class and no adapters, is in eval mode, and costs no memory: a reference
     model for TRL's ``DPOTrainer(model=model, ref_model=hf_lora.base_view(model))`` and the like.
+    Make it before the trainer. To go on from a trained adapter, whose own start is the reference,
+    use TRL's ``precompute_ref_log_probs=True`` instead.
 
     Args:
         model: A wrapped model that is not merged.

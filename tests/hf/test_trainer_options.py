@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import hf_lora
 from tests.hf import training
@@ -163,6 +163,24 @@ class TestNumberTypes:
         second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
         assert same(adapter_tensors(second.model), adapter_tensors(first.model))
         assert {t.dtype for t in base_tensors(first.model).values()} == {torch.bfloat16}
+
+    def test_a_4_bit_base_resumes_to_the_bit(self, tmp_path: Path):
+        """Trainer refuses quantized models without adapters; ours passes its guard."""
+        training.llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+        def make(seed: int) -> Any:
+            base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=bits)
+            with training.seeded(seed):
+                return hf_lora.wrap(base, ["q_proj", "down_proj"], r=4)
+
+        first = train(tmp_path / "first", make(1))
+        base = base_tensors(first.model)
+        assert torch.uint8 in {tensor.dtype for tensor in base.values()}
+        assert same(base, base_tensors(make(1)))
+        second = training.trainer(make(9), tmp_path / "second")
+        second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+        assert same(adapter_tensors(second.model), adapter_tensors(first.model))
 
     @pytest.mark.skipif(
         not torch.cuda.is_available(), reason="Trainer's fp16 needs a GPU: it scales the loss there"
