@@ -1,6 +1,7 @@
 """Naming another base model in an adapter's files: in the JSON and in the header's copy of it."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -23,16 +24,16 @@ def copy_naming(adapter: AdapterFolder, directory: Path, base: str | None) -> No
     Raises:
         AdapterFileError, SaveError: A file cannot be read or written; the folder is as it was.
     """
-    if adapter.base == base:
-        copy_folder(adapter.directory, directory)
-        return
-    fields = {**adapter.fields, "base_model_name_or_path": base, "revision": None}
-    metadata = dict(adapter.file.metadata)
-    if adapter.header is not None:
-        metadata[HEADER_KEY] = json.dumps({**adapter.header, ADAPTER_CONFIG: fields})
+    changed = {} if adapter.base == base else {"base_model_name_or_path": base, "revision": None}
+    fields = {**adapter.fields, **changed}
     with tempfile.TemporaryDirectory() as stage:
         (Path(stage) / CONFIG_FILE).write_bytes(as_json(fields))
-        tensors = dict(adapter.file.read(list(adapter.file.shapes)))
-        with open(Path(stage) / WEIGHTS_FILE, "wb") as file:
-            serialize(tensors, metadata)(file)
+        weights = Path(stage) / WEIGHTS_FILE
+        if changed and adapter.header is not None:
+            header = json.dumps({**adapter.header, ADAPTER_CONFIG: fields})
+            tensors = dict(adapter.file.read(list(adapter.file.shapes)))
+            with open(weights, "wb") as file:
+                serialize(tensors, {**adapter.file.metadata, HEADER_KEY: header})(file)
+        else:
+            shutil.copyfile(adapter.file.path, weights)
         copy_folder(Path(stage), directory)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import json
 import re
 import shutil
 import tempfile
@@ -10,15 +9,13 @@ import warnings
 from pathlib import Path
 
 from hf_lora.errors import AdapterFileError, HfLoRAWarning
-from hf_lora.files.atomic import as_json
-from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
-from hf_lora.files.header import ADAPTER_CONFIG, HEADER_KEY
-from hf_lora.files.read import AdapterFolder, is_adapter_folder, read_folder
-from hf_lora.files.safetensors_io import serialize
-from hf_lora.hf.base_on_hub import base_license, hub_base
+from hf_lora.files.base_name import copy_naming
+from hf_lora.files.read import is_adapter_folder, read_folder
+from hf_lora.hf.base_on_hub import base_license, hub_id
 from hf_lora.hf.card import CARD_FILE, folder_card
 from hf_lora.hf.card_facts import Training
 from hf_lora.hf.hub import push_folder
+from hf_lora.hf.saving import adapter_folder
 from hf_lora.layers.names import DEFAULT
 
 _BESIDE = (
@@ -79,7 +76,7 @@ def push_adapter_folder(
     with tempfile.TemporaryDirectory() as stage:
         root = Path(stage)
         for name, adapter in adapters.items():
-            _stage(adapter, root if name == DEFAULT else root / name, named)
+            copy_naming(adapter, adapter_folder(root, name), named)
         beside = [entry for entry in directory.iterdir() if entry.is_file() and _belongs(entry)]
         for entry in beside:
             shutil.copyfile(entry, root / entry.name)
@@ -122,9 +119,7 @@ def _folders(directory: Path) -> dict[str, Path]:
 
 def _nameable(base: str | None, directory: Path) -> str | None:
     """Return the base model's name if others can use it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HfLoRAWarning)  # its advice is for a model in memory
-        named = hub_base(base)
+    named = hub_id(base)
     if base is not None and named is None:
         warnings.warn(
             f"{directory} names the folder {base!r} as its base model, which nobody else has; "
@@ -138,23 +133,3 @@ def _nameable(base: str | None, directory: Path) -> str | None:
 def _belongs(entry: Path) -> bool:
     patterns = (CARD_FILE, *_BESIDE)
     return any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)
-
-
-def _stage(adapter: AdapterFolder, target: Path, base: str | None) -> None:
-    """Copy an adapter's two files; where the base's name changes, in the header as well."""
-    target.mkdir(parents=True, exist_ok=True)
-    fields = adapter.fields
-    if adapter.base == base:
-        (target / CONFIG_FILE).write_bytes(as_json(fields))
-        shutil.copyfile(adapter.file.path, target / WEIGHTS_FILE)
-        return
-    changed = {**fields, "base_model_name_or_path": base, "revision": None}
-    (target / CONFIG_FILE).write_bytes(as_json(changed))
-    if adapter.header is None:
-        shutil.copyfile(adapter.file.path, target / WEIGHTS_FILE)
-        return
-    header = json.dumps({**adapter.header, ADAPTER_CONFIG: changed})
-    metadata = {**adapter.file.metadata, HEADER_KEY: header}
-    tensors = dict(adapter.file.read(list(adapter.file.shapes)))
-    with open(target / WEIGHTS_FILE, "wb") as file:
-        serialize(tensors, metadata)(file)

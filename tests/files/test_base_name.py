@@ -62,3 +62,11 @@ def test_a_file_of_others_keeps_its_weights(folder: Path, tmp_path: Path):
     assert found.header is None
     assert found.base == "me/other"
     assert json.loads((tmp_path / "copy" / "adapter_config.json").read_text())["r"] == 2
+    assert (tmp_path / "copy" / weights.name).read_bytes() == weights.read_bytes()
+
+
+def test_a_folder_without_its_json_gets_one(folder: Path, tmp_path: Path):
+    (folder / "adapter_config.json").unlink()
+    copy_naming(read_folder(folder), tmp_path / "copy", "me/base")
+    assert (tmp_path / "copy" / "adapter_config.json").is_file()
+    assert read_folder(tmp_path / "copy").base == "me/base"
