@@ -53,8 +53,11 @@ def rows() -> torch.Tensor:
 
 @torch.no_grad()
 def answers(model: nn.Module) -> torch.Tensor:
-    """Return what a :class:`Net` makes of :func:`rows`."""
-    return model(rows())
+    """Return what a :class:`Net` makes of :func:`rows`, without dropout."""
+    training = model.training
+    found = model.eval()(rows())
+    model.train(training)
+    return found
 
 
 @torch.no_grad()

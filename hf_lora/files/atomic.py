@@ -12,6 +12,11 @@ from typing import Any
 
 from hf_lora.errors import SaveError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 
 @contextlib.contextmanager
 def staged(path: Path, write: Callable[[Any], None]) -> Iterator[Path]:
@@ -64,6 +69,24 @@ def made_folder(directory: Path) -> Iterator[None]:
     except BaseException:
         _remove_empty(missing)
         raise
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep other saves into the same folder waiting, where the file system can.
+
+    The system lets go of the lock when the process ends, however it ends.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_directory(directory: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.errors import SaveError
-from hf_lora.files.atomic import as_json, made_folder, staged, sync_directory
+from hf_lora.files.atomic import alone_in, as_json, made_folder, staged, sync_directory
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Content
 from hf_lora.files.header import HEADER_KEY, make_header
 from hf_lora.files.peft_format import to_peft
@@ -50,9 +50,10 @@ def _write(directory: Path, write_weights: Callable[[Any], None], text: bytes) -
         made_folder(directory),
         staged(weights, write_weights) as new_weights,
         staged(config, lambda file: file.write(text)) as new_config,
+        alone_in(directory),
     ):
         _replace(directory, new_weights, new_config, text)
-    take_note_away(directory)
+        take_note_away(directory)
 
 
 def _replace(directory: Path, new_weights: Path, new_config: Path, text: bytes) -> None:

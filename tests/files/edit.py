@@ -32,7 +32,9 @@ def change_config(directory: Path, **fields: Any) -> None:
 
 def read_tensors(directory: Path) -> tuple[Tensors, dict[str, str]]:
     with safe_open(directory / WEIGHTS, "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        # copies: the tensors of the library lie in the file, which is about to be overwritten
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
 def write_tensors(directory: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:

@@ -1,0 +1,251 @@
+"""Saves that are killed, at random and between every two steps: the old adapter or the new one.
+
+Each save runs in a forked child that ends by SIGKILL, as nothing can be cleaned up then.
+"""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_lora
+from hf_lora.files.write import copy_folder
+from tests import tiny
+from tests.files import edit
+
+STEPS = ("open", "fsync", "replace", "unlink", "rmdir", "mkdir")
+"""The functions of ``os`` through which a save changes what is on the disk."""
+
+
+def loaded(folder: Path) -> torch.Tensor:
+    """Load the adapter there, whatever it is, and return what the model answers."""
+    return tiny.answers(hf_lora.load(tiny.Net(), folder))
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked child and return its process id; the child never comes back."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def die_before(step: int) -> None:
+    """Make this process kill itself before its ``step``-th change of the disk."""
+    left = step
+
+    def counted(original: Callable) -> Callable:
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def was_killed(pid: int) -> bool:
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def leftovers(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} - {edit.WEIGHTS, edit.CONFIG}
+
+
+def test_a_hundred_kills_at_random_moments(tmp_path: Path):
+    """The two adapters differ in rank, strength and trained modules, so both files change."""
+    models = [tiny.adapted(seed=1), tiny.adapted(seed=2, r=3, alpha=5.0, train=["head"])]
+    expected = [tiny.answers(model) for model in models]
+    assert not torch.allclose(*expected)
+    hf_lora.save(models[0], tmp_path)
+
+    def save_on_and_on() -> None:
+        while True:
+            for model in reversed(models):
+                hf_lora.save(model, tmp_path)
+
+    start = time.monotonic()
+    for model in models * 4:
+        hf_lora.save(model, tmp_path)
+    one_save = (time.monotonic() - start) / 8
+
+    random_ = random.Random(7)
+    seen, interrupted = [0, 0], 0
+    for _ in range(100):
+        pid = in_child(save_on_and_on)
+        time.sleep(random_.uniform(0, 6 * one_save))
+        os.kill(pid, signal.SIGKILL)
+        assert was_killed(pid)
+        interrupted += bool(leftovers(tmp_path))
+        answer = loaded(tmp_path)
+        which = [torch.equal(answer, one) for one in expected]
+        assert any(which)
+        seen[which.index(True)] += 1
+    # the kills were no idle ones: many fell into a save, and both adapters were found
+    assert interrupted >= 10
+    assert min(seen) >= 10
+
+    hf_lora.save(models[1], tmp_path)
+    assert leftovers(tmp_path) == set()
+
+
+def ours(folder: Path) -> None:
+    tiny.saved(folder, seed=1)
+
+
+def ours_of_the_same_kind(folder: Path) -> None:
+    """Only the weights will change, not the JSON."""
+    tiny.saved(folder, seed=1, r=3, alpha=5.0, train=["head"])
+
+
+def pefts(folder: Path) -> None:
+    ours(folder)
+    edit.as_pefts(folder)
+
+
+def weights_alone(folder: Path) -> None:
+    ours(folder)
+    (folder / edit.CONFIG).unlink()
+
+
+def note_of_an_earlier_kill(folder: Path) -> None:
+    ours(folder)
+    (folder / ".adapter_config.json.pending").write_text('{"adapter_config": {"peft_type": "X"}}')
+
+
+def nothing(folder: Path) -> None:
+    """Not even the folder."""
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter_config.json is missing")
+@pytest.mark.parametrize(
+    "old",
+    [ours, ours_of_the_same_kind, pefts, weights_alone, note_of_an_earlier_kill, nothing],
+    ids=lambda old: old.__name__,
+)
+@pytest.mark.parametrize("new", ["saved", "copied"])
+def test_killed_between_any_two_steps(tmp_path: Path, old: Callable[[Path], None], new: str):
+    """Also where the new adapter is a foreign one, which has nothing in its header to go by."""
+    model = tiny.adapted(seed=2, r=3, alpha=5.0, train=["head"])
+    after = tiny.answers(model)
+    hf_lora.save(model, tmp_path / "source")
+    edit.as_pefts(tmp_path / "source")
+    old(tmp_path / "old")
+    before = loaded(tmp_path / "old") if old is not nothing else None
+
+    def write(folder: Path) -> None:
+        if new == "saved":
+            hf_lora.save(model, folder)
+        else:
+            copy_folder(tmp_path / "source", folder)
+
+    outcomes = []
+    for step in range(1, 60):
+        folder = tmp_path / f"kill{step}" / "adapter"
+        if old is not nothing:
+            shutil.copytree(tmp_path / "old", folder)
+
+        def work(step: int = step, folder: Path = folder) -> None:
+            die_before(step)
+            write(folder)
+
+        killed = was_killed(in_child(work))
+        if before is None and not (folder / edit.WEIGHTS).is_file():
+            outcomes.append("nothing")
+        else:
+            answer = loaded(folder)
+            assert torch.equal(answer, after) or (
+                before is not None and torch.equal(answer, before)
+            )
+            outcomes.append("new" if torch.equal(answer, after) else "old")
+        write(folder)
+        assert leftovers(folder) == set()
+        assert torch.equal(loaded(folder), after)
+        if not killed:
+            break
+    else:
+        pytest.fail("a save has fewer steps than that")
+    assert outcomes[0] in ("old", "nothing")
+    assert outcomes[-1] == "new"
+    assert outcomes == sorted(outcomes, key=["nothing", "old", "new"].index)
+    assert len(outcomes) > 5
+
+
+def test_what_a_dead_process_left_is_cleaned_up_and_nothing_else(tmp_path: Path):
+    host, pid = socket.gethostname(), os.getpid()
+    dead = in_child(lambda: None)
+    os.waitpid(dead, 0)
+    gone = [
+        f".adapter_model.safetensors.{host}-{dead}-1.tmp",
+        f".adapter_config.json.{host}-{dead}-{2**63}.tmp",
+        f".adapter_model.safetensors.{host}-{pid}-1.tmp",  # the number of a process that is gone
+        f".adapter_config.json.{host}-{pid}-{threading.get_ident()}.tmp",
+    ]
+    kept = [
+        f".adapter_model.safetensors.{host}-{os.getppid()}-1.tmp",
+        f".adapter_model.safetensors.another-host-{dead}-1.tmp",
+        f".adapter_model.safetensors.{host}-{'9' * 30}-1.tmp",
+        f".adapter_model.safetensors.{host}-²-1.tmp",
+        f"adapter_model.safetensors.{host}-{dead}-1.tmp",
+        ".adapter_model.safetensors.tmp",
+        "notes.txt",
+    ]
+    for name in gone + kept:
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".adapter_model.safetensors.{host}-{dead}-3.tmp").mkdir()
+    tiny.saved(tmp_path)
+    folder = f".adapter_model.safetensors.{host}-{dead}-3.tmp"
+    assert leftovers(tmp_path) == {*kept, folder}
+
+
+def test_threads_that_save_at_once_do_not_mix_their_files(tmp_path: Path):
+    """Weights of one with the JSON of another would be no adapter at all."""
+    models = [tiny.adapted(seed=seed, r=1 + seed % 3) for seed in range(6)]
+    errors: list[BaseException] = []
+
+    def save(model: tiny.Net) -> None:
+        try:
+            for _ in range(5):
+                hf_lora.save(model, tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert leftovers(tmp_path) == set()
+    answer = loaded(tmp_path)
+    assert any(torch.equal(answer, tiny.answers(model)) for model in models)
+
+
+def test_processes_that_save_at_once_do_not_mix_their_files(tmp_path: Path):
+    models = [tiny.adapted(seed=seed, r=1 + seed) for seed in range(3)]
+
+    def save_often(model: tiny.Net) -> None:
+        for _ in range(10):
+            hf_lora.save(model, tmp_path)
+
+    children = [in_child(lambda model=model: save_often(model)) for model in models]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert leftovers(tmp_path) == set()
+    answer = loaded(tmp_path)
+    assert any(torch.equal(answer, tiny.answers(model)) for model in models)
