@@ -84,7 +84,7 @@ def _train(
     trainer.add_callback(_Bars(bars, f"learning rate {rate:g}"))
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     result = trainer.train(resume_from_checkpoint=last)
-    loss = trainer.evaluate()["eval_loss"] if examples.eval else math.nan
+    loss = _eval_loss(trainer) if examples.eval else math.nan
     return Try(
         learning_rate=rate,
         steps=result.global_step,
@@ -92,6 +92,15 @@ def _train(
         eval_loss=loss if math.isfinite(loss) else None,
         seconds=round(time.monotonic() - start, 2),
     )
+
+
+def _eval_loss(trainer: Trainer) -> float:
+    """Evaluate the model as it is now, unless Trainer did so after the last step."""
+    if not trainer.args.load_best_model_at_end:
+        for entry in reversed(trainer.state.log_history):
+            if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+                return entry["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 class _Bars(TrainerCallback):

@@ -142,6 +142,27 @@ def test_the_loss_falls_and_the_adapter_loads(
     assert float(table[3]) == pytest.approx(float(adapted), rel=0.05)
 
 
+def test_what_trainer_evaluated_last_is_not_evaluated_again(
+    run: Run, recipe: Callable[..., Path], tmp_path: Path
+):
+    fields = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "no"}
+    lora = {"dropout": 0}  # an evaluation on the way draws random numbers
+    twice = run("train", recipe(trainer=fields, lora=lora), "--json")
+    losses = [line for line in twice.stderr.splitlines() if "eval_loss" in line]
+    assert [line.split(":")[0] for line in losses] == ["step 4", "step 8"]
+    alone = result(run, recipe(output="alone", trainer={"eval_strategy": "no"}, lora=lora))
+    assert json.loads(twice.stdout)["best"]["eval_loss"] == alone["best"]["eval_loss"]
+    # the best model is another than the last, and is the one whose loss is told
+    best = {**fields, "save_strategy": "steps", "load_best_model_at_end": True}
+    best |= {"learning_rate": 1.0, "eval_steps": 1, "save_steps": 1}
+    kept = run("train", recipe(output="best", trainer=best), "--json")
+    lines = [line for line in kept.stderr.splitlines() if "eval_loss" in line]
+    losses = [float(line.split("eval_loss ")[1].split(",")[0]) for line in lines]
+    told = json.loads(kept.stdout)["best"]["eval_loss"]
+    assert told == pytest.approx(min(losses), rel=1e-3)
+    assert told < losses[7]
+
+
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
     run: Run, recipe: Callable[..., Path], tmp_path: Path
 ):
