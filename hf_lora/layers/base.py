@@ -113,8 +113,7 @@ def patched_class(
 
 
 def _rebuild(mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = patched_class(mixin, host, names)
-    return cls.__new__(cls)
+    return object.__new__(patched_class(mixin, host, names))
 
 
 def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
@@ -154,7 +153,7 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
 def host_view(module: nn.Module) -> nn.Module:
     """Return a module of the host's class that shares every tensor and has nothing of LoRA."""
     host = module.lora_host if isinstance(module, Patched) else type(module)
-    view = host.__new__(host)
+    view = object.__new__(host)  # the host's own __new__ may want its arguments
     adopt(view, module)
     for key in OWN_FIELDS & view.__dict__.keys():
         del view.__dict__[key]
@@ -219,10 +218,10 @@ class LoRALayer(Patched):
 
     def lora_pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A (r, in) and B (out, r) of adapter ``name``."""
-        a_RI = self._parameters[parameter_name(LORA_A, name)]
-        b_OR = self._parameters[parameter_name(LORA_B, name)]
-        assert a_RI is not None
-        assert b_OR is not None
+        key_a, key_b = parameter_name(LORA_A, name), parameter_name(LORA_B, name)
+        a_RI, b_OR = self._parameters.get(key_a), self._parameters.get(key_b)
+        if a_RI is None or b_OR is None:  # the replicas of nn.DataParallel keep plain attributes
+            return getattr(self, key_a), getattr(self, key_b)
         return a_RI, b_OR
 
     def lora_delta(self, name: str) -> torch.Tensor:

@@ -46,7 +46,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def __new__(cls, base: nn.Linear | None = None, *args: Any, **kwargs: Any) -> Self:
         """Make an instance of the subclass that fits the host's own class."""
         fits = isinstance(base, nn.Linear) and not isinstance(base, LoRALayer)
-        return super().__new__(patched_class(cls, type(base)) if fits else cls)  # type: ignore[arg-type]
+        return object.__new__(patched_class(cls, type(base)) if fits else cls)  # type: ignore[arg-type]
 
     def __init__(self, base: nn.Linear, r: int, alpha: float = 16.0):
         config = LoRAConfig(targets=".*", r=r, alpha=alpha)

@@ -28,7 +28,7 @@ class TrainedModule(Patched):
     @classmethod
     def lora_fields(cls, names: tuple[str, ...]) -> dict[str, Any]:
         """Return one property for each tensor of the module."""
-        return {name: property(_reader(name)) for name in names}
+        return {name: property(_reader(name), _writer(name)) for name in names}
 
     def lora_added(self) -> set[str]:
         """Return the names of the copies that this module has."""
@@ -64,7 +64,8 @@ class TrainedModule(Patched):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a buffer that the module's own code replaces where it is read, not in the base."""
-        if name in self.lora_names and name in self._buffers and isinstance(value, torch.Tensor):
+        buffer = name in self.lora_names and name in self._buffers
+        if buffer and isinstance(value, torch.Tensor) and not hasattr(self, "_is_replica"):
             name = self.lora_where(name)
         super().__setattr__(name, value)
 
@@ -113,9 +114,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _stored(module: nn.Module, name: str) -> torch.Tensor:
     tensor = parameter_of(module, name)
     if tensor is None:
-        tensor = module._buffers[name]
-    assert tensor is not None
-    return tensor
+        tensor = module._buffers.get(name)
+    return module.__dict__[name] if tensor is None else tensor
 
 
 def _reader(name: str) -> Any:
@@ -123,6 +123,14 @@ def _reader(name: str) -> Any:
         return _stored(self, self.lora_where(name))
 
     return read
+
+
+def _writer(name: str) -> Any:
+    def write(self: TrainedModule, value: torch.Tensor) -> None:
+        # only the replicas of nn.DataParallel keep tensors as plain attributes
+        self.__dict__[name] = value
+
+    return write
 
 
 TrainedModule.lora_mixin = TrainedModule

@@ -1,7 +1,7 @@
 """Patching a model in place, and giving it back as it was."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -9,7 +9,14 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.devices import execution_device, is_offloaded, is_on_meta, offloads_below
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
-from hf_lora.layers.base import LoRALayer, Slot, patched_class, restore_class, swap_class
+from hf_lora.layers.base import (
+    LoRALayer,
+    Patched,
+    Slot,
+    patched_class,
+    restore_class,
+    swap_class,
+)
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.hosts import adapter_dtype, taken_names
 from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
@@ -209,7 +216,7 @@ def detach(registry: Registry, name: str) -> None:
 
 def _as_layer(module: nn.Module, registry: Registry, path: str) -> LoRALayer:
     if not isinstance(module, LoRALayer):
-        swap_class(module, layer_class(type(module)), registry.routing)
+        _swap(module, registry, path, layer_class)
         module.__dict__["lora_slots"] = {}
     assert isinstance(module, LoRALayer)
     registry.layers[path] = module
@@ -219,11 +226,24 @@ def _as_layer(module: nn.Module, registry: Registry, path: str) -> LoRALayer:
 def _as_trained(module: nn.Module, registry: Registry, path: str) -> TrainedModule:
     if not isinstance(module, TrainedModule):
         names = tensor_names(module)
-        swap_class(module, patched_class(TrainedModule, type(module), names), registry.routing)
+        _swap(module, registry, path, lambda host: patched_class(TrainedModule, host, names))
         module.__dict__["lora_copies"] = {}
     assert isinstance(module, TrainedModule)
     registry.copies[path] = module
     return module
+
+
+def _swap(
+    module: nn.Module,
+    registry: Registry,
+    path: str,
+    make: Callable[[type[nn.Module]], type[Patched]],
+) -> None:
+    host = type(module)
+    try:
+        swap_class(module, make(host), registry.routing)
+    except TypeError as error:  # such as a class that forbids subclasses
+        raise TargetError(f"{path}: {host.__name__} cannot be patched in place: {error}") from error
 
 
 def _with_tensors(module: nn.Module, top: str) -> list[tuple[str, nn.Module]]:

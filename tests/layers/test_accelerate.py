@@ -14,9 +14,11 @@ from accelerate.hooks import (
     remove_hook_from_submodules,
 )
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import hf_lora
 from hf_lora import StateError, TargetError
+from tests.model.models import TOKENS, llama
 from tests.snapshot import digest, snapshot
 from tests.tiny import Net, answers, rows, scramble
 
@@ -216,3 +218,43 @@ def test_the_seeds_constructor_on_a_hooked_layer():
     add_hook_to_module(offloaded := nn.Linear(4, 4), AlignDevicesHook(CPU, offload=True))
     with pytest.raises(StateError, match="not in memory"):
         hf_lora.LoRALinear(offloaded, 2)
+
+
+def test_a_model_that_transformers_loads_partly_from_disk(tmp_path: Path):
+    llama().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    plain = hf_lora.wrap(llama(), r=4)
+    hf_lora.wrap(model, r=4)
+    for each in (model, plain):
+        scramble(each)
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(2):
+            each.train()(TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ours = [p for p in model.parameters() if p.requires_grad]
+    theirs = [p for p in plain.parameters() if p.requires_grad]
+    assert len(ours) == len(theirs) == 28
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    model.save_pretrained(tmp_path / "adapter")
+    again = hf_lora.load(llama(), tmp_path / "adapter")
+    assert torch.allclose(again(TOKENS).logits, model.eval()(TOKENS).logits, atol=1e-6)
+    hf_lora.unwrap(model)
+    assert torch.equal(model(TOKENS).logits, llama()(TOKENS).logits)
+
+
+def test_a_placed_module_is_trained_in_full():
+    model, plain = place(Net()), Net()
+    for each in (model, plain):
+        hf_lora.wrap(each, targets="q_proj", r=2, train=["head", r"layers\.1\.norm"])
+        scramble(each)
+        each(rows()).square().sum().backward()
+    assert torch.equal(answers(model), answers(plain))
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    hf_lora.unwrap(model)
+    assert torch.equal(answers(model), answers(Net()))

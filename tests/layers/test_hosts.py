@@ -1,6 +1,8 @@
 """Which classes of layer can be adapted, and why the others are refused, by name and untouched."""
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -333,3 +335,86 @@ def test_the_seeds_constructor_refuses_what_wrap_refuses():
     for base, r in ((Own(), 2), (meta, 2), (patched, 2), (nn.Linear(IN, OUT), 7), (None, 2)):
         with pytest.raises(HfLoRAError):
             hf_lora.LoRALinear(base, r)  # type: ignore[arg-type]
+
+
+class Demanding(nn.Linear):
+    """Cannot be made without arguments, not even by ``__new__``."""
+
+    def __new__(cls, in_features: int, out_features: int, key: str):
+        return super().__new__(cls)
+
+    def __init__(self, in_features: int, out_features: int, key: str):
+        super().__init__(in_features, out_features)
+        self.key = key
+
+
+def test_a_class_whose_new_wants_arguments():
+    model = nn.Sequential(Demanding(IN, OUT, key="k"))
+    hf_lora.wrap(model, targets="0", r=2)
+    scramble(model)
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, IN)
+    assert torch.equal(twin(x), model(x))
+    assert model[0].base.key == twin[0].key == "k"
+    layer = hf_lora.LoRALinear(Demanding(IN, OUT, key="s"), 2)
+    assert layer.key == "s"
+
+
+class Sealed(nn.Linear):
+    """Forbids subclasses."""
+
+    def __init_subclass__(cls, **kwargs: object):
+        raise TypeError("Sealed cannot be subclassed")
+
+
+def test_a_class_that_cannot_be_patched_in_place_is_named_and_left_as_it_was():
+    model = nn.Sequential(nn.Linear(IN, IN), Sealed(IN, OUT))
+    before = snapshot(model)
+    with pytest.raises(TargetError, match="1: Sealed cannot be patched in place"):
+        hf_lora.wrap(model, targets=["0", "1"], r=2)
+    assert snapshot(model) == before
+    hf_lora.wrap(model, targets="0", r=2)
+
+
+def test_a_parametrized_host_is_copied_and_says_itself_that_it_cannot_be_pickled():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(IN, OUT)))
+    hf_lora.wrap(model, targets="0", r=2)
+    scramble(model)
+    twin, x = copy.deepcopy(model), torch.randn(2, IN)
+    assert torch.equal(twin(x), model(x))
+    assert twin[0].weight is not model[0].weight
+    with pytest.raises(RuntimeError, match="parametrized"):
+        pickle.dumps(model)
+    hf_lora.unwrap(twin)
+    parametrize.remove_parametrizations(twin[0], "weight")
+    assert type(twin[0]) is nn.Linear
+
+
+def replicas(model: nn.Module) -> nn.Module:
+    """Make a replica as nn.DataParallel does on several GPUs: tensors become plain attributes."""
+    modules = list(model.modules())
+    copies = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        copy_of = copies[id(module)]
+        for name, child in module._modules.items():
+            copy_of._modules[name] = copies[id(child)]
+        for name, parameter in module._parameters.items():
+            setattr(copy_of, name, None if parameter is None else parameter * 1)
+        for name, buffer in module._buffers.items():
+            setattr(copy_of, name, buffer.clone())
+    return copies[id(model)]
+
+
+def test_replicas_of_data_parallel_answer_equally_and_train_the_original():
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.BatchNorm1d(OUT), nn.Linear(OUT, 3)).eval()
+    hf_lora.wrap(model, targets="0", r=2, train=["1", "2"])
+    scramble(model)
+    with torch.no_grad():
+        model[1].running_mean.add_(1.0)
+    x = torch.randn(4, IN)
+    replica = replicas(model)
+    assert torch.equal(replica(x), model(x))
+    replica(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with hf_lora.no_adapter(model):
+        assert torch.equal(replica(x), model(x))
