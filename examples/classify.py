@@ -9,7 +9,7 @@ adapter, and comes back with it onto a base whose own head is as random as this 
 
 import argparse
 
-import data
+import assets
 import numpy as np
 import torch
 from transformers import (
@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     args = parser.parse_args()
-    train, test = data.sentiments()
-    tokenizer = AutoTokenizer.from_pretrained(data.minilm())
+    train, test = assets.sentiments()
+    tokenizer = AutoTokenizer.from_pretrained(assets.minilm())
     model = fresh_classifier(seed=0)
     model = hf_lora.wrap(model, targets=["query", "value"], train=["classifier"], r=8, alpha=16)
 
@@ -76,7 +76,7 @@ def main() -> None:
 def fresh_classifier(seed: int) -> torch.nn.Module:
     """Return the pretrained encoder under a head of random weights."""
     set_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(data.minilm(), id2label=LABELS)
+    return AutoModelForSequenceClassification.from_pretrained(assets.minilm(), id2label=LABELS)
 
 
 def encode(tokenizer, rows: list[tuple[str, int]]) -> list[dict]:

@@ -9,7 +9,7 @@ it was before training as a reference: `base_view` is that model, made of the sa
 
 import argparse
 
-import data
+import assets
 import torch
 from datasets import Dataset
 from quickstart import PROMPT, fastest_dtype
@@ -25,11 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, fewer tests")
     args = parser.parse_args()
-    train, test = data.spellings(held_out=100 if args.quick else 200)
+    train, test = assets.spellings(held_out=100 if args.quick else 200)
     set_seed(0)
 
-    tokenizer = AutoTokenizer.from_pretrained(data.smollm2())
-    model = AutoModelForCausalLM.from_pretrained(data.smollm2(), dtype=fastest_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=fastest_dtype())
     model = hf_lora.wrap(model, targets="all-linear", r=16)
     reference = hf_lora.base_view(model)
     mine = {tensor.data_ptr() for tensor in model.parameters()}

@@ -8,7 +8,7 @@ The task is the quickstart's: British spelling, tested on words that never occur
 
 import argparse
 
-import data
+import assets
 import torch
 from quickstart import encode, fastest_dtype, spell
 from transformers import (
@@ -30,16 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, fewer tests")
     args = parser.parse_args()
-    train, test = data.spellings(held_out=50 if args.quick else 200)
+    train, test = assets.spellings(held_out=50 if args.quick else 200)
     set_seed(0)
 
-    tokenizer = AutoTokenizer.from_pretrained(data.smollm2())
-    full = AutoModelForCausalLM.from_pretrained(data.smollm2(), dtype=fastest_dtype())
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
+    full = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=fastest_dtype())
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=fastest_dtype()
     )
     model = AutoModelForCausalLM.from_pretrained(
-        data.smollm2(), dtype=fastest_dtype(), quantization_config=four_bits
+        assets.smollm2(), dtype=fastest_dtype(), quantization_config=four_bits
     )
     sizes = [m.get_memory_footprint() / 1e6 for m in (full, model)]
     print(f"the base takes {sizes[0]:.0f} MB, in 4 bits {sizes[1]:.0f} MB")

@@ -10,7 +10,7 @@ It is tested on words that never occur in training, and neither do words that be
 import argparse
 from pathlib import Path
 
-import data
+import assets
 import torch
 from matplotlib.figure import Figure
 from transformers import (
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--model", help="id on the Hub, or a folder")
     parser.add_argument("--quick", action="store_true", help="fewer steps, fewer tests")
     args = parser.parse_args()
-    source = args.model or data.smollm2()
-    train, test = data.spellings(held_out=50 if args.quick else 200)
+    source = args.model or assets.smollm2()
+    train, test = assets.spellings(held_out=50 if args.quick else 200)
     set_seed(0)
 
     # The model, and what hf_lora would do to it; then do it.

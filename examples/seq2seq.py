@@ -10,7 +10,7 @@ leaves nothing of itself behind.
 
 import argparse
 
-import data
+import assets
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     steps = 200 if parser.parse_args().quick else 600
-    parts = data.spellings()
+    parts = assets.spellings()
     origins = [
         [*((us, "American") for us, _ in p), *((uk, "British") for _, uk in p)] for p in parts
     ]

