@@ -6,6 +6,7 @@ the user calls push.
 
 import dataclasses
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,9 @@ from hf_lora.hf.saving import as_dtype, base_name, save_state
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.version import __version__
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
+"""What Trainer calls its checkpoints in a repo."""
 
 
 def locate(
@@ -176,7 +180,7 @@ class _Repo:
         folders = [PurePosixPath(f).parent for f in self.files if f.endswith(f"/{WEIGHTS_FILE}")]
         named = [folder.name for folder in folders if len(folder.parts) == 1]
         own = [DEFAULT] if WEIGHTS_FILE in self.files else []
-        return own + [name for name in named if name != "last-checkpoint"]
+        return own + [name for name in named if not _CHECKPOINT.fullmatch(name)]
 
 
 def _open(

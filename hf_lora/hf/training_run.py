@@ -31,6 +31,7 @@ class Run:
     """The step whose weights the run ended with, if those are not the last."""
 
     settings: Mapping[str, Any]
+    versions: str
     datasets: tuple[str, ...]
     """Hub ids of the data, as far as the data says so."""
 
@@ -60,6 +61,7 @@ class Run:
             hyperparameters={
                 **self.settings,
                 **({"Mean training loss": losses[-1]} if losses else {}),
+                "Versions": self.versions,
             },
             extra={**extra, **({"pipeline_tag": tasks[0]} if tasks else {})},
             processor=processor,
@@ -88,6 +90,7 @@ def run_of(trainer: Any) -> Run:
         history=state.log_history,
         best=state.best_global_step if args.load_best_model_at_end else None,
         settings=_settings(args, state),
+        versions=", ".join(f"{name} {version(name)}" for name in ("transformers", "torch")),
         datasets=_known_dataset(trainer),
         sizes=_sizes(trainer),
         # TRL's trainers carry tags of their own, such as "dpo"
@@ -114,7 +117,6 @@ def _settings(args: Any, state: Any) -> dict[str, Any]:
         "Optimizer": f"{getattr(args.optim, 'value', args.optim)}{decay}",
         **({"Mixed precision": precision} if precision else {}),
         "Seed": args.seed,
-        "Versions": ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch")),
     }
 
 

@@ -237,10 +237,11 @@ def push_to_hub(
         model: A wrapped model.
         repo_id: ``user/name``; the repo is made if there is none.
         adapter: Push this one only; by default all.
-        private: Whether a new repo is private; by default what the account says.
+        private: Whether a new repo is private; by default what the account says. A repo that is
+            there keeps its visibility; True for one that is public is refused.
         dtype: Type of the saved tensors; by default their own.
-        revision: Branch to push to; made if there is none.
-        create_pr: Open a pull request instead of committing.
+        revision: Branch to push to, made if there is none; or ``refs/pr/NUMBER``.
+        create_pr: Open a pull request, against main, instead of committing.
         token: By default the one that you are logged in with.
         commit_message: By default it names the adapters.
 
@@ -249,7 +250,8 @@ def push_to_hub(
 
     Raises:
         StateError: The model is not wrapped.
-        HubError: The Hub refused or went away. Nothing has been committed; push again.
+        ConfigError: ``dtype`` is none that an adapter can have, or a revision with ``create_pr``.
+        HubError: The Hub refused or went away. Nothing is committed by halves; push again.
     """
     return push(
         model,

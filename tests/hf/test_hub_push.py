@@ -106,6 +106,13 @@ class TestWhatLands:
         assert "| `fr` |" in second
         assert "`default`, `fr`. Load one with `subfolder=`" in card(hub, "user/one")
 
+    def test_checkpoints_in_the_repo_are_no_adapters(self, hub: HubServer, worker: Worker):
+        folders = ("checkpoint-2", "last-checkpoint", "fr")
+        weights = {f"{folder}/adapter_model.safetensors": b"0" for folder in folders}
+        hub.add_repo("user/with-checkpoints", weights)
+        worker.run("""hf_lora.push_to_hub(adapted(), "user/with-checkpoints")""")
+        assert "other adapters too: `fr`. Load" in card(hub, "user/with-checkpoints")
+
     def test_an_unknown_adapter_reaches_nobody(self, hub: HubServer, worker: Worker):
         said = worker.run("""
             report([outcome(hf_lora.push_to_hub, adapted("user/base"), "user/x", adapter="fr"),
