@@ -108,7 +108,7 @@ def push(
     names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
     with tempfile.TemporaryDirectory() as directory:
         save_state(inner, directory, adapter=adapter, dtype=dtype, base=base)
-        with writing(repo_id):
+        with writing(repo_id, create_pr):
             repo = _open(repo_id, private, revision, create_pr, token)
         licence = base_license(base, token) if base else {}
         there = repo.adapters()
@@ -125,7 +125,7 @@ def push(
         )
         Path(directory, CARD_FILE).write_text(card, encoding="utf-8")
         message = commit_message or f"Upload {', '.join(names)} with hf_lora"
-        with writing(repo_id):
+        with writing(repo_id, create_pr):
             return _commit(repo, Path(directory), message, commit_description)
 
 
@@ -160,7 +160,7 @@ def push_folder(
         ConfigError: A pull request against a revision.
         HubError: The Hub refused, or went away; nothing or everything has been committed.
     """
-    with writing(repo_id):
+    with writing(repo_id, create_pr):
         repo = _open(repo_id, private, revision, create_pr, token)
         return _commit(repo, directory, commit_message, commit_description)
 
@@ -191,7 +191,7 @@ def _open(
     token: str | bool | None,
 ) -> _Repo:
     """Make the repo and the branch if there are none."""
-    if create_pr and revision is not None:
+    if create_pr and revision not in (None, "main"):
         raise ConfigError(
             f"create_pr=True opens a pull request against main, and revision={revision!r} names "
             "another branch; give one of the two."
@@ -238,7 +238,7 @@ def _has_edited_card(repo: _Repo) -> bool:
         f"The model card of {repo.id} was not written by hf_lora, or was edited since, and is left "
         "as it is. Delete its README.md to have a new one pushed.",
         HfLoRAWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return True
 
@@ -266,12 +266,13 @@ def _fetch(
         raise AdapterFileError(
             f"{repo_id!r} is neither a folder nor a repo id on the Hub"
         ) from None
-    inside = Path(subfolder or "").as_posix()
+    inside = PurePosixPath(Path(subfolder or "").as_posix())
     at = revision
     with reading(repo_id, revision):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             try:
-                path = Path(hf_hub_download(repo_id, f"{inside}/{name}", revision=at, token=token))
+                file = (inside / name).as_posix()
+                path = Path(hf_hub_download(repo_id, file, revision=at, token=token))
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError as error:
@@ -279,7 +280,7 @@ def _fetch(
                 words = what_is_there(repo_id, subfolder, name, held)
                 raise AdapterFileError(words) from error
             folder = path.parent
-            at = path.parents[len(Path(inside).parts)].name
+            at = path.parents[len(inside.parts)].name
     return folder
 
 

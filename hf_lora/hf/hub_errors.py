@@ -28,6 +28,9 @@ _AGAIN = (
     "Push again: what has arrived is not sent twice, and if the commit did get through no second "
     "one is made."
 )
+_AGAIN_PR = (
+    "Look whether the pull request is there before you push again: a second push opens another."
+)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _ADVICE = {
     402: "the account's plan does not allow it",
@@ -45,9 +48,9 @@ def reading(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def writing(repo_id: str) -> Iterator[None]:
+def writing(repo_id: str, create_pr: bool) -> Iterator[None]:
     """Turn what goes wrong while something is pushed into a HubError."""
-    yield from _translating(lambda error: _write_words(error, repo_id))
+    yield from _translating(lambda error: _write_words(error, repo_id, create_pr))
 
 
 def what_is_there(repo_id: str, subfolder: str | None, missing: str, files: Sequence[str]) -> str:
@@ -119,7 +122,7 @@ def _read_words(error: Exception, repo_id: str, revision: str | None) -> str:
     )
 
 
-def _write_words(error: Exception, repo_id: str) -> str:
+def _write_words(error: Exception, repo_id: str, create_pr: bool) -> str:
     match error:
         case RepositoryNotFoundError() | GatedRepoError():
             return (
@@ -143,7 +146,8 @@ def _write_words(error: Exception, repo_id: str) -> str:
         case ValueError() if "README.md" in str(error):
             return f"The Hub refuses the model card's metadata. {' '.join(str(error).split())}"
     return _common_words(error, repo_id) or (
-        f"The connection to the Hub broke during the push to {repo_id}: {_reason(error)}. {_AGAIN}"
+        f"The connection to the Hub broke during the push to {repo_id}: {_reason(error)}. "
+        f"{_AGAIN_PR if create_pr else _AGAIN}"
     )
 
 

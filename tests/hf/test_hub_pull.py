@@ -94,8 +94,11 @@ class TestWhereItIs:
             hf_lora.load(base, "user/few")
         """
         worker.run(code, folder=worker.home / "base")
-        asked = {e.path.rpartition("/")[2] for e in hub.log.matching("HEAD")}
-        assert asked == {"adapter_config.json", "adapter_model.safetensors"}
+        commit = hub.history("user/few")[0].id
+        assert [e.path for e in hub.log.matching("HEAD")] == [
+            "/user/few/resolve/main/adapter_config.json",
+            f"/user/few/resolve/{commit}/adapter_model.safetensors",
+        ]
         assert len(hub.log.matching("GET")) == 2
         hub.log.clear()
         worker.run(code, folder=worker.home / "base")

@@ -169,6 +169,20 @@ class TestCommits:
         """)
         assert said.startswith("ConfigError: create_pr=True opens a pull request against main")
         assert not hub.log.matching("POST")
+        worker.run("""
+            model = adapted()
+            hf_lora.push_to_hub(model, "user/pr-main", revision="main", create_pr=True)
+        """)
+        assert names(hub, "user/pr-main", "refs/pr/1") == ADAPTER
+
+    def test_a_pull_request_to_somebody_else(self, hub: HubServer, worker: Worker):
+        hub.add_repo("user/wanted")
+        worker.run(
+            """hf_lora.push_to_hub(adapted(), "user/wanted", create_pr=True, token=stranger)""",
+            stranger=OTHER.value,
+        )
+        assert names(hub, "user/wanted", "refs/pr/1") == ADAPTER
+        assert names(hub, "user/wanted") == set()
 
     def test_an_existing_repo_keeps_its_visibility(self, hub: HubServer, worker: Worker):
         hub.add_repo("user/closed", private=True)

@@ -81,6 +81,18 @@ class TestAnswers:
         newest, _ = hub.history("user/lost")
         assert url.endswith(newest.id)
 
+    def test_a_lost_answer_to_a_pull_request(self, hub: HubServer, worker: Worker):
+        """Here a second push would open a second one, so the first must be looked for."""
+        hub.add_repo("user/lost-pr")
+        hub.fail("POST", "/commit/", LoseAnswer())
+        said = worker.run("""
+            push = hf_lora.push_to_hub
+            report(outcome(push, adapted(seed=19), "user/lost-pr", create_pr=True))
+        """)
+        assert "Look whether the pull request is there before you push again" in said
+        assert "no second one" not in said
+        assert set(hub.files("user/lost-pr", "refs/pr/1")) > ADAPTER
+
     def test_errors_that_pass_by_themselves(self, hub: HubServer, worker: Worker):
         hub.fail("POST", "/preupload/", 500)
         hub.fail("POST", "/objects/batch", Answer(429, "Slow down", {"Retry-After": "0"}))
