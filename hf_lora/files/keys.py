@@ -8,9 +8,8 @@ from hf_lora.files.safetensors_io import TensorFile
 
 PREFIX = "base_model.model."
 
-_WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-_WRAPPERS = re.compile(rf"(?:^|(?<=\.)){_WRAPPER}")
-_BEFORE = re.compile(rf"((?:module\.|{_WRAPPER})*){re.escape(PREFIX)}")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_BEFORE = re.compile(rf"((?:(?:module|{'|'.join(_WRAPPERS)})\.)*){re.escape(PREFIX)}")
 _FACTOR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<which>[AB])(?:\.default)?(?:\.weight)?")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
@@ -21,7 +20,7 @@ _FOREIGN = re.compile(
 
 def without_wrappers(name: str) -> str:
     """Take off what torch.compile, FSDP and checkpointing put into a model's names."""
-    return _WRAPPERS.sub("", name)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], list[str]]:
@@ -74,7 +73,7 @@ def _plain_key(key: str, renamed: set[str]) -> str:
     if before is not None:
         plain = key[before.end() :]
         renamed.update(f"{part}." for part in before[1].split(".") if part)
-    renamed.update(_WRAPPERS.findall(plain))
+    renamed.update(f"{part}." for part in plain.split(".") if part in _WRAPPERS)
     return without_wrappers(plain)
 
 

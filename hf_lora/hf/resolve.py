@@ -36,6 +36,9 @@ class Resolution:
     real: dict[str, str]
     """Names without what torch.compile and FSDP put into them, to the names as they are."""
 
+    used: dict[str, str]
+    """Path of each module in the file, to its name there: the way back need not be unique."""
+
     def module(self, name: str) -> str:
         """Return the path in the model of a module of the file."""
         path = self.way.module(name)
@@ -48,7 +51,8 @@ class Resolution:
 
     def in_file(self, path: str) -> str | None:
         """Return what the file would have called the module at ``path``, or None."""
-        return self.way.module_back(without_wrappers(path))
+        plain = without_wrappers(path)
+        return self.used.get(plain) or self.way.module_back(plain)
 
 
 def resolve(
@@ -71,10 +75,11 @@ def resolve(
         hits = sum(way.module(name) in real for name in modules)
         hits += sum(way.tensor(name) in real for name in tensors)
         if hits == len(modules) + len(tensors):
-            return Resolution(way, real)
+            best = way
+            break
         if hits > most:
             most, best = hits, way
-    return Resolution(best, real)
+    return Resolution(best, real, {best.module(name): name for name in modules})
 
 
 def _ways(names: list[str], real: Collection[str], model: nn.Module) -> Iterator[Way]:
