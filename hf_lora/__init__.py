@@ -1,44 +1,36 @@
 """LoRA for Hugging Face models, patched in place.
 
-import hf_lora
+Example::
 
-model = hf_lora.wrap(model, targets=["q_proj", "v_proj"])   # same object, same class
-Trainer(model=model, args=args, train_dataset=data).train()  # checkpoints hold the adapter only
-model.save_pretrained("my-adapter")                          # PEFT's file format
-hf_lora.push_to_hub(model, "me/my-adapter")
-model = hf_lora.from_pretrained("me/my-adapter")             # base + adapter, verified
+    import hf_lora
+
+    model = hf_lora.wrap(model, targets=["q_proj", "v_proj"])    # same object, same class
+    Trainer(model=model, args=args, train_dataset=data).train()  # checkpoints: the adapter only
+    model.save_pretrained("my-adapter")                          # PEFT's file format
+    hf_lora.push_to_hub(model, "me/my-adapter")
+    model = hf_lora.from_pretrained("me/my-adapter")             # base + adapter, verified
+
+The names live in ``hf_lora.public``, imported when the first of them is asked for: it brings
+torch and transformers, which take seconds, and ``hf-lora --help`` needs neither.
 """
 
 import importlib
-import sys
-import types
 import typing
 
 from hf_lora.version import __version__ as __version__
 
 
-class _Package(types.ModuleType):
-    """The package as an object: its names are imported when the first of them is asked for.
-
-    They bring torch and transformers, which take seconds; ``hf-lora --help`` needs neither.
-    """
-
-    def __getattr__(self, name: str) -> typing.Any:
-        if not name.startswith("_") or name == "__all__":
-            public = importlib.import_module("hf_lora.public")
-            names = {each: getattr(public, each) for each in public.__all__}
-            vars(self).update(names, __all__=public.__all__)
-        if name in vars(self):
-            return vars(self)[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=self)
-
-    def __setattr__(self, name: str, value: typing.Any) -> None:
-        # hf_lora.merge is the verb, also after somebody has imported the package of that name
-        if not (name == "merge" and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *self.__all__})
+def __getattr__(name: str) -> typing.Any:
+    """Import the public names when the first of them, or their list, is asked for."""
+    if name == "__all__" or not name.startswith("_"):
+        public = importlib.import_module("hf_lora.public")
+        globals().update({each: getattr(public, each) for each in public.__all__})
+        globals()["__all__"] = public.__all__
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__getattr__("__all__")})

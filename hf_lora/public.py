@@ -23,7 +23,7 @@ from hf_lora.hf.trainer import LoRATrainerMixin
 from hf_lora.hf.views import base_view
 from hf_lora.hf.wrapping import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
 from hf_lora.layers.linear import LoRALinear
-from hf_lora.merge.in_memory import merge, unmerge
+from hf_lora.merging.in_memory import merge, unmerge
 from hf_lora.model.adapters import (
     activate,
     active_adapters,

@@ -17,7 +17,7 @@ LAYERS = (
     ("functional", "targets", "devices"),
     ("layers",),
     ("model", "files"),
-    ("merge",),
+    ("merging",),
     ("hf",),
     ("public",),
     ("hf_lora",),  # __init__.py, which hands out the public names when they are asked for

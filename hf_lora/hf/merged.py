@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from hf_lora.hf.instance import uninstall
-from hf_lora.merge.in_memory import bake
+from hf_lora.merging.in_memory import bake
 
 Model = TypeVar("Model", bound=nn.Module)
 
