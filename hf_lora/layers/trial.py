@@ -4,6 +4,9 @@ Some facts cannot be read off a layer: whether a quantized kernel has a backward
 class of somebody's own does with its weight what a linear layer does.
 """
 
+import contextlib
+import copy
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -105,10 +108,10 @@ def is_linear_in_its_weight(module: nn.Module) -> bool:
         with torch.no_grad():
             y = host(x) - host(torch.zeros_like(x))
             expected = x.double() @ weight.double().t()
-            error = (y.double() - expected).norm() / expected.norm()
+            allowed = _TOLERANCE.get(weight.dtype, 1e-3) * expected.norm()
+            return bool((y.double() - expected).norm() <= allowed)
     except Exception:  # whatever a stranger's forward raises, or returns
         return False
-    return bool(error <= _TOLERANCE.get(weight.dtype, 1e-3))
 
 
 def _as_input(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -123,6 +126,10 @@ def _stand_in(module: nn.Module, *, training: bool) -> nn.Module:
     for name, tensor in view._parameters.items():
         if tensor is not None and tensor.dim() == 1 and type(tensor) is nn.Parameter:
             view._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    for name, child in view._modules.items():
+        # where a part cannot be copied, the original has to do
+        with contextlib.suppress(RuntimeError):
+            view._modules[name] = copy.deepcopy(child)
     own_state(view)
     return view
 

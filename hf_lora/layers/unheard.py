@@ -1,7 +1,8 @@
 """Layers whose parent uses their weight without calling them: an update there would not be heard.
 
-Two classes of PyTorch do so by design, and their children are refused. Model code sometimes does
-in one branch (a fused kernel on a GPU) what it does by a call in another; that is told.
+Two classes of PyTorch do so by design, and their children are refused; so are the inner layers of
+another library's adapter. Model code sometimes does in one branch (a fused kernel on a GPU) what it
+does by a call in another; that is told.
 """
 
 import ast
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
+from hf_lora.layers.names import LORA_A
+
 _SET_UP = ("__init__", "init", "_init", "reset", "_reset")
 """How methods begin that only fill the weights."""
 
@@ -23,17 +26,24 @@ def unheard(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     for path, module in modules.items():
         forward = getattr(type(module), "forward", None)  # TorchScript's has none
         if forward is nn.MultiheadAttention.forward:
-            for below, _ in module.named_modules():
-                if below:
-                    found[f"{path}.{below}"] = (
-                        "nn.MultiheadAttention reads its weight without calling it"
-                    )
+            reason = "nn.MultiheadAttention reads its weight without calling it"
+            children = _below(module)
         elif forward is nn.TransformerEncoderLayer.forward:
-            for child in ("linear1", "linear2"):
-                found[f"{path}.{child}"] = (
-                    "nn.TransformerEncoderLayer does not call it in eval mode, but reads its weight"
-                )
-    return {path.removeprefix("."): reason for path, reason in found.items()}
+            reason = (
+                "nn.TransformerEncoderLayer reads its weight, and does not call it in eval mode"
+            )
+            children = ["linear1", "linear2"]
+        elif LORA_A in module._modules:
+            reason = "it is part of another library's adapter"
+            children = _below(module)
+        else:
+            continue
+        found.update((f"{path}.{child}".removeprefix("."), reason) for child in children)
+    return found
+
+
+def _below(module: nn.Module) -> list[str]:
+    return [path for path, _ in module.named_modules() if path]
 
 
 @functools.cache

@@ -234,6 +234,8 @@ def wrapped(model: nn.Module) -> tuple[nn.Module, Registry]:
 
 def check_fresh(model: nn.Module) -> None:
     """Raise StateError if the model, a part of it or a wrapper around it rules out wrapping it."""
+    if not isinstance(model, nn.Module):
+        raise StateError(f"Only an nn.Module can be wrapped, not {model!r}.")
     if find(model) is not None:
         raise StateError(
             f"This {type(model).__name__} is wrapped already; use hf_lora.add_adapter(model, name) "

@@ -6,6 +6,7 @@ import io
 import weakref
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,25 @@ def test_what_goes_around_a_model_goes_around_after_wrapping(tmp_path: Path):
         with hf_lora.no_adapter(outside):  # type: ignore[arg-type]
             assert torch.equal(answers(inner), answers(Net()))
     assert hf_lora.unwrap(torch.compile(inner, backend="eager")) is inner  # type: ignore[arg-type]
+
+
+def test_what_is_no_model_is_said():
+    for wrong in ("gpt2", None, nn.Linear):
+        with pytest.raises(StateError, match=r"Only an nn\.Module can be wrapped"):
+            hf_lora.wrap(wrong, Q)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("targets", [Q, "all-linear", ".*", "base_layer"])
+def test_a_layer_with_an_adapter_of_peft_is_refused(targets: str):
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = snapshot(model)
+    plan = hf_lora.plan(model.base_model.model, targets, r=2)
+    assert not any("q_proj" in target.path for target in plan.targets)
+    assert any("another library's adapter" in reason for reason in plan.left_out.values())
+    if not plan.targets:
+        with pytest.raises(TargetError, match="another library's adapter"):
+            hf_lora.wrap(model.base_model.model, targets, r=2)
+    assert snapshot(model) == before
 
 
 def test_a_model_whose_only_child_is_called_module_is_just_a_model():
