@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from transformers import LlamaForCausalLM
 
 import hf_lora
 from hf_lora import StateError, TargetError
@@ -128,6 +129,26 @@ def test_transformers_does_not_initialize_the_adapter_again():
     model.init_weights()
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_base_of_custom_code_is_not_initialized_again_because_of_the_adapter():
+    """Such code writes in place; transformers spares a module only if all it holds is marked."""
+
+    class Custom(LlamaForCausalLM):
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.data.fill_(7.0)
+
+    model = Custom(llama().config)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # as from_pretrained marks what it has loaded
+    hf_lora.wrap(model, Q, r=4, train=["embed_tokens"])
+    scramble(model)
+    before = snapshot(model)
+    for layer in (model.model.layers[0].self_attn.q_proj, model.model.embed_tokens):
+        layer.__dict__.pop("_is_hf_initialized", None)
+        model._initialize_weights(layer, is_custom_code=True)
+    assert snapshot(model).parameters == before.parameters
 
 
 def test_tie_weights_after_wrapping_keeps_head_and_adapter():
