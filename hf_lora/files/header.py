@@ -81,12 +81,10 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         checked = LoRAConfig.from_dict(config)  # type: ignore[arg-type]
     except (ConfigError, TypeError, OverflowError) as error:
         raise AdapterFileError(f"{path}: the configuration in the header: {error}") from error
-    sound = {name: _slot(entry, f"{damaged}: {show(name)}") for name, entry in slots.items()}
-    _check_config(checked, sound, damaged)
     return OwnHeader(
         fields=fields,
         config=checked,
-        slots=sound,
+        slots={name: _slot(entry, f"{damaged}: {show(name)}") for name, entry in slots.items()},
         trained=trained,
         raw=raw,
     )
@@ -120,16 +118,6 @@ def contradictions(
     if not isinstance(then, list) or set(trained_names) != {*map(str, then)}:
         problems.append(f"modules_to_save = {show(trained_names)}, in the header {show(then)}")
     return problems
-
-
-def _check_config(config: LoRAConfig, slots: Mapping[str, Slot], damaged: str) -> None:
-    """Check that every slot's numbers stand somewhere in the configuration."""
-    for name in ("r", "alpha", "dropout"):
-        possible = {getattr(config, name)}
-        possible |= {fields[name] for fields in config.overrides.values() if name in fields}
-        for path, slot in slots.items():
-            if getattr(slot, name) not in possible or slot.rslora != config.rslora:
-                raise AdapterFileError(f"{damaged}: {path} is {slot}, the configuration {config}")
 
 
 def _check_patterns(config: Any, damaged: str) -> None:

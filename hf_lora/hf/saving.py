@@ -84,12 +84,14 @@ def save_state(
     registry.check_in_place(model)
     names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
     to = as_dtype(dtype)
-    folders = []
-    for name in names:
-        content = collect(model, registry, name, to, state_dict, base)
-        folders.append(adapter_folder(Path(directory), name))
-        write_folder(folders[-1], content)
-    return folders
+    # all are collected before the first is written: what cannot be saved is found out here
+    contents = {
+        adapter_folder(Path(directory), name): collect(model, registry, name, to, state_dict, base)
+        for name in names
+    }
+    for folder, content in contents.items():
+        write_folder(folder, content)
+    return list(contents)
 
 
 def adapter_folder(directory: Path, name: str) -> Path:
@@ -194,11 +196,13 @@ def _by_role(
 ) -> dict[tuple[str, str], torch.Tensor]:
     found = {}
     missing = []
+    plain = {without_wrappers(key): key for key in state_dict}
     for path, role, key in registry.keys(name):
-        if key in state_dict:
-            found[path, role] = state_dict[key]
-        else:
+        there = plain.get(without_wrappers(key))
+        if there is None:
             missing.append(key)
+        else:
+            found[path, role] = state_dict[there]
     if missing:
         raise StateError(
             f"The state dict to save from lacks {len(missing)} adapter tensors (first: "

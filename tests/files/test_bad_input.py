@@ -14,6 +14,7 @@ from hf_lora import (
     BaseMismatchError,
     ConfigError,
     StateError,
+    TargetError,
 )
 from tests import tiny
 from tests.files import edit
@@ -265,7 +266,7 @@ class TestModel:
 
     def test_a_layer_that_another_adapter_trains_in_full(self, ours: Path):
         model = tiny.adapted(targets=["v_proj"], train=["q_proj"])
-        refuse(ours, "q_proj", error=hf_lora.TargetError, model=model, adapter="second")
+        refuse(ours, "q_proj", error=TargetError, model=model, adapter="second")
 
     def test_a_layer_that_is_never_called(self, tmp_path: Path):
         """nn.MultiheadAttention reads its output layer's weight: an adapter there does nothing."""
@@ -287,3 +288,22 @@ class TestModel:
         layer = model.layers[0].q_proj
         layer.forward = lambda x: x
         refuse(ours, "forward of this Linear was replaced", model=model)
+
+    def test_a_layer_that_cannot_be_trained_through(self, ours: Path):
+        """For inference it will do; to train on it would change nothing below it."""
+
+        class Inference(nn.Module):
+            def __init__(self, linear: nn.Linear):
+                super().__init__()
+                self.in_features, self.out_features = linear.in_features, linear.out_features
+                self.weight, self.bias = linear.weight, linear.bias
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                with torch.no_grad():
+                    return nn.functional.linear(x, self.weight, self.bias)
+
+        model = tiny.Net()
+        model.layers[1].q_proj = Inference(model.layers[1].q_proj)
+        refuse(ours, "layers.1.q_proj", "gradient", error=TargetError, model=model, trainable=True)
+        hf_lora.load(model, ours)
+        assert torch.equal(tiny.answers(model), tiny.answers(tiny.adapted()))

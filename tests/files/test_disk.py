@@ -161,3 +161,13 @@ def test_what_pefts_format_cannot_say(tmp_path: Path):
     with pytest.raises(SaveError, match="PEFT would take my_head for a module trained in full"):
         hf_lora.save(model, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_adapters_all_can_be_saved_or_none_is(tmp_path: Path):
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "my_head": nn.Linear(4, 4)})
+    hf_lora.wrap(model, targets="my_head", r=2)
+    hf_lora.add_adapter(model, "second", targets="my_head", r=1, train=["head"])
+    with pytest.raises(SaveError, match="PEFT would take my_head"):
+        hf_lora.save(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+    hf_lora.save(model, tmp_path / "adapter", adapter="default")

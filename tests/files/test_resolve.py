@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import hf_lora
 from hf_lora import AdapterMismatchError, HfLoRAWarning
+from hf_lora.hf.saving import save_state
 from tests import tiny
 from tests.files import edit
 from tests.files.refusing import refuse
@@ -335,3 +336,20 @@ def test_names_that_share_a_beginning_by_chance(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(tiny.answers(hf_lora.load(tiny.Net(), tmp_path)), expected)
+
+
+def test_a_gathered_state_dict_may_have_plain_names(tmp_path: Path):
+    """What gathers shards takes the wrappers off the names; the adapter was added inside them."""
+    model = tiny.Net()
+    model.layers[1] = checkpoint_wrapper(model.layers[1])
+    hf_lora.wrap(model, targets=["q_proj", "v_proj"], r=2)
+    tiny.scramble(model)
+    gathered = {
+        key.replace("_checkpoint_wrapped_module.", ""): tensor
+        for key, tensor in model.state_dict().items()
+    }
+    save_state(model, tmp_path, state_dict=gathered)
+    assert torch.equal(tiny.answers(hf_lora.load(tiny.Net(), tmp_path)), tiny.answers(model))
+    del gathered["layers.1.q_proj.lora_A"]
+    with pytest.raises(hf_lora.StateError, match="lacks 1 adapter tensors"):
+        save_state(model, tmp_path, state_dict=gathered)
