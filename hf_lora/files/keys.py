@@ -39,6 +39,7 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], lis
         raise UnsupportedAdapterError(
             listing(f"{file.path} holds tensors of a kind that hf_lora does not implement", foreign)
         )
+    _refuse_convolutions(file)
     problems: list[str] = []
     pairs: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
@@ -65,6 +66,18 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], lis
     if problems:
         raise AdapterFileError(listing(f"{file.path} is not a sound adapter", problems))
     return factors, others, sorted(renamed)
+
+
+def _refuse_convolutions(file: TensorFile) -> None:
+    found = [
+        f"{key}: {shape}"
+        for key, shape in file.shapes.items()
+        if len(shape) > 2 and _FACTOR.fullmatch(key)
+    ]
+    if found:
+        raise UnsupportedAdapterError(
+            listing(f"{file.path} holds factors of convolutions, not of linear layers", found)
+        )
 
 
 def _plain_key(key: str, renamed: set[str]) -> str:

@@ -30,7 +30,6 @@ _STEPS_TO_READ = 12
 """What reading one character of a pattern costs, in such steps."""
 
 _LONGEST = 16_384
-_ONE_DIGIT = str.maketrans("123456789", "000000000")
 _DIGITS = "0123456789"
 _IGNORED_FLAGS = re.UNICODE | re.VERBOSE | re.DOTALL
 
@@ -103,7 +102,7 @@ class Pattern:
                 f"{patience.source}: {show(pattern)} is not a regular expression that can be "
                 f"matched safely: {error}"
             ) from None
-        self._tells_digits = compiler.tells_digits
+        self._digits = str.maketrans(compiler.like_digits())
         self._known: dict[tuple[str, bool], bool] = {}
 
     def ends(self, text: Text, starts: int) -> int:
@@ -124,8 +123,8 @@ class Pattern:
         return self._matches(text, tail=True)
 
     def _matches(self, text: Text, *, tail: bool) -> bool:
-        # the layers of a model differ by a number that most patterns do not look at
-        same = text.text if self._tells_digits else text.text.translate(_ONE_DIGIT)
+        # layers differ by numbers, of which most patterns tell few digits apart
+        same = text.text.translate(self._digits)
         text.patience.spend(1)
         known = self._known.get((same, tail))
         if known is None:
@@ -155,8 +154,13 @@ class _Compiler:
     """Turns what Python's parser made of a pattern into steps."""
 
     def __init__(self) -> None:
-        self.tells_digits = False
-        """Whether one digit is not like another to the pattern."""
+        self._answers: dict[str, list[bool]] = {digit: [] for digit in _DIGITS}
+        """What each question that the pattern puts to a character is answered for a digit."""
+
+    def like_digits(self) -> dict[str, str]:
+        """Return each digit and the first that is like it in every place of the pattern."""
+        first: dict[tuple[bool, ...], str] = {}
+        return {digit: first.setdefault(tuple(a), digit) for digit, a in self._answers.items()}
 
     def sequence(self, nodes: Iterable[tuple[Any, Any]]) -> Step:
         steps: list[Step] = []
@@ -175,7 +179,8 @@ class _Compiler:
 
     def _node(self, code: Any, value: Any) -> Step:
         if code in (op.NOT_LITERAL, op.ANY, op.IN):
-            self.tells_digits |= len({_is_one_of(digit, code, value) for digit in _DIGITS}) > 1
+            for digit, answers in self._answers.items():
+                answers.append(_is_one_of(digit, code, value))
             return _character(code, value)
         if code is op.BRANCH:
             return _any_of([self.sequence(nodes) for nodes in value[1]])
@@ -200,7 +205,10 @@ class _Compiler:
         raise re.error(f"{str(code).lower()} is not supported")
 
     def _literal(self, word: str) -> Step:
-        self.tells_digits |= any(digit in word for digit in _DIGITS)
+        for character in word:
+            if character in _DIGITS:
+                for digit, answers in self._answers.items():
+                    answers.append(digit == character)
         return _literal(word)
 
 

@@ -119,7 +119,7 @@ class TestTensors:
         edit.change_tensors(pefts, lambda t: t.update({key: torch.ones(2, 8).to(dtype)}))
         refuse(pefts, f"layers.0.q_proj has lora_A of type {str(dtype).removeprefix('torch.')}")
 
-    @pytest.mark.parametrize("shape", [(2, 8, 1), (8,), (3, 8), (0, 8), (2, 0)])
+    @pytest.mark.parametrize("shape", [(16,), (), (3, 8), (0, 8), (2, 0)])
     def test_factors_that_do_not_fit_each_other(self, pefts: Path, shape: tuple[int, ...]):
         key = f"{Q0}.lora_A.weight"
         edit.change_tensors(pefts, lambda t: t.update({key: torch.ones(shape)}))

@@ -183,6 +183,43 @@ def test_patterns_mean_what_they_mean_to_python():
     assert 300 < matched < 2_700
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"layers\.\d+\.q",
+        r"layers\.(?:[0-9]|1[0-9]|2[0-7])\.q",
+        r"layers\.(1|12|21)\.\w+",
+        r".*[13579]\.q",
+        r"layers\.(?!7)[^5]+\.q",
+        r".*(?<=11)\.q",
+        r"layers\.([02468])?\d\.q",
+        ".*[\u0660-\u0669]+.*",
+    ],
+)
+def test_numbers_are_told_apart_where_the_pattern_does(pattern: str):
+    """One Pattern remembers what it answered for names that differ in digits it does not tell."""
+    ours, patience = Pattern(pattern, Patience("test")), Patience("test")
+    for number in [*range(300), "\u0663", "1\u0663"]:
+        text = f"layers.{number}.q"
+        expected = re.fullmatch(pattern, text) is not None
+        assert ours.fullmatch(Text(text, patience)) == expected, text
+
+
+def test_a_mixture_of_experts_is_no_bomb():
+    """36,096 layers, and a pattern with many choices and digits of its own."""
+    words = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
+    pattern = rf"(?:.*?(?:language|text).*?(?:{words}).*?(?:fc1|fc2|up_proj))|(?:.*\.(?:{words}).*)"
+    patience = Patience("test")
+    ours = Pattern(pattern, patience)
+    names = (
+        f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"
+        for layer in range(94)
+        for expert in range(128)
+        for kind in ("gate", "up", "down")
+    )
+    assert all(ours.fullmatch(Text(name, patience)) for name in names)
+
+
 @pytest.mark.parametrize("pattern", [r"(a)\1", "(?>a)b", "a*+", "(?i)a", "(?(1)a|b)", "(?s-i:a)"])
 def test_what_cannot_be_matched_safely_is_refused(pattern: str):
     with pytest.raises(hf_lora.AdapterFileError, match="not a regular expression that can be"):
