@@ -75,7 +75,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), WRONG, ids=[str(fields) for fields, _ in WRONG])
+@pytest.mark.parametrize(("fields", "words"), WRONG, ids=[words for _, words in WRONG])
 def test_a_wrong_field_is_named_with_what_it_should_be(fields: dict, words: str):
     with pytest.raises(ConfigError) as caught:
         LoRAConfig(**fields)

@@ -40,7 +40,10 @@ COMMANDS = {
     ),
     'pip install "torch==2.13.0" -e ".[test]" && pytest': (".ci/run", "pytest"),
     "hf-lora --help": ("tests/test_package.py", '"--help"'),
-    "hf-lora train examples/configs/completion.yaml": ("tests/cli/test_train.py", "completion.yaml"),
+    "hf-lora train examples/configs/completion.yaml": (
+        "tests/cli/test_train.py",
+        "completion.yaml",
+    ),
 }
 
 
