@@ -9,6 +9,7 @@ from hf_lora.files.safetensors_io import TensorFile
 PREFIX = "base_model.model."
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED = re.compile("|".join(_WRAPPERS))
 _BEFORE = re.compile(rf"((?:(?:module|{'|'.join(_WRAPPERS)})\.)*){re.escape(PREFIX)}")
 _FACTOR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<which>[AB])(?:\.default)?(?:\.weight)?")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
@@ -20,6 +21,8 @@ _FOREIGN = re.compile(
 
 def without_wrappers(name: str) -> str:
     """Take off what torch.compile, FSDP and checkpointing put into a model's names."""
+    if _WRAPPED.search(name) is None:
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -86,8 +89,10 @@ def _plain_key(key: str, renamed: set[str]) -> str:
     if before is not None:
         plain = key[before.end() :]
         renamed.update(f"{part}." for part in before[1].split(".") if part)
-    renamed.update(f"{part}." for part in plain.split(".") if part in _WRAPPERS)
-    return without_wrappers(plain)
+    bare = without_wrappers(plain)
+    if bare != plain:
+        renamed.update(f"{part}." for part in plain.split(".") if part in _WRAPPERS)
+    return bare
 
 
 def _pair_fault(file: TensorFile, pair: dict[str, str]) -> str | None:

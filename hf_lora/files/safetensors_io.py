@@ -48,6 +48,7 @@ _TYPES = {
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _NO_DIGEST = "0" * 64
 _LONGEST_HEADER = 32_000_000
+_MOST_TENSORS = 100_000
 _LONGEST_NAME = 512
 _MOST_DOTS = 64
 _MOST_DIMENSIONS = 8
@@ -214,6 +215,8 @@ def _metadata(found: Any, path: Path) -> dict[str, str]:
 
 def _entries(fields: dict[str, Any], size: int, path: Path) -> dict[str, _Entry]:
     """Check that the tensors fill the ``size`` bytes of data exactly, each as its shape says."""
+    if len(fields) > _MOST_TENSORS:
+        raise AdapterFileError(f"{path} holds {len(fields)} tensors, more than any adapter has")
     entries = {}
     for name, entry in fields.items():
         fault = _name_fault(name) or _entry_fault(entry)
@@ -260,6 +263,4 @@ def _entry_fault(entry: Any) -> str | None:
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
-    )
+    return type(value) is list and all(type(item) is int and item >= 0 for item in value)

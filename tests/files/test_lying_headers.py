@@ -184,6 +184,13 @@ def test_millions_of_names(pefts: Path):
     refuse(pefts, "values, more than any adapter needs")
 
 
+def test_too_many_tensors(pefts: Path):
+    """All sound, and none of any use."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    edit.write_header(pefts, {f"x.{n}": entry for n in range(100_001)}, b"")
+    refuse(pefts, "holds 100001 tensors")
+
+
 def test_a_file_that_is_exchanged_while_it_is_read(pefts: Path):
     """A header of one file never goes with the tensors of another."""
     file = TensorFile(pefts / edit.WEIGHTS)
