@@ -130,6 +130,12 @@ def collect(
     adapter = registry.adapter(name)
     modules = {without_wrappers(path): module for path, module in model.named_modules()}
     slots = {without_wrappers(path): slot for path, slot in sorted(adapter.slots.items())}
+    if len(slots) < len(adapter.slots):
+        twice = sorted(path for path in adapter.slots if path != without_wrappers(path))
+        raise SaveError(
+            "A layer and the wrapper around it both have an adapter, and a file has one name for "
+            f"them (first: {twice[0]}). Target the layer alone."
+        )
     trained = sorted(map(without_wrappers, adapter.trained))
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)

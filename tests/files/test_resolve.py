@@ -15,7 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import hf_lora
 from hf_lora import AdapterMismatchError, HfLoRAWarning
-from hf_lora.hf.saving import save_state
+from hf_lora.hf.saving import collect, save_state
+from hf_lora.model.registry import registry_of
 from tests import tiny
 from tests.files import edit
 from tests.files.refusing import refuse
@@ -353,3 +354,13 @@ def test_a_gathered_state_dict_may_have_plain_names(tmp_path: Path):
     del gathered["layers.1.q_proj.lora_A"]
     with pytest.raises(hf_lora.StateError, match="lacks 1 adapter tensors"):
         save_state(model, tmp_path, state_dict=gathered)
+
+
+def test_a_layer_and_its_wrapper_have_one_name():
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)))
+    registry = registry_of(hf_lora.wrap(model, targets=[r"0\._checkpoint_wrapped_module"], r=2))
+    adapter = registry.adapter("default")
+    adapter.slots["0"] = adapter.slots["0._checkpoint_wrapped_module"]
+    registry.layers["0"] = registry.layers["0._checkpoint_wrapped_module"]
+    with pytest.raises(hf_lora.SaveError, match="a file has one name for them"):
+        collect(model, registry, "default", None)
