@@ -11,6 +11,7 @@ from hf_lora.layers.base import Patched, parameter_of
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
 
+_SIZES = ("in_features", "out_features")
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
@@ -21,11 +22,14 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     """
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    # its own, not what a wrapper (checkpointing's, say) forwards from the layer inside it
+    compiled = isinstance(module, torch.jit.ScriptModule)  # keeps its attributes elsewhere
+    own = [n for n in _SIZES if compiled or n in vars(module) or hasattr(type(module), n)]
+    sizes = [getattr(module, name, None) for name in own]
     if not callable(getattr(module, "forward", None)):
         return None
     whole = [int(size) for size in sizes if isinstance(size, numbers.Integral)]
-    return (whole[0], whole[1]) if len(whole) == len(sizes) else None
+    return (whole[0], whole[1]) if len(whole) == len(_SIZES) else None
 
 
 def has_float_weight(module: nn.Module) -> bool:
