@@ -50,7 +50,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             str(OUTPUT),
-            max_steps=30 if args.quick else 80,
+            max_steps=20 if args.quick else 80,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=64,
             learning_rate=5e-4,
