@@ -12,7 +12,7 @@ import argparse
 import assets
 import torch
 from datasets import Dataset
-from quickstart import PROMPT, fastest_dtype
+from spelling import PROMPT, fastest_dtype
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 

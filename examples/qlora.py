@@ -10,12 +10,11 @@ import argparse
 
 import assets
 import torch
-from quickstart import encode, fastest_dtype, spell
+from spelling import fastest_dtype, for_trainer, score
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -58,8 +57,7 @@ def main() -> None:
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
-        train_dataset=[encode(tokenizer, *pair) for pair in train],
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        **for_trainer(tokenizer, train, test),
     )
     with hf_lora.no_adapter(model):
         print(f"4-bit base alone:         {score(model, tokenizer, test):.0%} spelled right")
@@ -70,13 +68,6 @@ def main() -> None:
     model.save_pretrained(f"{OUTPUT}/adapter")
     full = hf_lora.load(full.to(model.device), f"{OUTPUT}/adapter")
     print(f"16-bit base and adapter:  {score(full, tokenizer, test):.0%} spelled right")
-
-
-def score(model, tokenizer, pairs: list[tuple[str, str]]) -> float:
-    """Return the share of American words whose British spelling the model gives."""
-    answers = spell(model, tokenizer, [american for american, _ in pairs])
-    right = [answer == british for answer, (_, british) in zip(answers, pairs, strict=True)]
-    return sum(right) / len(right)
 
 
 if __name__ == "__main__":
