@@ -78,6 +78,15 @@ def is_adapter_folder(directory: Path) -> bool:
     return os.path.isfile(directory / WEIGHTS_FILE)
 
 
+def is_own(weights: Path) -> bool:
+    """Say whether hf_lora wrote a file of weights, whose header then has the configuration.
+
+    Raises:
+        AdapterFileError: It is damaged.
+    """
+    return read_header(TensorFile(weights).metadata, weights) is not None
+
+
 def read_folder(directory: Path) -> AdapterFolder:
     """Read and check an adapter folder without a model.
 

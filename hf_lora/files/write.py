@@ -12,6 +12,7 @@ from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Content
 from hf_lora.files.header import HEADER_KEY, make_header
 from hf_lora.files.peft_format import to_peft
 from hf_lora.files.pending import put_note, take_note_away
+from hf_lora.files.read import read_folder
 from hf_lora.files.safetensors_io import serialize
 
 
@@ -31,11 +32,16 @@ def write_folder(directory: Path, content: Content) -> None:
 def copy_folder(source: Path, directory: Path) -> None:
     """Copy the two files of an adapter, replacing older ones as :func:`write_folder` does.
 
+    Where there are only weights, ``adapter_config.json`` is written from what their header says.
+
     Raises:
         SaveError: A file cannot be read, or the folder cannot be written; it is as it was.
     """
     try:
-        text = (source / CONFIG_FILE).read_bytes()
+        if os.path.lexists(source / CONFIG_FILE):
+            text = (source / CONFIG_FILE).read_bytes()
+        else:
+            text = as_json(read_folder(source).fields)
         with open(source / WEIGHTS_FILE, "rb") as weights:
             _write(directory, lambda file: shutil.copyfileobj(weights, file), text)
     except OSError as error:

@@ -15,7 +15,13 @@ from typing import Any
 
 import httpx2
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    CommitOperationAdd,
+    HfApi,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -27,7 +33,7 @@ from torch import nn
 
 from hf_lora.errors import AdapterFileError, ConfigError, HfLoRAWarning, HubError
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
-from hf_lora.files.read import read_folder
+from hf_lora.files.read import is_own, read_folder
 from hf_lora.files.write import copy_folder
 from hf_lora.hf.base_on_hub import base_license, hub_base
 from hf_lora.hf.card import CARD_FILE, LIBRARY, Training, adapter_card, is_untouched
@@ -52,7 +58,7 @@ def locate(
 
     A folder that exists is taken as it is and a path object is never a repo id: neither touches the
     network. Of a repo only the two files of the adapter are fetched, both of one commit; what the
-    cache has is not fetched again.
+    cache has is not fetched again. As in a folder, weights that hf_lora wrote do without the other.
 
     Raises:
         AdapterFileError: Neither a folder nor a repo id, or no adapter in it.
@@ -259,7 +265,7 @@ def check_subfolder(subfolder: str | None) -> None:
 def _fetch(
     repo_id: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
 ) -> Path:
-    """Return the cache's folder with an adapter's two files, of one commit."""
+    """Return the cache's folder with an adapter's files, of one commit."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -267,21 +273,34 @@ def _fetch(
             f"{repo_id!r} is neither a folder nor a repo id on the Hub"
         ) from None
     inside = PurePosixPath(Path(subfolder or "").as_posix())
-    at = revision
     with reading(repo_id, revision):
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            try:
-                file = (inside / name).as_posix()
-                path = Path(hf_hub_download(repo_id, file, revision=at, token=token))
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError as error:
-                held = _files(repo_id, at, token)
-                words = what_is_there(repo_id, subfolder, name, held)
-                raise AdapterFileError(words) from error
-            folder = path.parent
-            at = path.parents[len(inside.parts)].name
-    return folder
+        config = _download(repo_id, inside / CONFIG_FILE, revision, token)
+        at = config.parents[len(inside.parts)].name if isinstance(config, Path) else revision
+        weights = _download(repo_id, inside / WEIGHTS_FILE, at, token)
+        # the header of weights that hf_lora wrote has the whole configuration
+        if isinstance(weights, Path) and (isinstance(config, Path) or is_own(weights)):
+            return weights.parent
+        found = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
+        errors = ((name, e) for name, e in found.items() if isinstance(e, EntryNotFoundError))
+        name, error = next(errors)
+        words = what_is_there(repo_id, subfolder, name, _files(repo_id, at, token))
+        raise AdapterFileError(words) from error
+
+
+def _download(
+    repo_id: str, path: PurePosixPath, revision: str | None, token: str | bool | None
+) -> Path | EntryNotFoundError:
+    """Return a file in the cache, or what the client says of one that the repo does not have."""
+    file = path.as_posix()
+    try:
+        return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
+    except LocalEntryNotFoundError as error:
+        # the Hub cannot be asked, but the cache remembers what it did not have
+        if try_to_load_from_cache(repo_id, file, revision=revision) is not _CACHED_NO_EXIST:
+            raise
+        return error
+    except EntryNotFoundError as error:
+        return error
 
 
 def _files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
