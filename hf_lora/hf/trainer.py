@@ -22,6 +22,7 @@ from hf_lora.hf.trainer_card import create_model_card
 from hf_lora.hf.trainer_push import bring_adapters, name_for_others
 from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
 from hf_lora.hf.training_run import run_of
+from hf_lora.hf.unused import reaches_all
 from hf_lora.model.registry import Registry, find, wrapped
 
 Original = Callable[..., Any]
@@ -42,6 +43,9 @@ class LoRATrainerMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; takes the arguments of ``Trainer.train``."""
         return train(super().train, self, *args, **kwargs)  # type: ignore[misc]
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        return build_accelerator_args(super()._build_accelerator_args, self, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card; takes the arguments of ``Trainer.create_model_card``."""
@@ -83,6 +87,21 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if any(parameter.requires_grad for _, parameter in registry.parameters(name)):
             registry.adapter(name).training = run
     return result
+
+
+def build_accelerator_args(original: Original, trainer: Any, **kwargs: Any) -> dict[str, Any]:
+    """Spare DDP its search for unused parameters where there are none, if the user does not say."""
+    built = original(**kwargs)
+    found = _ours(trainer.model)
+    if (
+        found is not None
+        and trainer.args.ddp_find_unused_parameters is None
+        and reaches_all(*found)
+    ):
+        for handler in built["kwargs_handlers"]:
+            if hasattr(handler, "find_unused_parameters"):
+                handler.find_unused_parameters = False
+    return built
 
 
 def load_from_checkpoint(

@@ -23,6 +23,7 @@ _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
             "_load_from_checkpoint": trainer.load_from_checkpoint,
             "_load_best_model": trainer.load_best_model,
             "_push_from_checkpoint": trainer.push_from_checkpoint,
+            "_build_accelerator_args": trainer.build_accelerator_args,
         },
     ),
     # the base of TRL's trainers overrides this one method

@@ -1,0 +1,27 @@
+"""Run by test_launch.py: processes that fail, or never end."""
+
+import os
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def works(folder: Path) -> dict[str, str]:
+    """Tell who this is."""
+    return {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def one_fails(folder: Path) -> None:
+    """One process raises while the other waits for it."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise RuntimeError("the second process had enough")
+    (folder / "waiting").write_text(str(os.getpid()))
+    dist.barrier()
+
+
+def all_hang(folder: Path) -> None:
+    """No process ever ends."""
+    (folder / f"hanging-{os.environ['RANK']}").write_text(str(os.getpid()))
+    time.sleep(3600)
