@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
-from hf_lora.hf import trainer_patch
+from hf_lora.hf import peft_guard, trainer_patch
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.pretrained import is_pretrained
@@ -30,11 +30,12 @@ _FLAG = "_hf_peft_config_loaded"
 
 
 class Bound(functools.partial):
-    """A partial that brings hf_lora's part in Trainer along when a pickled model is loaded."""
+    """A partial that brings hf_lora's patches along when a pickled model is loaded."""
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         trainer_patch.install()
+        peft_guard.install()
 
 
 def install(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.read import read_folder
-from hf_lora.hf import instance, trainer_patch
+from hf_lora.hf import instance, peft_guard, trainer_patch
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.layers.names import DEFAULT, check_adapter_name
@@ -269,6 +269,7 @@ def push_to_hub(
 def _hook(model: nn.Module) -> None:
     instance.install(model)
     trainer_patch.install()
+    peft_guard.install()
 
 
 _CLASSES = {
