@@ -28,7 +28,7 @@ def staged(path: Path, write: Callable[[Any], None]) -> Iterator[Path]:
     Raises:
         SaveError: It could not be written (a full disk, no permission); ``path`` is untouched.
     """
-    _remove_abandoned(path)
+    remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{_owner()}.tmp")
     try:
         # never through a link that somebody put there
@@ -112,7 +112,7 @@ def _owner() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Delete what a killed process of this machine, or this very thread, left half written."""
     named = re.compile(
         re.escape(f".{path.name}.{socket.gethostname()}-")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.errors import AdapterFileError
-from hf_lora.files.atomic import as_json, staged, sync_directory
+from hf_lora.files.atomic import as_json, remove_abandoned, staged, sync_directory
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
 from hf_lora.files.json_text import read_json
 
@@ -31,7 +31,8 @@ def put_note(directory: Path, weights: Path, text: bytes) -> None:
 
 
 def take_note_away(directory: Path) -> None:
-    """Delete the note, if there is one."""
+    """Delete the note, if there is one, and what a kill left of one."""
+    remove_abandoned(directory / PENDING_FILE)
     with contextlib.suppress(OSError):
         (directory / PENDING_FILE).unlink()
 

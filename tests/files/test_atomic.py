@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import hf_lora
+from hf_lora.files.pending import PENDING_FILE
 from hf_lora.files.write import copy_folder
 from tests import tiny
 from tests.files import edit
@@ -102,6 +103,20 @@ def test_a_hundred_kills_at_random_moments(tmp_path: Path):
     assert min(seen) >= 10
 
     hf_lora.save(models[1], tmp_path)
+    assert leftovers(tmp_path) == set()
+
+
+def test_a_note_cut_short_is_cleared_though_the_json_stays_the_same(tmp_path: Path):
+    """Only a save that changes the JSON writes a note of its own."""
+    model = tiny.adapted()
+    hf_lora.save(model, tmp_path)
+    pid = in_child(lambda: None)
+    os.waitpid(pid, 0)
+    owner = f"{socket.gethostname()}-{pid}-1"
+    left = tmp_path / f".{PENDING_FILE}.{owner}.tmp"
+    left.write_bytes(b"{")
+    assert leftovers(tmp_path) == {left.name}
+    hf_lora.save(model, tmp_path)
     assert leftovers(tmp_path) == set()
 
 
