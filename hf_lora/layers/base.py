@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
 from hf_lora.layers.forwards import (
@@ -21,7 +22,9 @@ from hf_lora.layers.forwards import (
     rebind_forwards,
     show_to_offloading,
 )
+from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.sharing import Sharing
 from hf_lora.layers.words import Word
 
 
@@ -52,6 +55,12 @@ class Routing:
 
     merged: tuple[str, ...] = ()
     """Adapters that are inside the weights now; their updates are not added a second time."""
+
+    plain: bool = False
+    """Whether every layer takes the plain path: the oracle of the fused one."""
+
+    sharing: Sharing = dataclasses.field(default_factory=Sharing, repr=False, compare=False)
+    """Which layers read the same tensor and are computed together."""
 
 
 OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies"})
@@ -235,17 +244,32 @@ class LoRALayer(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""
+        updates = self.lora_updates()
+        if not updates:
+            return super().forward(*args, **kwargs)
+        x: Any = args[0] if args else kwargs.get(self.lora_input)
+        ordinary = not self.lora_routing.plain and is_ordinary(x)
+        if ordinary and len(args) + len(kwargs) == 1:
+            y = fused_forward(self, updates, x)
+            if y is not None:
+                return y
         y = super().forward(*args, **kwargs)
-        routing = self.lora_routing
-        for name in routing.active:
-            slot = self.lora_slots.get(name)
-            if slot is None or name in routing.merged:
-                continue
-            x = args[0] if args else kwargs[self.lora_input]
-            if slot.dropout:
-                x = F.dropout(x, slot.dropout, self.training)
-            y = y + low_rank(x, *self.lora_pair(name), slot.scaling).to(y.dtype)
+        whole = fused_on_top(self, updates, x, y) if ordinary else None
+        if whole is not None:
+            return whole
+        for a_RI, b_OR, s, dropout in updates:
+            seen = F.dropout(x, dropout) if dropout else x
+            y = y + low_rank(seen, a_RI, b_OR, s).to(y.dtype)
         return y
+
+    def lora_updates(self) -> list[Update]:
+        """Return the updates of the active adapters, as things are at this moment."""
+        routing = self.lora_routing
+        return [
+            Update(*self.lora_pair(name), slot.scaling, slot.dropout if self.training else 0.0)
+            for name in routing.active
+            if name not in routing.merged and (slot := self.lora_slots.get(name)) is not None
+        ]
 
     @Word
     def r(self) -> int:

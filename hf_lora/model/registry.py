@@ -12,6 +12,7 @@ from hf_lora.errors import StateError, UnknownAdapterError, listing
 from hf_lora.layers.base import LoRALayer, Patched, Routing, Slot, is_ours
 from hf_lora.layers.merging import Tensors, put_back
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
 
 _ATTRIBUTE = "_hf_lora"
@@ -267,11 +268,13 @@ def create(model: nn.Module) -> Registry:
     for parameter in model.parameters():
         parameter.requires_grad = False  # the method of that name fails on lazy modules
     model.__dict__[_ATTRIBUTE] = registry
+    registry.routing.sharing.watch(model)
     return registry
 
 
 def forget(model: nn.Module) -> Registry:
     """Take the registry off the model and return it."""
+    unwatch(model)
     return model.__dict__.pop(_ATTRIBUTE)
 
 

@@ -232,7 +232,8 @@ def test_a_model_that_transformers_loads_partly_from_disk(tmp_path: Path):
     hf_lora.wrap(model, r=4)
     for each in (model, plain):
         scramble(each)
-        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=0.01)
+        # not Adam, which turns the sign of a rounding error into a step of full size
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
         for _ in range(2):
             each.train()(TOKENS, labels=TOKENS).loss.backward()
             optimizer.step()

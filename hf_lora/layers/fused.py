@@ -1,0 +1,155 @@
+"""When a patched layer takes the fused path, alone or together with others, and when it cannot."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from transformers.pytorch_utils import Conv1D
+
+from hf_lora.functional.fused import Layer, Update, fused
+from hf_lora.functional.rebuild import Recipe, rebuild, recipe_of
+
+LoRALayer = Any
+"""`layers.base.LoRALayer`, which stands above this module."""
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def is_ordinary(x: Any) -> bool:
+    """Say whether ``x`` is a plain tensor in plain execution: not traced, transformed or lazy."""
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and x.is_floating_point()
+        and x.dim() > 0
+    )
+
+
+def compute_type(x: torch.Tensor) -> torch.dtype:
+    """Return the type that a linear layer computes in: autocast's where that is on."""
+    kind = x.device.type
+    if (
+        x.dtype != torch.float64
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+    ):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def fused_forward(
+    layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the layer's output from one function for base and updates, or None if it cannot be.
+
+    In training the layer computes for those that read the same tensor, or takes what another has
+    computed for it.
+    """
+    dtype = compute_type(x)
+    own = _with_weight(layer, updates, x, dtype)
+    if own is None:
+        return None
+    if not torch.is_grad_enabled():
+        return fused(x, [own], dtype)[0]
+    if _is_apart(layer) or x.is_inference():
+        return fused(x, [own], dtype, _recipe(layer, x))[0]
+    routing = layer.lora_routing
+    sharing = routing.sharing
+    conditions = (dtype, routing.active, routing.merged)
+    ready = sharing.take(layer, x, conditions)
+    if ready is not None:
+        return ready
+    group, layers = [layer], [own]
+    for other in sharing.followers(layer):
+        found = _as_follower(layer, other, x, dtype)
+        if found is not None:
+            group.append(other)
+            layers.append(found)
+    outputs = fused(x, layers, dtype, _recipe(layer, x))
+    if len(group) > 1:
+        sharing.put(group, x, conditions, outputs)
+    return outputs[0]
+
+
+def fused_on_top(
+    layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the host's own output ``y`` with the updates added, or None if it cannot be."""
+    dtype = compute_type(x)
+    if type(y) not in _PLAIN or y.dtype != dtype or y.shape[:-1] != x.shape[:-1]:
+        return None
+    if not _same_device(updates, x):
+        return None
+    recipe = _recipe(layer, x) if torch.is_grad_enabled() else None
+    return fused(x, [Layer(updates, y=y)], dtype, recipe)[0]
+
+
+def _with_weight(
+    layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor, dtype: torch.dtype
+) -> Layer | None:
+    """Return the layer as one product with its weight, if that is all that its host does."""
+    if not _multiplies(layer.lora_host) or not _same_device(updates, x):
+        return None
+    weight, bias = layer.weight, layer.bias
+    for tensor in (weight, bias):
+        if tensor is not None and (
+            type(tensor) not in _PLAIN
+            or tensor.requires_grad
+            or tensor.device != x.device
+            or (tensor.dtype != dtype and (dtype == x.dtype or not tensor.is_floating_point()))
+        ):
+            return None
+    if x.shape[-1] != weight.shape[0 if layer.fan_in_fan_out else 1]:
+        return None  # the host's own error says it best
+    return Layer(updates, weight.t() if layer.fan_in_fan_out else weight, bias)
+
+
+def _same_device(updates: Sequence[Update], x: torch.Tensor) -> bool:
+    return all(
+        type(u.a_RI) in _PLAIN and type(u.b_OR) in _PLAIN and u.a_RI.device == x.device
+        for u in updates
+    )
+
+
+def _as_follower(
+    leader: LoRALayer, other: LoRALayer, x: torch.Tensor, dtype: torch.dtype
+) -> Layer | None:
+    """Return another layer of the group as it will be when its turn comes, or None."""
+    if vars(other).get("lora_routing") is not leader.lora_routing or _is_apart(other):
+        return None
+    if other._forward_pre_hooks:  # may change its input, or fetch its weights
+        return None
+    updates = other.lora_updates()
+    return _with_weight(other, updates, x, dtype) if updates else None
+
+
+def _is_apart(layer: nn.Module) -> bool:
+    """Say whether the layer must compute alone: placed by device hooks, or a replica."""
+    own = vars(layer)
+    return "_hf_hook" in own or "_is_replica" in own
+
+
+@functools.cache
+def _multiplies(host: type[nn.Module]) -> bool:
+    """Say whether a host's forward is the plain product with its weight."""
+    return host.forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _recipe(layer: LoRALayer, x: torch.Tensor) -> Recipe | None:
+    """Return how ``x`` can be rebuilt; what was never tried on this layer is tried first."""
+    recipe = recipe_of(x)
+    if recipe is None:
+        return None
+    sharing = layer.lora_routing.sharing
+    proven = sharing.is_proven(layer, recipe.expression)
+    if proven is None:
+        again = rebuild(recipe.expression, recipe.kept).reshape(x.shape)
+        proven = again.dtype == x.dtype and torch.equal(again, x)
+        sharing.prove(layer, recipe.expression, proven)
+    return recipe if proven else None

@@ -1,0 +1,120 @@
+"""Which linear layers of a model are called with the same tensor, seen in one traced forward.
+
+A model's q, k and v projections are called one after the other with the very same tensor. That is
+found out by looking: a copy of the module tree, which shares all weights and has no hooks, runs on
+one row of the first batch of a training, without gradients. No architecture is listed. The result
+depends on the model alone, so that a training which is resumed computes as the one that was not
+interrupted.
+"""
+
+import collections
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+Groups = list[list[nn.Module]]
+
+
+def same_input_groups(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups:
+    """Return the linear layers that read one tensor, in the order of their calls.
+
+    Args:
+        model: The model; nothing of it changes.
+        args: What its forward was called with.
+        kwargs: What its forward was called with.
+
+    Returns:
+        Groups of two layers or more. None at all where the model cannot be traced so: its layers
+        are placed or sharded by somebody else, or its forward fails on the copy.
+    """
+    if any(_is_placed(module) for module in model.modules()):
+        return []
+    for rows in (_one_row, lambda value, batch: value):
+        try:
+            return _trace(model, *_map((args, kwargs), rows))
+        except Exception:  # the model's own forward, which may want what it was not given
+            continue
+    return []
+
+
+def _is_placed(module: nn.Module) -> bool:
+    return "_hf_hook" in vars(module) or any(
+        type(tensor) is not nn.Parameter
+        for tensor in module._parameters.values()
+        if tensor is not None
+    )
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups:
+    twin = _twin(model)
+    originals = dict(model.named_modules())
+    groups: list[list[nn.Module]] = []
+    seen: set[nn.Module] = set()
+    last: list[Any] = [None]
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], path: str) -> None:
+        x = inputs[0] if inputs else next(iter(named.values()), None)
+        same, last[0] = x is last[0], x
+        layer = originals[path]
+        if layer in seen:  # a shared layer is called many times; its first call counts
+            last[0] = None
+        elif same:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+        seen.add(layer)
+
+    for path, module in twin.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            module.register_forward_pre_hook(
+                lambda module, inputs, named, path=path: note(module, inputs, named, path),
+                with_kwargs=True,
+            )
+    # also where dropout is off, a model may draw random numbers
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cpu"
+    indices = [device.index or 0 for device in devices] if kind != "cpu" else []
+    with torch.random.fork_rng(indices, device_type=kind if indices else "cuda"):
+        twin.eval()(*args, **kwargs)
+    return [group for group in groups if len(group) > 1]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return a copy of the module tree on the same parameters, with buffers of its own."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for module in model.modules():
+        memo |= {id(vars(module)[name]): collections.OrderedDict() for name in _HOOKS}
+    return copy.deepcopy(model, memo)
+
+
+def _map(value: Any, change: Any, batch: list[int] | None = None) -> Any:
+    """Change every tensor in nested tuples, lists and dicts."""
+    batch = [] if batch is None else batch
+    if isinstance(value, torch.Tensor):
+        return change(value.detach(), batch)
+    if type(value) in (tuple, list):
+        return type(value)(_map(item, change, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(item, change, batch) for key, item in value.items()}
+    return copy.deepcopy(value)  # such as a cache, which the forward would fill
+
+
+def _one_row(tensor: torch.Tensor, batch: list[int]) -> torch.Tensor:
+    """Return the first row of what has as many rows as the first tensor had."""
+    if tensor.dim() and not batch:
+        batch.append(tensor.shape[0])
+    return tensor[:1] if tensor.dim() and tensor.shape[0] == batch[0] else tensor
