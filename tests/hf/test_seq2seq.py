@@ -126,6 +126,7 @@ def test_the_adapter_generates_the_same_when_it_is_loaded(
     fresh = hf_lora.unwrap(t5(2))
     hf_lora.load(fresh, tmp_path)
     made.model.eval()
+    fresh.eval()  # a model that is made from its configuration, not loaded, is in training mode
     x = torch.tensor([[3, 4, 5, 6, 1]])
     ours, theirs = (m.generate(x, max_length=6, do_sample=False) for m in (made.model, fresh))
     assert torch.equal(ours, theirs)
