@@ -1,0 +1,411 @@
+"""Whole models on the fused path against the same on the plain one, and when they fall back."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_lora
+from hf_lora.layers.base import LoRALayer, Routing
+from hf_lora.model.registry import registry_of
+from tests.oracle.adapting import our_fields, scramble
+from tests.oracle.architectures import ARCHITECTURES, Architecture, each_architecture
+
+GROUPS = {
+    "llama": {"q_proj k_proj v_proj", "gate_proj up_proj"},
+    "qwen3": {"q_proj k_proj v_proj", "gate_proj up_proj"},
+    "gemma3": {"q_proj k_proj v_proj", "gate_proj up_proj"},
+    "phi3": set(),
+    "gpt2": set(),
+    "gpt_neox": set(),
+    "mistral": {"q_proj k_proj v_proj", "gate_proj up_proj"},
+    "t5": {"q k v", "k v"},
+    "bart": {"q_proj k_proj v_proj", "k_proj v_proj"},
+    "bert": {"query key value"},
+    "vit": {"q_proj k_proj v_proj"},
+    "whisper": {"q_proj k_proj v_proj", "k_proj v_proj"},
+}
+"""Last names of the layers that read one tensor, as the models' own source has them."""
+
+
+def wrapped(architecture: Architecture, **fields: Any) -> nn.Module:
+    model = hf_lora.wrap(architecture.build(), **our_fields(architecture, **fields))
+    scramble(model)
+    return model.train()
+
+
+def routing(model: nn.Module) -> Routing:
+    return registry_of(model).routing
+
+
+def loss(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(5)  # for models that drop
+    output = model(**inputs)
+    found = output.logits if "logits" in output else output.last_hidden_state
+    return (found.float() * torch.linspace(-1, 1, found.numel()).view(found.shape)).sum()
+
+
+def gradients(model: nn.Module, inputs: dict[str, torch.Tensor], plain: bool = False) -> list:
+    routing(model).plain = plain
+    model.zero_grad(set_to_none=True)
+    loss(model, inputs).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return max(
+        float((one - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def groups(model: nn.Module) -> list[list[str]]:
+    paths = {module: path for path, module in model.named_modules()}
+    sharing = routing(model).sharing
+    found = ([layer, *sharing.followers(layer)] for layer in paths)
+    return [[paths[layer] for layer in group] for group in found if len(group) > 1]
+
+
+@each_architecture
+def test_gradients_are_those_of_the_plain_path(architecture: Architecture):
+    model, inputs = wrapped(architecture), architecture.inputs()
+    wanted = gradients(model, inputs, plain=True)
+    for _ in range(2):
+        assert error(gradients(model, inputs), wanted) < 1e-5
+
+
+@each_architecture
+def test_layers_that_read_one_tensor_are_found(architecture: Architecture):
+    model = wrapped(architecture)
+    gradients(model, architecture.inputs())
+    found = {" ".join(path.split(".")[-1] for path in group) for group in groups(model)}
+    assert found == GROUPS[architecture.name]
+    for group in groups(model):
+        assert len({path.rpartition(".")[0] for path in group}) == 1
+
+
+def llama(**fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = hf_lora.wrap(LlamaForCausalLM(config), "all-linear", r=4, **fields)
+    scramble(model)
+    return model.train()
+
+
+INPUTS = {"input_ids": torch.arange(20).view(2, 10)}
+
+
+def error_to_plain(model: nn.Module) -> float:
+    return error(gradients(model, INPUTS), gradients(model, INPUTS, plain=True))
+
+
+def of(model: nn.Module, name: str) -> LoRALayer:
+    return next(m for path, m in model.named_modules() if path.endswith(name))  # type: ignore[return-value]
+
+
+class TestSteps:
+    """A step computes the same however often and after whatever else it is run."""
+
+    def test_the_first_step_is_equal_to_the_second_and_to_a_copy_s(self):
+        model = llama()
+        other = copy.deepcopy(model)
+        one, two = gradients(model, INPUTS), gradients(model, INPUTS)
+        three = gradients(pickle.loads(pickle.dumps(other)), INPUTS)
+        assert all(map(torch.equal, one, two))
+        assert all(map(torch.equal, one, three))
+
+    def test_the_trace_draws_no_random_numbers_and_changes_no_buffer(self):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+                self.norm = nn.BatchNorm1d(8)
+                self.calls = 0
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = self.norm(x) + torch.rand(x.shape)
+                return F.dropout(self.q(x) * self.k(x), 0.5, self.training)
+
+        torch.manual_seed(0)
+        model = hf_lora.wrap(Net(), ["q", "k"], r=2).train()
+        calls = []
+        model.q.register_forward_hook(lambda *_: calls.append(1))
+        torch.manual_seed(1)
+        first = model(torch.ones(4, 8))
+        assert model.norm.num_batches_tracked == 1
+        assert len(calls) == 1
+        assert groups(model) == [["q", "k"]]
+        torch.manual_seed(1)
+        assert torch.equal(first, model(torch.ones(4, 8)))
+
+    def test_a_model_whose_forward_fails_on_one_row_is_traced_on_all(self):
+        class Pairs(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = x.view(2, -1, 8)
+                return self.q(x) + self.k(x)
+
+        model = hf_lora.wrap(Pairs(), ["q", "k"], r=2)
+        model(torch.ones(4, 8))
+        assert groups(model) == [["q", "k"]]
+
+    def test_a_model_that_cannot_be_traced_trains_all_the_same(self):
+        class Once(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+                self.lock = threading.Lock()  # no deepcopy copies a lock
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.q(x) + self.k(x)
+
+        model = hf_lora.wrap(Once(), ["q", "k"], r=2)
+        model(torch.ones(4, 8)).sum().backward()
+        assert groups(model) == []
+        assert model.q.lora_B.grad is not None
+
+
+class TestFallingBack:
+    """What is unusual computes alone, or plainly, and rightly."""
+
+    def test_forward_hooks_of_every_layer_fire_with_its_own_output(self):
+        model, seen = llama(), {}
+        gradients(model, INPUTS)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            of(model, f"0.self_attn.{name}").register_forward_hook(
+                lambda module, args, y, name=name: seen.__setitem__(name, (args[0], y))
+            )
+        gradients(model, INPUTS)
+        for name, (x, y) in seen.items():
+            layer = of(model, f"0.self_attn.{name}")
+            torch.testing.assert_close(y, _plain(layer, x))
+        assert len(seen) == 3
+
+    @pytest.mark.parametrize("name", ["q_proj", "k_proj", "up_proj"])
+    def test_a_hook_that_changes_the_input_of_one_layer(self, name: str):
+        model = llama()
+        gradients(model, INPUTS)
+        for path, module in model.named_modules():
+            if path.endswith(name):
+                module.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        assert error_to_plain(model) < 1e-5
+
+    def test_a_backward_hook_that_changes_the_gradient_of_one_layer(self):
+        model = llama()
+        of(model, "1.self_attn.v_proj").register_full_backward_hook(
+            lambda module, dx, dy: (dx[0] * 3,)
+        )
+        assert error_to_plain(model) < 1e-5
+
+    def test_a_layer_that_is_called_alone(self):
+        model = llama()
+        gradients(model, INPUTS)
+        layer, x = of(model, "0.self_attn.q_proj"), torch.randn(3, 32)
+        torch.testing.assert_close(layer(x), _plain(layer, x))
+        other = of(model, "0.self_attn.k_proj")
+        torch.testing.assert_close(other(x), _plain(other, x))
+
+    def test_an_input_that_is_changed_in_place_between_two_layers(self):
+        model = llama()
+        gradients(model, INPUTS)
+        q, k = of(model, "0.self_attn.q_proj"), of(model, "0.self_attn.k_proj")
+        x = torch.randn(3, 32)
+        q(x)
+        x.mul_(2)
+        torch.testing.assert_close(k(x), _plain(k, x))
+
+    def test_another_adapter_is_activated_between_two_layers(self):
+        model = llama()
+        hf_lora.add_adapter(model, "other", targets=["k_proj"], r=2)
+        gradients(model, INPUTS)
+        q, k = of(model, "0.self_attn.q_proj"), of(model, "0.self_attn.k_proj")
+        x = torch.randn(3, 32)
+        q(x)
+        with hf_lora.use_adapter(model, "other"):
+            torch.testing.assert_close(k(x), _plain(k, x))
+
+    def test_a_layer_that_does_not_come_is_computed_for_three_times_and_no_more(self):
+        class Sometimes(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x: torch.Tensor, both: bool = True) -> torch.Tensor:
+                return self.q(x) + self.k(x) if both else self.q(x)
+
+        model = hf_lora.wrap(Sometimes(), ["q", "k"], r=2)
+        model(torch.ones(2, 8))
+        assert groups(model) == [["q", "k"]]
+        for _ in range(4):
+            assert groups(model) == [["q", "k"]]
+            model(torch.ones(2, 8), both=False).sum().backward()
+        assert groups(model) == []
+
+    def test_several_adapters_of_different_ranks_and_layers(self):
+        model = llama(dropout=0.0)
+        hf_lora.add_adapter(model, "second", targets=["k_proj", "gate_proj"], r=3)
+        hf_lora.activate(model, ["default", "second"])
+        scramble(model)
+        assert error_to_plain(model) < 1e-5
+
+    def test_frozen_adapters_and_a_trained_base_weight(self):
+        model = llama()
+        of(model, "0.self_attn.k_proj").lora_A.requires_grad_(False)
+        of(model, "0.mlp.up_proj").weight.requires_grad_(True)
+        assert error_to_plain(model) < 1e-5
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_activation_checkpointing(self, reentrant: bool):
+        model = llama(dropout=0.1)
+        model.enable_input_require_grads()
+        wanted = gradients(model, INPUTS)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        for _ in range(2):
+            assert error(gradients(model, INPUTS), wanted) < 1e-5
+        assert len(groups(model)) == 4
+
+    def test_saved_tensors_that_others_keep_elsewhere(self):
+        model = llama()
+        wanted = gradients(model, INPUTS)
+        with torch.autograd.graph.save_on_cpu():
+            assert error(gradients(model, INPUTS), wanted) < 1e-5
+
+    def test_threads_that_share_a_model(self):
+        model = llama()
+        gradients(model, INPUTS)
+        layers = [of(model, f"0.self_attn.{n}_proj") for n in "qkv"]
+        xs = [torch.randn(4, 32) for _ in range(4)]
+        wanted = [[_plain(layer, x) for layer in layers] for x in xs]
+        faults = []
+
+        def work(x: torch.Tensor, wanted: list[torch.Tensor]) -> None:
+            for _ in range(50):
+                found = [layer(x) for layer in layers]
+                if not all(
+                    torch.allclose(*pair, atol=1e-5) for pair in zip(found, wanted, strict=True)
+                ):
+                    faults.append(x)
+
+        threads = [
+            threading.Thread(target=work, args=pair) for pair in zip(xs, wanted, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not faults
+
+    @pytest.mark.parametrize("kind", ["vmap", "jacrev", "jvp", "functional_call"])
+    def test_functional_transforms(self, kind: str):
+        model = llama()
+        gradients(model, INPUTS)
+        layer, x = of(model, "0.mlp.gate_proj"), torch.randn(3, 32)
+        calls = {
+            "vmap": lambda: torch.vmap(layer)(x),
+            "jacrev": lambda: torch.func.jacrev(layer)(x),
+            "jvp": lambda: torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1],
+            "functional_call": lambda: torch.func.functional_call(
+                layer, {"lora_B": layer.lora_B * 2}, x
+            ),
+        }
+        found = calls[kind]()
+        layer.lora_routing.plain = True
+        torch.testing.assert_close(found, calls[kind]())
+
+    def test_autocast(self):
+        model = llama()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model, INPUTS)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = gradients(model, INPUTS, plain=True)
+        exact = gradients(model, INPUTS, plain=True)
+        assert all(g.dtype == torch.float32 for g in found)
+        assert error(found, exact) < 1.5 * error(plain, exact)
+
+    def test_mixed_types_fail_as_the_plain_layer_does(self):
+        layer = hf_lora.LoRALinear(nn.Linear(8, 8), 2)
+        with pytest.raises(RuntimeError, match="same dtype"):
+            layer(torch.randn(2, 8, dtype=torch.bfloat16))
+
+
+def _plain(layer: LoRALayer, x: torch.Tensor) -> torch.Tensor:
+    before = layer.lora_routing.plain
+    layer.lora_routing.plain = True
+    try:
+        return type(layer).forward(layer, x)
+    finally:
+        layer.lora_routing.plain = before
+
+
+class TestMemory:
+    """What is kept for the backward pass."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dropout", [0.0, 0.05])
+    def test_no_more_is_kept_than_by_the_frozen_model(self, dtype: torch.dtype, dropout: float):
+        model = llama(dropout=dropout).to(dtype)
+        frozen = hf_lora.base_view(model).train()
+        for each in (model, frozen):
+            kept(each)  # what is rebuilt is tried first
+        tokens, layers, width, inner = 20, 2, 32, 48
+        masks = (6 * width + inner) if dropout else 0
+        assert kept(model) - kept(frozen) <= tokens * layers * masks
+
+    def test_nothing_of_a_step_outlives_it(self):
+        model = llama()
+        gradients(model, INPUTS)
+        seen: list[weakref.ref] = []
+        hook = of(model, "1.mlp.down_proj").register_forward_hook(
+            lambda module, args, y: seen.append(weakref.ref(args[0]))
+        )
+        gradients(model, INPUTS)
+        hook.remove()
+        gc.collect()
+        assert [reference() for reference in seen] == [None]
+
+
+def kept(model: nn.Module) -> int:
+    """Return the bytes that autograd keeps of a forward, each storage once, without parameters."""
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embedded = torch.randn(2, 10, 32, dtype=model.dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.model(inputs_embeds=embedded, use_cache=False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        found.pop(tensor.untyped_storage().data_ptr(), None)
+    assert output.last_hidden_state.requires_grad
+    return sum(found.values())
+
+
+def test_unwrapping_leaves_no_hook():
+    model = llama()
+    gradients(model, INPUTS)
+    hf_lora.unwrap(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+
+
+def test_the_table_is_complete():
+    assert GROUPS.keys() == {architecture.name for architecture in ARCHITECTURES}
