@@ -35,6 +35,7 @@ from hf_lora.model.adapters import (
     unfreeze,
     use_adapter,
 )
+from hf_lora.model.optimizer import optimizer_groups
 from hf_lora.model.plan import Plan
 from hf_lora.model.summary import Summary, summary
 from hf_lora.version import __version__
@@ -74,6 +75,7 @@ __all__ = [
     "merge",
     "merge_and_unwrap",
     "no_adapter",
+    "optimizer_groups",
     "plan",
     "push_to_hub",
     "save",
