@@ -14,7 +14,7 @@ from pathlib import Path
 # Bottom first. A module may import from the rows below its own and from its own unit, no others.
 LAYERS = (
     ("errors", "config", "version"),
-    ("functional", "targets", "devices"),
+    ("functional", "targets", "devices", "sharding"),
     ("layers",),
     ("model", "files"),
     ("merging",),
@@ -36,6 +36,7 @@ LAZY = {
     "transformers.conversion_mapping": "the loading machinery, for whoever loads a base only",
     "transformers.core_model_loading": "likewise",
     "transformers.utils.loading_report": "likewise",
+    "torch.distributed.tensor": "takes seconds, for models that are spread over processes only",
     "transformers.trainer": "takes seconds, and most programs never train",
     "transformers.modelcard": "takes seconds, for the card that Trainer writes only",
     "hf_lora.hf.gradient_check": "its base class lives beside Trainer",

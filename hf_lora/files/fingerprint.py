@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_lora.files.json_text import is_number
+from hf_lora.sharding import pick
 
 _LAYERS = 16
 _VALUES = 16
@@ -72,10 +73,9 @@ def _spread(paths: list[str]) -> list[str]:
 
 
 def _sample(weight: torch.Tensor) -> list[float]:
-    flat = weight.detach().reshape(-1)
-    step = max(flat.numel() // _VALUES, 1)
-    chosen = flat[torch.arange(0, flat.numel(), step, device=flat.device)[:_VALUES]]
-    return [float(f"{value:.6g}") for value in chosen.to("cpu", torch.float64).tolist()]
+    step = max(weight.numel() // _VALUES, 1)
+    positions = torch.arange(0, weight.numel(), step)[:_VALUES]
+    return [float(f"{value:.6g}") for value in pick(weight.detach(), positions).tolist()]
 
 
 def _is_sample(recorded: Any) -> bool:

@@ -8,10 +8,16 @@ from hf_lora.files.fingerprint import Reader
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import float_weight
 from hf_lora.model.registry import find
+from hf_lora.sharding import is_sharded
 
 
-def base_reader(model: nn.Module) -> Reader:
-    """Return a function from a layer's path to its base weight and whether that is quantized."""
+def base_reader(model: nn.Module, *, together: bool = False) -> Reader:
+    """Return a function from a layer's path to its base weight and whether that is quantized.
+
+    Args:
+        model: The model.
+        together: Whether every process takes part, so that weights which are spread can be read.
+    """
     found = find(model)
     originals = {id(module): kept for module, kept in found[1].originals} if found else {}
 
@@ -22,17 +28,17 @@ def base_reader(model: nn.Module) -> Reader:
             return kept, False
         with present(module):
             weight = float_weight(module)
-            whole = weight is not None and _is_whole(module, weight)
-            return weight if whole else None, not has_float_weight(module)
+            there = weight is not None and _is_there(module, weight, together)
+            return weight if there else None, not has_float_weight(module)
 
     return read
 
 
-def _is_whole(module: nn.Module, weight: torch.Tensor) -> bool:
-    """Say whether all numbers are here: one process may hold a share, or nothing for the moment.
+def _is_there(module: nn.Module, weight: torch.Tensor, together: bool) -> bool:
+    """Say whether all numbers can be read: one process may hold a share, or nothing for the moment.
 
-    To read the others' shares, all processes would have to take part; only one may be saving.
+    To read the others' shares, all processes have to take part; only one may be saving.
     """
     in_features, out_features = features(module) or (0, 0)
-    sharded = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
-    return not sharded and weight.numel() == in_features * out_features
+    alone = hasattr(weight, "ds_id") or (is_sharded(weight) and not together)
+    return not alone and weight.numel() == in_features * out_features

@@ -113,7 +113,8 @@ def push(
     base = hub_base(base_name(inner))
     names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
     with tempfile.TemporaryDirectory() as directory:
-        save_state(inner, directory, adapter=adapter, dtype=dtype, base=base)
+        # one process may push alone, so nothing here waits for the others
+        save_state(inner, directory, adapter=adapter, dtype=dtype, base=base, together=False)
         with writing(repo_id, create_pr):
             repo = _open(repo_id, private, revision, create_pr, token)
         licence = base_license(base, token) if base else {}

@@ -25,6 +25,7 @@ from hf_lora.hf.saving import save_state
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import activate, active_adapters, add_adapter, delete_adapter
 from hf_lora.model.registry import registry_of
+from hf_lora.sharding import is_spread
 
 _FLAG = "_hf_peft_config_loaded"
 
@@ -87,12 +88,18 @@ def _save_pretrained(
             "save_pretrained was given an empty state dict, as DeepSpeed ZeRO-3 does when it "
             "does not gather; set stage3_gather_16bit_weights_on_model_save. Nothing was written."
         )
-    if not is_main_process:
-        return
+    if not is_main_process and (state_dict is not None or not is_spread(model)):
+        return  # of a model that is spread over processes, each gives its part
     gathered = None if state_dict is None else _without_wrappers(state_dict, model)
     for name in selected_adapters or (None,):
-        save_state(model, Path(save_directory), adapter=name, state_dict=gathered)
-    if push_to_hub:
+        save_state(
+            model,
+            Path(save_directory),
+            adapter=name,
+            state_dict=gathered,
+            writes=is_main_process,
+        )
+    if push_to_hub and is_main_process:
         repo_id = hub_options.pop("repo_id", None) or Path(save_directory).name
         push(model, repo_id, token=token, **hub_options)
 

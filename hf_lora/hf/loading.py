@@ -27,6 +27,7 @@ from hf_lora.layers.trial import gradient_fault, is_plain, kind
 from hf_lora.model.adapters import check_new_name, freeze
 from hf_lora.model.patch import attach, detach, unpatch
 from hf_lora.model.registry import Registry, create, find
+from hf_lora.sharding import like, reshard
 from hf_lora.targets import shortest_names
 
 
@@ -41,6 +42,7 @@ def load_folder(
     """Attach the adapter in ``directory`` to ``model``; see :func:`hf_lora.load`."""
     found = find(model)
     model, registry = found or (model, None)
+    reshard(model)
     if registry is not None:
         check_new_name(registry, adapter)
         registry.check_unmerged("load an adapter")
@@ -80,6 +82,7 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
         StateError: The model is merged.
     """
     registry.check_unmerged("restore an adapter")
+    reshard(model)
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
     for name, found in values.items():
         fill(registry, name, found)
@@ -137,7 +140,7 @@ def fill(registry: Registry, name: str, values: dict[Place, torch.Tensor]) -> No
     """Copy the values into the adapter's tensors: each into one, none left over."""
     left = dict(values)
     for path, _, role, tensor in registry.tensors(name):
-        tensor.copy_(left.pop((path, role)))
+        tensor.copy_(like(left.pop((path, role)), tensor))
     assert not left, f"no place for {sorted(left)}"
 
 

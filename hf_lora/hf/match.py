@@ -21,6 +21,7 @@ from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.unheard import unheard
 from hf_lora.model.patch import check_present
 from hf_lora.model.planning import output_head
+from hf_lora.sharding import whole
 
 Place = tuple[str, str]
 """(path in the model, role): the role is lora_A, lora_B or the name of a base tensor."""
@@ -223,7 +224,7 @@ class _Matching:
         if not isinstance(fingerprint, dict):
             return
         names = {name: self.names.module(name) for name in self.folder.factors}
-        found = differences(fingerprint, names, base_reader(self.model))
+        found = differences(fingerprint, names, base_reader(self.model, together=True))
         if found:
             base = self.folder.base or "another model"
             raise BaseMismatchError(
@@ -260,6 +261,7 @@ def _factor_fault(module: nn.Module | None, factors: Factors) -> str | None:
 
 def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:
     """Say whether two tensors are the same, to the precision of the coarser of their types."""
+    base = whole(base)
     if tensor.dtype == base.dtype or not base.is_floating_point():
         return torch.equal(tensor, base.cpu())
     coarse = min(tensor.dtype, base.dtype, key=lambda dtype: dtype.itemsize)

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from hf_lora.config import DTYPES
-from hf_lora.errors import ConfigError, SaveError, StateError
+from hf_lora.errors import ConfigError, SaveError, StateError, listing
 from hf_lora.files.content import Content
 from hf_lora.files.fingerprint import Reader, take
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folder
 from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.together import is_first, write_together
+from hf_lora.layers.base import LoRALayer
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import Registry, wrapped
+from hf_lora.sharding import is_spread, reshard, whole
 from hf_lora.targets import shortest_names
 
 _TASKS = (
@@ -47,6 +50,9 @@ def save(
     The adapter called ``default`` goes into ``directory`` itself, every other into a folder of its
     name inside, as PEFT does. Saving is atomic and reproducible to the byte.
 
+    If the model's parameters are spread over several processes (FSDP2), all of them must call this:
+    each gives its part, the first writes, and all return when that is done.
+
     Args:
         model: A wrapped model.
         directory: Where to; made if it does not exist.
@@ -70,12 +76,17 @@ def save_state(
     dtype: str | torch.dtype | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     base: str | bool | None = True,
+    writes: bool | None = None,
+    together: bool = True,
 ) -> list[Path]:
     """Save adapters as :func:`save` does, taking the tensors from ``state_dict`` if one is given.
 
     Args:
         state_dict: A gathered state dict of the whole model; never empty.
         base: What to name as the base model; True: what the model's configuration says.
+        writes: Whether this process writes if several save together; by default the first does.
+        together: Whether every process takes part where the model is spread and no ``state_dict``
+            is given. If not, an adapter that is spread itself is refused.
 
     Returns:
         The folders that were written.
@@ -84,13 +95,24 @@ def save_state(
     registry.check_in_place(model)
     names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
     to = as_dtype(dtype)
+    reshard(model)
+    together = together and state_dict is None and is_spread(model)
     # all are collected before the first is written: what cannot be saved is found out here
     contents = {
-        adapter_folder(Path(directory), name): collect(model, registry, name, to, state_dict, base)
+        adapter_folder(Path(directory), name): collect(
+            model, registry, name, to, state_dict, base, together=together
+        )
         for name in names
     }
-    for folder, content in contents.items():
-        write_folder(folder, content)
+
+    def write() -> None:
+        for folder, content in contents.items():
+            write_folder(folder, content)
+
+    if together:
+        write_together(write, here=is_first() if writes is None else writes)
+    else:
+        write()
     return list(contents)
 
 
@@ -120,8 +142,14 @@ def collect(
     dtype: torch.dtype | None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     base: str | bool | None = True,
+    *,
+    together: bool = False,
 ) -> Content:
     """Collect everything that is written for one adapter.
+
+    Args:
+        model, registry, name, dtype, state_dict, base: As for :func:`save_state`.
+        together: Whether every process takes part, so that what is spread can be gathered.
 
     Raises:
         StateError: A tensor is not here, or not as a whole.
@@ -140,6 +168,9 @@ def collect(
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
     tensors = _tensors(registry, name, state_dict) | repeated
+    if together:
+        tensors = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+    _check_shapes(registry, name, tensors)
     return Content(
         config=adapter.config,
         slots=slots,
@@ -151,7 +182,7 @@ def collect(
         revision=None,
         task=_task(model, modules, trained_names),
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
-        fingerprint=take(slots, _clean(base_reader(model), adapter.slots)),
+        fingerprint=take(slots, _clean(base_reader(model, together=together), adapter.slots)),
     )
 
 
@@ -174,16 +205,36 @@ def _tensors(
     gathered = _by_role(registry, name, state_dict) if state_dict is not None else None
     tensors = {}
     for path, _, role, tensor in registry.tensors(name):
-        dotted = f"{without_wrappers(path)}." if path else ""
-        ending = ".weight" if role in (LORA_A, LORA_B) else ""
-        value = tensor if gathered is None else gathered[path, role]
-        if value.shape != tensor.shape:
-            raise StateError(
-                f"{dotted}{role} has shape {tuple(value.shape)} where {tuple(tensor.shape)} is "
-                "expected: it is one rank's share. Gather the adapter before saving."
-            )
-        tensors[f"{PREFIX}{dotted}{role}{ending}"] = value
+        tensors[_key(path, role)] = tensor if gathered is None else gathered[path, role]
     return tensors
+
+
+def _key(path: str, role: str) -> str:
+    dotted = f"{without_wrappers(path)}." if path else ""
+    ending = ".weight" if role in (LORA_A, LORA_B) else ""
+    return f"{PREFIX}{dotted}{role}{ending}"
+
+
+def _check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise StateError if a tensor is not of the size that the adapter's configuration says."""
+    slots = registry.adapter(name).slots
+    problems = []
+    for path, module, role, tensor in registry.tensors(name):
+        expected = tuple(tensor.shape)
+        if isinstance(module, LoRALayer) and role in (LORA_A, LORA_B):
+            r, (in_features, out_features) = slots[path].r, module.lora_features()
+            expected = (r, in_features) if role == LORA_A else (out_features, r)
+        given = tuple(tensors[_key(path, role)].shape)
+        if given != expected:
+            problems.append(f"{path}.{role} has shape {given} where {expected} is expected")
+    if problems:
+        raise StateError(
+            listing(
+                "These adapter tensors are not whole; are they one process's share?",
+                problems,
+                "Gather the adapter before saving. Nothing was written.",
+            )
+        )
 
 
 def _as_saved(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -191,7 +242,8 @@ def _as_saved(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torc
         raise StateError(f"{key} is on the meta device: it has no numbers that could be saved.")
     if hasattr(tensor, "device_mesh"):
         raise StateError(
-            f"{key} is spread over several processes. Save with a state dict that was gathered."
+            f"{key} is spread over several processes. Save with hf_lora.save(model, folder) in "
+            "all of them, or with a state dict that was gathered."
         )
     value = tensor.detach()
     return value.to(dtype) if dtype and value.is_floating_point() else value

@@ -14,6 +14,7 @@ from hf_lora.files.read import read_folder
 from hf_lora.hf import instance, peft_guard, trainer_patch
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
+from hf_lora.hf.together import folder_for_all
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.model.adapters import as_config
 from hf_lora.model.patch import patch, unpatch
@@ -165,8 +166,10 @@ def load(
         StateError: The model has an adapter of that name, is merged, or has no weights.
     """
     check_adapter_name(adapter)
-    folder = locate(source, revision=revision, subfolder=subfolder, token=token)
-    load_folder(model, folder, adapter=adapter, trainable=trainable, check_base=check_base)
+    with folder_for_all(
+        model, lambda: locate(source, revision=revision, subfolder=subfolder, token=token)
+    ) as folder:
+        load_folder(model, folder, adapter=adapter, trainable=trainable, check_base=check_base)
     found = find(model)
     assert found is not None
     _hook(found[0])

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora.layers.base import Patched, parameter_of
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
+from hf_lora.sharding import is_sharded
 
 _SIZES = ("in_features", "out_features")
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -36,11 +37,20 @@ def has_float_weight(module: nn.Module) -> bool:
     """Say whether the weight is an ordinary floating-point tensor: neither packed nor quantized."""
     weight = parameter_of(module, "weight")
     return (
-        type(weight) is nn.Parameter
+        weight is not None
+        and (type(weight) is nn.Parameter or _is_shard(weight))
         and weight.is_floating_point()
         and weight.dtype.itemsize >= 2  # in 8 bits a weight comes with a scale that is kept apart
         and not hasattr(weight, "quant_state")
     )
+
+
+def _is_shard(weight: torch.Tensor) -> bool:
+    """Say whether a tensor is a DTensor of ordinary numbers."""
+    if not is_sharded(weight):
+        return False
+    with torch.no_grad():
+        return type(weight.to_local()) is torch.Tensor  # type: ignore[operator]
 
 
 def adapter_dtype(module: nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ from hf_lora.layers.base import LoRALayer, parameter_of
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.layers.trial import is_linear_in_its_weight
+from hf_lora.sharding import is_sharded
 
 Tensors = dict[str, nn.Parameter | torch.Tensor]
 """Name of a tensor of the module to a tensor that stood, or shall stand, there."""
@@ -23,6 +24,8 @@ def merge_fault(layer: LoRALayer) -> str | None:
     name = layer.lora_host.__name__
     if is_offloaded(layer):
         return "its weight is offloaded by accelerate"
+    if is_sharded(parameter_of(layer, "weight")):
+        return "its weight is spread over several processes"
     if parameter_of(layer, "weight") is None:
         return f"its base ({name}) computes its weight from other tensors, or keeps it elsewhere"
     if not has_float_weight(layer):

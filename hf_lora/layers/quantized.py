@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import parameter_of
+from hf_lora.sharding import is_sharded
 
 _FLAG = "support_avx512bf16_for_cpu"
 
@@ -60,6 +61,8 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     weight = parameter_of(module, "weight")
     if weight is None or weight.is_meta:
         return None
+    if is_sharded(weight):
+        return weight if weight.is_floating_point() else None
     state = getattr(weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -90,7 +93,7 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     """Return how many bytes a parameter takes; a quantized tensor's own type may say otherwise."""
     if is_lazy(tensor):
         return 0
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
         return sum(stored_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
+from hf_lora.sharding import is_sharded, whole
 
 
 class TrainedModule(Patched):
@@ -90,7 +91,8 @@ def train_fault(module: nn.Module) -> str | None:
             continue
         if is_lazy(tensor):
             return f"its {name} has no size yet"
-        if type(tensor) is not nn.Parameter or tensor.dtype.itemsize < 2:
+        plain = type(tensor) is nn.Parameter or is_sharded(tensor)
+        if not plain or tensor.dtype.itemsize < 2:
             return f"its {name} is a {type(tensor).__name__} of {tensor.dtype}, packed or quantized"
     return None
 
@@ -102,7 +104,7 @@ def own_tensors(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    data = tensor.detach().clone()
+    data = whole(tensor.detach()).clone()
     if not isinstance(tensor, nn.Parameter):
         return data
     copy = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
@@ -120,6 +122,9 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor:
 
 def _reader(name: str) -> Any:
     def read(self: TrainedModule) -> torch.Tensor:
+        own = parameter_of(self, name)
+        if is_sharded(own):  # FSDP2 asks for its part; in a forward, whole tensors stand there
+            return own  # type: ignore[return-value]
         return _stored(self, self.lora_where(name))
 
     return read

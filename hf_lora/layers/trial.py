@@ -23,7 +23,9 @@ _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 def host_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module has, or had before it was patched."""
-    return module.lora_host if isinstance(module, Patched) else type(module)
+    kind = module.lora_host if isinstance(module, Patched) else type(module)
+    # FSDP2 swaps the class of what it shards for (FSDPModule, the class)
+    return kind.__mro__[2] if kind.__module__.startswith("torch.distributed.fsdp") else kind
 
 
 def is_plain(module: nn.Module) -> bool:

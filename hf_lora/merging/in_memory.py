@@ -15,9 +15,11 @@ from hf_lora.layers.merging import (
     put,
     standing,
 )
+from hf_lora.layers.trained import own_tensors
 from hf_lora.model.adapters import check_compatible
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
+from hf_lora.sharding import is_sharded
 
 
 def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
@@ -88,6 +90,11 @@ def _check_layers(registry: Registry, chosen: tuple[str, ...]) -> None:
         f"{path}: {fault}"
         for path, layer in registry.layers.items()
         if any(name in layer.lora_slots for name in chosen) and (fault := merge_fault(layer))
+    ]
+    problems += [
+        f"{path}: its tensors are spread over several processes"
+        for path, module in registry.copies.items()
+        if any(is_sharded(tensor) for _, tensor in own_tensors(module, module.lora_names))
     ]
     if problems:
         raise TargetError(

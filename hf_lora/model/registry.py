@@ -14,6 +14,7 @@ from hf_lora.layers.merging import Tensors, put_back
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
+from hf_lora.sharding import is_sharded
 
 _ATTRIBUTE = "_hf_lora"
 _WRAPPERS = ("module", "_orig_mod")
@@ -158,11 +159,11 @@ class Registry:
             )
 
     def check_classes(self) -> None:
-        """Raise StateError if another library changed the class of a patched module again."""
+        """Raise StateError if another library has taken hold of a patched module since."""
         problems = [
             f"{path or 'the model itself'}: {type(module).__name__}"
             for path, module in (*self.layers.items(), *self.copies.items())
-            if not is_ours(module)
+            if not is_ours(module) or _is_managed(module)
         ]
         if problems:
             raise StateError(
@@ -180,6 +181,11 @@ def _absence(model: nn.Module, path: str, module: nn.Module) -> str | None:
     except AttributeError:
         found = None
     return None if found is module else "is no longer part of the model: something replaced it"
+
+
+def _is_managed(module: LoRALayer | TrainedModule) -> bool:
+    """Say whether FSDP2 shards what was added; it would put it back in the next forward."""
+    return any(is_sharded(module._parameters.get(name)) for name in module.lora_added())
 
 
 def _misfit(module: LoRALayer | TrainedModule) -> str | None:

@@ -1,0 +1,87 @@
+"""Tensors and models that are spread over several processes (DTensor, FSDP2).
+
+A sharded tensor is a DTensor: every process holds a part. Only :func:`is_sharded` and
+:func:`is_spread` can be asked by one process alone; in all else every process takes part.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Say whether a tensor is a DTensor: parts, or copies, of it on several processes."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Say whether any parameter of the model is a DTensor."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Make FSDP2 put back the parts where it left whole weights after a forward.
+
+    What is written into such a weight is lost, because its parts are what FSDP2 goes on with.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # type: ignore[operator]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all numbers of a tensor on each process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``value``, which each process has as a whole, spread in the way that ``tensor`` is.
+
+    Nothing is sent: each process cuts its own part out.
+    """
+    if not is_sharded(tensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None)
+
+
+def pick(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the numbers at these positions of the flattened matrix, as float64 on the CPU.
+
+    Of a sharded matrix each process sends only what it has of them.
+    """
+    if not is_sharded(tensor):
+        return tensor.reshape(-1)[positions.to(tensor.device)].to("cpu", torch.float64)
+    found, shared = _own_part(tensor, positions)
+    for group in shared:
+        torch.distributed.all_reduce(found, group=group)
+    return found.cpu()
+
+
+def _own_part(tensor: Any, positions: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """Return this process's numbers, zero for the others', and the groups to add them up in."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    local = tensor.to_local()
+    found = torch.zeros(positions.numel(), dtype=torch.float64, device=local.device)
+    here = torch.ones_like(positions, dtype=torch.bool)
+    where = []
+    for dim, wanted in enumerate((positions // tensor.shape[1], positions % tensor.shape[1])):
+        cut = [Shard(0) if p.is_shard(dim) else Replicate() for p in placements]
+        all_of_them = torch.arange(tensor.shape[dim], device=local.device)
+        own = distribute_tensor(all_of_them, mesh, cut, src_data_rank=None).to_local().cpu()
+        equal = wanted[:, None] == own[None]
+        here &= equal.any(1)
+        where.append(equal.int().argmax(1) if own.numel() else torch.zeros_like(wanted))
+    rows, columns = (index[here].to(local.device) for index in where)
+    found[here.to(local.device)] = local[rows, columns].double()
+    return found, [mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard()]
