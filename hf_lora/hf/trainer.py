@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_lora.errors import AdapterMismatchError
 from hf_lora.files.read import is_adapter_folder
+from hf_lora.hf import trainer_fsdp
 from hf_lora.hf.base_on_hub import hub_base
 from hf_lora.hf.loading import restore
 from hf_lora.hf.pretrained import is_pretrained
@@ -56,6 +57,18 @@ class LoRATrainerMixin:
 
     def _load_best_model(self) -> None:
         load_best_model(super()._load_best_model, self)  # type: ignore[misc]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save; takes the arguments of ``Trainer.save_model``."""
+        trainer_fsdp.save_model(super().save_model, self, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        original = super()._save_optimizer_and_scheduler  # type: ignore[misc]
+        trainer_fsdp.save_optimizer_and_scheduler(original, self, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        original = super()._load_optimizer_and_scheduler  # type: ignore[misc]
+        trainer_fsdp.load_optimizer_and_scheduler(original, self, checkpoint)
 
     def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         push_from_checkpoint(super()._push_from_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
@@ -184,7 +197,7 @@ def _ours(model: Any) -> tuple[nn.Module, Registry] | None:
 def _saves_adapters(trainer: Any, model: Any) -> bool:
     """Say whether the adapters' files are all the weights that a checkpoint holds.
 
-    They are not where a framework keeps files of its own, nor for a wrapped ``nn.Module`` that is
+    They are not where DeepSpeed keeps files of its own, nor for a wrapped ``nn.Module`` that is
     no transformers model: Trainer saves that one's state dict.
     """
     found = _ours(model)
@@ -192,7 +205,7 @@ def _saves_adapters(trainer: Any, model: Any) -> bool:
 
 
 def _own_format(trainer: Any) -> bool:
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return bool(trainer.is_deepspeed_enabled)
 
 
 def _will_push(trainer: Any) -> bool:
@@ -206,7 +219,7 @@ def _will_push(trainer: Any) -> bool:
 def _add_gradient_check(trainer: Any) -> None:
     from hf_lora.hf.gradient_check import GradientCheck
 
-    # FSDP and DeepSpeed keep gradients elsewhere than on the parameters
+    # DeepSpeed keeps gradients elsewhere than on the parameters
     present = any(isinstance(c, GradientCheck) for c in trainer.callback_handler.callbacks)
     if not present and not _own_format(trainer):
         trainer.add_callback(GradientCheck())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_lora.errors import HfLoRAWarning
-from hf_lora.hf import trainer
+from hf_lora.hf import trainer, trainer_fsdp
 from hf_lora.hf.after_import import no_longer, when_imported
 from hf_lora.hf.trainer_card import create_model_card
 
@@ -24,6 +24,9 @@ _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
             "_load_best_model": trainer.load_best_model,
             "_push_from_checkpoint": trainer.push_from_checkpoint,
             "_build_accelerator_args": trainer.build_accelerator_args,
+            "save_model": trainer_fsdp.save_model,
+            "_save_optimizer_and_scheduler": trainer_fsdp.save_optimizer_and_scheduler,
+            "_load_optimizer_and_scheduler": trainer_fsdp.load_optimizer_and_scheduler,
         },
     ),
     # the base of TRL's trainers overrides this one method
