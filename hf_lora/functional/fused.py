@@ -12,7 +12,7 @@ Legend: N rows of input, I input features, O output features, R rank, Q ranks of
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +141,7 @@ class _Fused(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, *dys: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        spec = ctx.spec
+        spec: _Spec = ctx.spec
         count = len(spec.strengths)
         x_wanted, *wanted = ctx.needs_input_grad[3:]
         y_wanted, a_wanted, b_wanted = spec.split(wanted)
@@ -150,15 +150,14 @@ class _Fused(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         weights, a, rest = spec.split(ctx.saved_tensors)
         b, masks, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        x_NI = None
+
+        def input_rows() -> torch.Tensor:
+            x = kept[0] if ctx.expression is None else rebuild(ctx.expression, kept)
+            return spec.rows(x.reshape(ctx.shape))
+
         with _no_autocast(found[0]):
-            if any(a_wanted) or any(b_wanted):
-                x = kept[0] if ctx.expression is None else rebuild(ctx.expression, kept)
-                x_NI = spec.rows(x.reshape(ctx.shape))
-            dh, dx_NI = _to_input(spec, dys, weights, b, x_wanted)
-            da, db = _to_factors(spec, dys, x_NI, dh, a, masks, a_wanted, b_wanted)
-            if x_wanted:
-                dx_NI = _add_to_input(spec, dx_NI, dh, a, masks)
+            step = _Backward(spec, dys, weights, a, b, masks, input_rows)
+            dx_NI, da, db = step.run(x_wanted, a_wanted, b_wanted)
         dx = None if dx_NI is None else dx_NI.view(ctx.shape)
         dy_on_top = [dy if want else None for dy, want in zip(dys, y_wanted, strict=True)]
         return None, None, None, dx, *dy_on_top, *da, *db
@@ -204,90 +203,122 @@ def _shrink_whole(
 ) -> dict[int, torch.Tensor]:
     if not chosen:
         return {}
-    h_NQ = torch.mm(x_NI, _stacked(spec, a, chosen).t())
+    return _shrink_by(_stacked(spec, a, chosen), x_NI, a, chosen)
+
+
+def _shrink_by(
+    a_QI: torch.Tensor, x_NI: torch.Tensor, a: Tensors, chosen: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    h_NQ = torch.mm(x_NI, a_QI.t())
     return dict(zip(chosen, _unstacked(h_NQ, a, chosen, dim=1), strict=True))
 
 
 def _stacked(spec: _Spec, a: Tensors, chosen: Sequence[int]) -> torch.Tensor:
     """Return the chosen A's as one matrix (Q, I)."""
-    return torch.cat([a[i] for i in chosen]).to(spec.dtype)
+    one = a[chosen[0]] if len(chosen) == 1 else torch.cat([a[i] for i in chosen])
+    return one.to(spec.dtype)
 
 
 def _unstacked(q: torch.Tensor, a: Tensors, chosen: Sequence[int], dim: int) -> Tensors:
     """Return the chosen updates' shares of something that has Q along ``dim``."""
-    return q.split([a[i].shape[0] for i in chosen], dim=dim)
+    return [q] if len(chosen) == 1 else q.split([a[i].shape[0] for i in chosen], dim=dim)
 
 
-def _to_input(
-    spec: _Spec, dys: Perhaps, weights: Perhaps, b: Tensors, x_wanted: bool
-) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
-    """Return the gradient of each h that has one, and what of x's comes through the weights."""
-    dh: dict[int, torch.Tensor] = {}
-    dx_NI: torch.Tensor | None = None
-    for dy, weight_OI, numbers in zip(dys, weights, spec.numbers, strict=True):
-        if dy is None:
-            continue
-        dy_NO = spec.rows(dy)
+class _Backward:
+    """The gradients of one call, in the order that finds most of what it reads in the cache."""
+
+    def __init__(
+        self,
+        spec: _Spec,
+        dys: Perhaps,
+        weights: Perhaps,
+        a: Tensors,
+        b: Tensors,
+        masks: Perhaps,
+        input_rows: Callable[[], torch.Tensor],
+    ):
+        self.spec, self.weights, self.a, self.b, self.masks = spec, weights, a, b, masks
+        self.input_rows = input_rows
+        self.rows = [None if dy is None else spec.rows(dy) for dy in dys]
+        self.live = [
+            i
+            for dy, numbers in zip(dys, spec.numbers, strict=True)
+            if dy is not None
+            for i in numbers
+        ]
+        self.whole = [i for i in self.live if masks[i] is None]
+        self.dropped = [i for i in self.live if masks[i] is not None]
+        self.a_QI = _stacked(spec, a, self.whole) if self.whole else torch.empty(0)
+        self.h: dict[int, torch.Tensor] = {}
+        self.dh: dict[int, torch.Tensor] = {}
+        self.da: dict[int, torch.Tensor] = {}
+        self.db: dict[int, torch.Tensor] = {}
+        self.dx_NI: torch.Tensor | None = None
+
+    def run(
+        self, x_wanted: bool, a_wanted: Sequence[bool], b_wanted: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Return the gradients of x, of the A's and of the B's; None for one that nobody wants."""
+        whole_a = any(a_wanted[i] for i in self.whole)
+        x_NI = self.input_rows() if any(a_wanted) or any(b_wanted) else None
+        if x_NI is not None and any(b_wanted[i] for i in self.whole):
+            self.h |= _shrink_by(self.a_QI, x_NI, self.a, self.whole)
+        for dy_NO, weight_OI, numbers in zip(
+            self.rows, self.weights, self.spec.numbers, strict=True
+        ):
+            if dy_NO is not None:
+                self.through_layer(dy_NO, weight_OI if x_wanted else None, numbers, x_NI, b_wanted)
+        parts = [self.dh[i] for i in self.whole]
+        dh_NQ = None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if x_wanted:
+            self.through_updates(dh_NQ)
+        if dh_NQ is not None and x_NI is not None and whole_a:
+            da_QI = torch.mm(dh_NQ.t(), x_NI)
+            self.da |= zip(self.whole, _unstacked(da_QI, self.a, self.whole, dim=0), strict=True)
+        return (
+            self.dx_NI,
+            [self.da.get(i) if want else None for i, want in enumerate(a_wanted)],
+            [self.db.get(i) if want else None for i, want in enumerate(b_wanted)],
+        )
+
+    def through_layer(
+        self,
+        dy_NO: torch.Tensor,
+        weight_OI: torch.Tensor | None,
+        numbers: range,
+        x_NI: torch.Tensor | None,
+        b_wanted: Sequence[bool],
+    ) -> None:
+        """Do all that reads one layer's dy."""
         for i in numbers:
-            dh[i] = torch.mm(dy_NO, spec.scaled(i, b[i]))
-        if x_wanted and weight_OI is not None:
-            dx_NI = torch.mm(dy_NO, weight_OI) if dx_NI is None else dx_NI.addmm_(dy_NO, weight_OI)
-    return dh, dx_NI
-
-
-def _to_factors(
-    spec: _Spec,
-    dys: Perhaps,
-    x_NI: torch.Tensor | None,
-    dh: dict[int, torch.Tensor],
-    a: Tensors,
-    masks: Perhaps,
-    a_wanted: Sequence[bool],
-    b_wanted: Sequence[bool],
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Return the gradients of the A's and the B's that want one."""
-    da: dict[int, torch.Tensor] = {}
-    h: dict[int, torch.Tensor] = {}
-    whole = [i for i in dh if masks[i] is None]
-    if x_NI is not None:
-        if any(b_wanted[i] for i in whole):
-            h = _shrink_whole(spec, x_NI, a, whole)
-        if any(a_wanted[i] for i in whole):
-            da_QI = torch.mm(torch.cat([dh[i] for i in whole], dim=1).t(), x_NI)
-            da = dict(zip(whole, _unstacked(da_QI, a, whole, dim=0), strict=True))
-        for i in dh.keys() - set(whole):
-            seen_NI = masked(x_NI, masks[i])  # type: ignore[arg-type]
-            h[i] = torch.mm(seen_NI, a[i].to(spec.dtype).t())
-            da[i] = torch.mm(dh[i].t(), seen_NI)
-    db: dict[int, torch.Tensor] = {}
-    for dy, numbers in zip(dys, spec.numbers, strict=True):
-        for i in numbers:
-            if dy is not None and b_wanted[i]:
+            self.dh[i] = torch.mm(dy_NO, self.spec.scaled(i, self.b[i]))
+            mask = self.masks[i]
+            if mask is not None and x_NI is not None:
+                seen_NI = masked(x_NI, mask)
+                self.h[i] = torch.mm(seen_NI, self.a[i].to(self.spec.dtype).t())
+                self.da[i] = torch.mm(self.dh[i].t(), seen_NI)
+            if b_wanted[i]:
                 # the narrow factor first: its product is faster, and the result is small
-                db[i] = torch.mm(h[i].t(), spec.rows(dy)).mul_(spec.strength(i)).t()
-    return (
-        [da.get(i) if want else None for i, want in enumerate(a_wanted)],
-        [db.get(i) for i in range(len(b_wanted))],
-    )
+                self.db[i] = torch.mm(self.h[i].t(), dy_NO).mul_(self.spec.strength(i)).t()
+        if weight_OI is not None:
+            self.dx_NI = (
+                torch.mm(dy_NO, weight_OI)
+                if self.dx_NI is None
+                else self.dx_NI.addmm_(dy_NO, weight_OI)
+            )
 
-
-def _add_to_input(
-    spec: _Spec,
-    dx_NI: torch.Tensor | None,
-    dh: dict[int, torch.Tensor],
-    a: Tensors,
-    masks: Perhaps,
-) -> torch.Tensor:
-    """Add what of x's gradient comes through the updates."""
-    whole = [i for i in dh if masks[i] is None]
-    if whole:
-        dh_NQ, a_QI = torch.cat([dh[i] for i in whole], dim=1), _stacked(spec, a, whole)
-        dx_NI = torch.mm(dh_NQ, a_QI) if dx_NI is None else dx_NI.addmm_(dh_NQ, a_QI)
-    for i in sorted(dh.keys() - set(whole)):
-        part_NI = masked_(torch.mm(dh[i], a[i].to(spec.dtype)), masks[i])  # type: ignore[arg-type]
-        dx_NI = part_NI if dx_NI is None else dx_NI.add_(part_NI)
-    assert dx_NI is not None
-    return dx_NI
+    def through_updates(self, dh_NQ: torch.Tensor | None) -> None:
+        """Add what of x's gradient comes through the updates."""
+        if dh_NQ is not None:
+            a_QI = self.a_QI
+            self.dx_NI = (
+                torch.mm(dh_NQ, a_QI) if self.dx_NI is None else self.dx_NI.addmm_(dh_NQ, a_QI)
+            )
+        for i in self.dropped:
+            mask = self.masks[i]
+            assert mask is not None
+            part_NI = masked_(torch.mm(self.dh[i], self.a[i].to(self.spec.dtype)), mask)
+            self.dx_NI = part_NI if self.dx_NI is None else self.dx_NI.add_(part_NI)
 
 
 def _no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -114,9 +114,7 @@ def test_an_output_that_nobody_uses():
     given, x = factors(), tensor(3, IN)
     _, second = fused(x, layers(given), TYPE)
     found = torch.autograd.grad(second.sum(), [x, *given], allow_unused=True)
-    wanted = torch.autograd.grad(
-        plain(x, layers(given))[1].sum(), [x, *given], allow_unused=True
-    )
+    wanted = torch.autograd.grad(plain(x, layers(given))[1].sum(), [x, *given], allow_unused=True)
     assert [g is None for g in found] == [g is None for g in wanted]
     for one, other in zip(found, wanted, strict=True):
         if other is not None:

@@ -1,10 +1,8 @@
 """Whole models on the fused path against the same on the plain one, and when they fall back."""
 
 import copy
-import gc
 import pickle
 import threading
-import weakref
 from typing import Any
 
 import pytest
@@ -352,51 +350,6 @@ def _plain(layer: LoRALayer, x: torch.Tensor) -> torch.Tensor:
         return type(layer).forward(layer, x)
     finally:
         layer.lora_routing.plain = before
-
-
-class TestMemory:
-    """What is kept for the backward pass."""
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    @pytest.mark.parametrize("dropout", [0.0, 0.05])
-    def test_no_more_is_kept_than_by_the_frozen_model(self, dtype: torch.dtype, dropout: float):
-        model = llama(dropout=dropout).to(dtype)
-        frozen = hf_lora.base_view(model).train()
-        for each in (model, frozen):
-            kept(each)  # what is rebuilt is tried first
-        tokens, layers, width, inner = 20, 2, 32, 48
-        masks = (6 * width + inner) if dropout else 0
-        assert kept(model) - kept(frozen) <= tokens * layers * masks
-
-    def test_nothing_of_a_step_outlives_it(self):
-        model = llama()
-        gradients(model, INPUTS)
-        seen: list[weakref.ref] = []
-        hook = of(model, "1.mlp.down_proj").register_forward_hook(
-            lambda module, args, y: seen.append(weakref.ref(args[0]))
-        )
-        gradients(model, INPUTS)
-        hook.remove()
-        gc.collect()
-        assert [reference() for reference in seen] == [None]
-
-
-def kept(model: nn.Module) -> int:
-    """Return the bytes that autograd keeps of a forward, each storage once, without parameters."""
-    found: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    embedded = torch.randn(2, 10, 32, dtype=model.dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model.model(inputs_embeds=embedded, use_cache=False)
-    for tensor in (*model.parameters(), *model.buffers()):
-        found.pop(tensor.untyped_storage().data_ptr(), None)
-    assert output.last_hidden_state.requires_grad
-    return sum(found.values())
 
 
 def test_unwrapping_leaves_no_hook():
