@@ -16,6 +16,7 @@ from hf_lora.errors import (
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
+from hf_lora.hf.accelerate_states import register
 from hf_lora.hf.auto import disable_auto, enable_auto
 from hf_lora.hf.merged import merge_and_unwrap
 from hf_lora.hf.saving import save
@@ -78,6 +79,7 @@ __all__ = [
     "optimizer_groups",
     "plan",
     "push_to_hub",
+    "register",
     "save",
     "summary",
     "unfreeze",

@@ -6,15 +6,15 @@ so that a checkpoint can be resumed on any number of processes, sharded or not.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
+from hf_lora.hf.optimizer_state import gathered, whole_states
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.model.registry import find
-from hf_lora.sharding import is_sharded, like, whole
 
 Original = Callable[..., Any]
 """The method of Trainer, bound to the trainer."""
@@ -38,8 +38,8 @@ def save_optimizer_and_scheduler(original: Original, trainer: Any, output_dir: s
     if _under_fsdp(trainer) is None:
         original(output_dir)
         return
-    gathered = _Gathered(trainer.optimizer.state_dict())
-    with _with(trainer, optimizer=gathered, is_fsdp_enabled=False):
+    whole = _Gathered(gathered(trainer.optimizer.state_dict()))
+    with _with(trainer, optimizer=whole, is_fsdp_enabled=False):
         original(output_dir)
 
 
@@ -48,13 +48,8 @@ def load_optimizer_and_scheduler(original: Original, trainer: Any, checkpoint: s
     if _under_fsdp(trainer) is None:
         original(checkpoint)
         return
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    hook = optimizer.register_load_state_dict_pre_hook(_spread)
-    try:
-        with _with(trainer, is_fsdp_enabled=False):
-            original(checkpoint)
-    finally:
-        hook.remove()
+    with whole_states(trainer.optimizer), _with(trainer, is_fsdp_enabled=False):
+        original(checkpoint)
 
 
 def _under_fsdp(trainer: Any) -> nn.Module | None:
@@ -75,36 +70,11 @@ def _with(trainer: Any, **attributes: Any) -> Iterator[None]:
         vars(trainer).update(before)
 
 
+@dataclasses.dataclass
 class _Gathered:
-    """What an optimizer's state is, whole, for whoever asks it in one process alone."""
+    """An optimizer whose state one process can ask for alone, because it is there."""
 
-    def __init__(self, state: dict[str, Any]):
-        self._state = {
-            **state,
-            "state": {
-                index: {key: _whole(value) for key, value in entry.items()}
-                for index, entry in state["state"].items()
-            },
-        }
+    state: dict[str, Any]
 
     def state_dict(self) -> dict[str, Any]:
-        return self._state
-
-
-def _whole(value: Any) -> Any:
-    return whole(value) if isinstance(value, torch.Tensor) else value
-
-
-def _spread(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Spread a state of whole tensors in the way that the parameters are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    entries = {
-        index: {key: _as(value, parameters[index]) for key, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": entries}
-
-
-def _as(value: Any, parameter: torch.Tensor) -> Any:
-    same = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-    return like(value, parameter) if same and not is_sharded(value) else value
+        return self.state

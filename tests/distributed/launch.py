@@ -59,7 +59,7 @@ def launch(
     launcher: Launcher = torchrun,
     limit: float = LIMIT,
     fails: bool = False,
-    **environment: str,
+    **more: str,
 ) -> list[Any]:
     """Run ``worker`` in several processes and return what each of them tells, by rank.
 
@@ -71,7 +71,7 @@ def launch(
         limit: Seconds until they are ended and the test fails.
         fails: Whether they are expected to end with an error; None stands for what a process that
             did not come to its end has told.
-        **environment: Variables that the processes get.
+        **more: Variables that the processes get.
 
     Raises:
         LaunchError: They ended with an error although they should not, the other way round, or
@@ -80,7 +80,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="launch-") as name:
         told = Path(name)
         command = [*launcher(processes), "-m", "tests.distributed.entry", worker, name]
-        code, log = _run(command, told, limit, {**environment, "TEST_FOLDER": str(folder)})
+        code, log = _run(command, told, limit, {**more, "TEST_FOLDER": str(folder)})
         if code is None or (code != 0) != fails:
             said = f"not finished after {limit:g} s" if code is None else f"exit code {code}"
             raise LaunchError(f"{worker} in {processes} processes: {said}\n{log[-_MOST_LOG:]}")
@@ -88,13 +88,13 @@ def launch(
 
 
 def _run(
-    command: list[str], told: Path, limit: float, environment: dict[str, str]
+    command: list[str], told: Path, limit: float, more: dict[str, str]
 ) -> tuple[int | None, str]:
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(limit) | environment,
+            env=environment(limit) | more,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -110,7 +110,8 @@ def _run(
         return code, log.read()
 
 
-def _environment(limit: float) -> dict[str, str]:
+def environment(limit: float = LIMIT) -> dict[str, str]:
+    """What the processes of a launch have in common."""
     ours = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",

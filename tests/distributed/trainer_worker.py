@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
@@ -21,24 +21,30 @@ ROWS = 4
 """Of all processes together, in a step."""
 
 
-class Sharding(Trainer):
-    """A Trainer on a CPU that takes accelerate's FSDP2 path, as it does by itself on GPUs.
+def force_fsdp(**options: Any) -> None:
+    """Have accelerate believe that it runs under FSDP2, which it rules out on CPUs.
 
-    On CPUs accelerate ignores the plugin and takes DDP; from here on everything is its own code.
+    From then on everything is its own code.
     """
+    options = {"cpu_ram_efficient_loading": False, **options}
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options
+    )
+
+
+class Sharding(Trainer):
+    """A Trainer on a CPU that takes accelerate's FSDP2 path, as it does by itself on GPUs."""
 
     kind = "FULL_STATE_DICT"
     from_the_first = False
     """Whether the first process's weights are sent to the others, through the meta device."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
+        force_fsdp(
             cpu_ram_efficient_loading=self.from_the_first,
             state_dict_type=self.kind,
         )
@@ -61,7 +67,7 @@ class Plain(Trainer):
     """A Trainer that begins with a clean state after one of the others."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
         super().create_accelerator_and_postprocess()
 
 

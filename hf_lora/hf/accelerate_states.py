@@ -1,0 +1,138 @@
+"""Checkpoints of a training loop with accelerate and no Trainer: adapters instead of models."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from hf_lora.errors import ConfigError, StateError
+from hf_lora.hf.optimizer_state import whole_states
+from hf_lora.hf.saving import save_state
+from hf_lora.hf.together import write_together
+from hf_lora.hf.trainer import restore_checkpoint
+from hf_lora.model.registry import find
+from hf_lora.sharding import is_spread
+
+_MARK = "_hf_lora_registered"
+
+
+def register(accelerator: Any) -> None:
+    """Make an ``accelerate.Accelerator`` save and load adapters instead of wrapped models.
+
+    From then on, for models that hf_lora has wrapped,
+
+    - ``accelerator.save_state(folder)`` writes the adapter, in PEFT's format, into the folder
+      itself (that of a second model into ``models/1`` inside), beside what accelerate keeps there;
+    - ``accelerator.load_state(folder)`` puts it back, exactly. The folder may come from another
+      number of processes, with FSDP2 or without;
+    - ``accelerator.save_model(model, folder)`` writes the adapter, as :func:`hf_lora.save` does.
+
+    Every process calls these, as accelerate asks; the main one writes. Models that are not wrapped
+    are saved as ever. It does not matter whether a model is prepared before or after.
+
+    Args:
+        accelerator: The accelerator; to register it twice changes nothing.
+
+    Raises:
+        ConfigError: It is no accelerator.
+
+    Example:
+        >>> accelerator = accelerate.Accelerator()
+        >>> hf_lora.register(accelerator)
+    """
+    if not hasattr(accelerator, "register_save_state_pre_hook"):
+        raise ConfigError(
+            f"register takes the accelerate.Accelerator of a training loop, not {accelerator!r}; "
+            "Trainer needs no registration."
+        )
+    if hasattr(accelerator, _MARK):
+        return
+    accelerator.register_save_state_pre_hook(functools.partial(_save_models, accelerator))
+    accelerator.register_load_state_pre_hook(_load_models)
+    for name, function in (
+        ("save_state", _state),
+        ("load_state", _state),
+        ("save_model", _save_model),
+    ):
+        method = getattr(accelerator, name)
+        setattr(accelerator, name, functools.partial(function, accelerator, method))
+    setattr(accelerator, _MARK, True)
+
+
+def _save_models(accelerator: Any, models: list[nn.Module], weights: list, folder: str) -> None:
+    """Save the adapters of wrapped models, and take these out of what accelerate saves."""
+    # DeepSpeed writes models by itself, and hands out none of their weights
+    for index in reversed(range(min(len(models), len(weights)))):
+        if find(models[index]) is not None:
+            _save(accelerator, models[index], _place(folder, index))
+            del weights[index]
+
+
+def _load_models(models: list[nn.Module], folder: str) -> None:
+    """Load the adapters of wrapped models, and take these out of what accelerate loads."""
+    for index in reversed(range(len(models))):
+        if find(models[index]) is not None:
+            restore_checkpoint(models[index], _place(folder, index))
+            del models[index]
+
+
+def _save_model(
+    accelerator: Any,
+    original: Callable[..., Any],
+    model: nn.Module,
+    save_directory: str | Path,
+    max_shard_size: int | str = "10GB",
+    safe_serialization: bool = True,
+) -> None:
+    """Save a wrapped model's adapters; takes the arguments of ``Accelerator.save_model``."""
+    if find(model) is None:
+        original(model, save_directory, max_shard_size, safe_serialization)
+    elif not safe_serialization:
+        raise StateError("An adapter is saved as safetensors; safe_serialization=False is not.")
+    else:
+        _save(accelerator, model, Path(save_directory))
+
+
+def _save(accelerator: Any, model: nn.Module, folder: Path) -> None:
+    each_node = accelerator.project_configuration.save_on_each_node
+    here = accelerator.is_local_main_process if each_node else accelerator.is_main_process
+    if is_spread(model):
+        save_state(model, folder, writes=here)
+    elif dist.is_initialized():
+        write_together(lambda: _write(model, folder), here=here)
+    else:
+        _write(model, folder)
+
+
+def _write(model: nn.Module, folder: Path) -> None:
+    save_state(model, folder)
+
+
+def _place(folder: str, index: int) -> Path:
+    # below a folder that is no adapter's, so that it is not taken for one of the first model's
+    return Path(folder, "models", str(index)) if index else Path(folder)
+
+
+def _state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Save or load a state, under FSDP2 as without it: accelerate would save the whole base."""
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_fsdp2 and all(find(model) is not None for model in accelerator._models):
+            stack.enter_context(_as_without_fsdp(accelerator))
+            stack.enter_context(whole_states(*accelerator._optimizers))
+        return original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _as_without_fsdp(accelerator: Any) -> Iterator[None]:
+    state = accelerator.state
+    before = state.distributed_type
+    # of the types without files of their own, the one whose files are read on the CPU first
+    state.distributed_type = type(before).MULTI_CPU
+    try:
+        yield
+    finally:
+        state.distributed_type = before
