@@ -7,6 +7,8 @@
 | peft16  | PEFT with `autocast_adapter_dtype=False`: adapters in the model's own type        |
 | unfused | hf_lora on the plain path: the formula in PyTorch's own operations                |
 | hf_lora | hf_lora as it comes                                                              |
+
+Any of them with `+compile` behind its name is the same under `torch.compile`.
 """
 
 import dataclasses
@@ -71,6 +73,8 @@ def base(work: Work) -> PreTrainedModel:
 
 def arm(name: str, work: Work) -> nn.Module:
     """Return one arm's model."""
+    if name.endswith("+compile"):
+        return torch.compile(arm(name.removesuffix("+compile"), work), fullgraph=True)  # type: ignore[return-value]
     model = base(work)
     if name == "frozen":
         return model

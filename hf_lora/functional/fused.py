@@ -94,7 +94,7 @@ class _Spec:
     strengths: tuple[tuple[float, float], ...]
     """Each update's s and dropout."""
 
-    def split(self, tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """Return what belongs to the layers, the A's, and the B's."""
         layers, updates = len(self.numbers), len(self.strengths)
         return tensors[:layers], tensors[layers : layers + updates], tensors[layers + updates :]

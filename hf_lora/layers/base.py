@@ -24,7 +24,7 @@ from hf_lora.layers.forwards import (
 )
 from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
-from hf_lora.layers.sharing import Sharing
+from hf_lora.layers.routing import Routing
 from hf_lora.layers.words import Word
 
 
@@ -41,26 +41,6 @@ class Slot:
     def scaling(self) -> float:
         """The factor s of ``s · B A``."""
         return scaling(self.r, self.alpha, self.rslora)
-
-
-@dataclasses.dataclass
-class Routing:
-    """Which adapters speak; one object that all layers of a model read, so a switch is O(1).
-
-    One for the model, not one for each thread: whoever switches in one thread switches for all.
-    """
-
-    active: tuple[str, ...] = ()
-    """Adapters whose updates are added, in order."""
-
-    merged: tuple[str, ...] = ()
-    """Adapters that are inside the weights now; their updates are not added a second time."""
-
-    plain: bool = False
-    """Whether every layer takes the plain path: the oracle of the fused one."""
-
-    sharing: Sharing = dataclasses.field(default_factory=Sharing, repr=False, compare=False)
-    """Which layers read the same tensor and are computed together."""
 
 
 OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies"})
@@ -218,6 +198,7 @@ class LoRALayer(Patched):
             factor._is_hf_initialized = True  # type: ignore[attr-defined]
             self.register_parameter(parameter_name(kind, name), factor)
         self.lora_slots[name] = slot
+        self.lora_routing.add_gate(name)
 
     def lora_remove(self, name: str) -> None:
         """Take the factors of adapter ``name`` away."""
@@ -244,6 +225,8 @@ class LoRALayer(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self.lora_gated(*args, **kwargs)
         updates = self.lora_updates()
         if not updates:
             return super().forward(*args, **kwargs)
@@ -260,6 +243,20 @@ class LoRALayer(Patched):
         for a_RI, b_OR, s, dropout in updates:
             seen = F.dropout(x, dropout) if dropout else x
             y = y + low_rank(seen, a_RI, b_OR, s).to(y.dtype)
+        return y
+
+    def lora_gated(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute every adapter's update and let those of the active ones through.
+
+        For compiled inference: which are active is read from tensors, so that a graph serves all.
+        """
+        y = super().forward(*args, **kwargs)
+        routing = self.lora_routing
+        x: Any = args[0] if args else kwargs.get(self.lora_input)
+        for name, slot in self.lora_slots.items():
+            seen = F.dropout(x, slot.dropout, self.training)
+            update = low_rank(seen, *self.lora_pair(name), slot.scaling).to(y.dtype)
+            y = y + torch.where(routing.gates[name].to(y.device), update, 0.0)
         return y
 
     def lora_updates(self) -> list[Update]:

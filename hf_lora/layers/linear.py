@@ -8,9 +8,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora.config import LoRAConfig
 from hf_lora.devices import execution_device, is_offloaded, is_on_meta
 from hf_lora.errors import StateError, TargetError
-from hf_lora.layers.base import LoRALayer, Routing, Slot, adopt, patched_class
+from hf_lora.layers.base import LoRALayer, Slot, adopt, patched_class
 from hf_lora.layers.hosts import adapter_dtype, rank_fault, why_not
 from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.routing import Routing
 
 
 class LoRALinear(LoRALayer, nn.Linear):

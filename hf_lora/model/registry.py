@@ -9,9 +9,10 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError, UnknownAdapterError, listing
-from hf_lora.layers.base import LoRALayer, Patched, Routing, Slot, is_ours
+from hf_lora.layers.base import LoRALayer, Patched, Slot, is_ours
 from hf_lora.layers.merging import Tensors, put_back
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.sharding import is_sharded
