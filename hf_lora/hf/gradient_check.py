@@ -1,16 +1,17 @@
-"""The callback that has the gradients of every training with Trainer checked, once."""
+"""The callback that has the gradients and the optimizer of every training with Trainer checked."""
 
 from typing import Any
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from hf_lora.hf.training_checks import check_gradients
+from hf_lora.hf.training_checks import check_gradients, check_optimizer
 from hf_lora.model.registry import find
 
 
 class GradientCheck(TrainerCallback):
-    """Checks before the first optimizer step of a run that the adapters receive gradients."""
+    """Checks before the first optimizer step of a run that it will change the adapters."""
 
     def __init__(self) -> None:
         self.done = False
@@ -20,12 +21,29 @@ class GradientCheck(TrainerCallback):
         self.done = False
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Raise GradientError if no adapter tensor has a gradient; warn if some have none."""
+        """Raise GradientError if no adapter tensor can change; warn if some cannot."""
         if self.done or not isinstance(model, nn.Module):
             return
         self.done = True
         found = find(model)
-        if found is not None:
-            check_gradients(*found)
+        if found is None or _steps_in_backward(optimizer):
+            return
+        check_gradients(*found)
+        check_optimizer(*found, optimizer)
+
+
+def _steps_in_backward(optimizer: Any) -> bool:
+    """Say whether the step is done, and each gradient dropped, as soon as backward has it.
+
+    So do transformers' layer-wise optimizers and LOMO, which accelerate knows by its class.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
+    return isinstance(inner, LayerWiseDummyOptimizer) or hasattr(inner, "fused_backward")

@@ -20,6 +20,7 @@ from hf_lora.hf.loading import restore
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.saving import adapter_folder, base_name
 from hf_lora.hf.trainer_card import create_model_card
+from hf_lora.hf.trainer_optimizer import description_kept
 from hf_lora.hf.trainer_push import bring_adapters, name_for_others
 from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
 from hf_lora.hf.training_run import run_of
@@ -75,10 +76,11 @@ class LoRATrainerMixin:
 
 
 def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Check what would make the run pointless, then train with gradients checked at its first step.
+    """Check what would make the run pointless, then train, with more checks at the first step.
 
     Raises:
-        GradientError: Nothing of the model trains, or no gradient reaches any adapter.
+        GradientError: Nothing of the model trains, no gradient reaches any adapter, or the
+            optimizer holds none.
         StateError: The model is merged, or the run would write into the base.
     """
     found = _ours(trainer.model)
@@ -89,7 +91,8 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         switch_dropout_off(found[1])
     _add_gradient_check(trainer)
     try:
-        result = original(*args, **kwargs)
+        with description_kept(trainer):
+            result = original(*args, **kwargs)
     except RuntimeError as error:
         if _NO_GRAPH not in str(error):
             raise

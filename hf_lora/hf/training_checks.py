@@ -1,4 +1,4 @@
-"""What is checked of a wrapped model that is about to train, and of its gradients when it does."""
+"""What is checked of a wrapped model about to train, and of its gradients and optimizer then."""
 
 import dataclasses
 import warnings
@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
 from hf_lora.model.registry import Registry
+from hf_lora.sharding import is_sharded
 
 _REASONS = (
     "Usual reasons: the loss does not depend on the adapted layers (a fused loss, such as TRL's, "
@@ -17,6 +18,15 @@ _REASONS = (
 _HEAD = (
     "the output head: a fused loss, such as TRL's or Liger's, reads its weight and never calls the "
     "layer. Do not target the head, train it in full with train=[...], or turn the fused loss off"
+)
+_STALE = (
+    "Usual reason: its groups were made from another model object, before the model was unwrapped "
+    "and wrapped again, or for a model that model_init has made anew since. Call "
+    "hf_lora.optimizer_groups on the very model that trains, once it is as it shall train."
+)
+_LATER = (
+    "Usual reason: an adapter was added, loaded or unfrozen after the groups were made. Make them "
+    "afterwards, or freeze what shall not train."
 )
 
 
@@ -84,6 +94,49 @@ def check_gradients(model: nn.Module, registry: Registry) -> None:
             HfLoRAWarning,
             stacklevel=2,
         )
+
+
+def check_optimizer(model: nn.Module, registry: Registry, optimizer: Any) -> None:
+    """Compare the tensors of active adapters that should train with those the optimizer holds.
+
+    Raises:
+        GradientError: It holds none of them.
+
+    Warns:
+        HfLoRAWarning: It holds only some; the others are named.
+    """
+    groups = getattr(optimizer, "param_groups", None) or ()
+    held = [tensor for group in groups for tensor in group["params"]]
+    wanted: dict[str, nn.Parameter] = {}
+    for name in registry.routing.active:
+        wanted |= _trainable(registry, name)
+    ids = {id(tensor) for tensor in held}
+    missing = {key: tensor for key, tensor in wanted.items() if id(tensor) not in ids}
+    if not missing or not held or _are_replaced([*held, *wanted.values()]):
+        return
+    if len(missing) < len(wanted):
+        headline = "The optimizer does not hold these adapter tensors, so they stay as they are"
+        warnings.warn(listing(headline, missing, _LATER), HfLoRAWarning, stacklevel=2)
+        return
+    own = sum(id(parameter) in ids for parameter in model.parameters())
+    raise GradientError(
+        listing(
+            "The optimizer holds no tensor of an active adapter, so training would not change "
+            f"them; of the {len(ids)} parameters that it holds, {own} are this model's",
+            missing,
+            _STALE,
+        )
+    )
+
+
+def _are_replaced(tensors: list[Any]) -> bool:
+    """Say whether a wrapper may have put other tensors in the place of the model's or optimizer's.
+
+    Sharding does, to DTensors and back for each forward; accelerate then finds out itself what is
+    not the model's. Optimizers that step copies of their own (in float32, on the CPU) hold plain
+    tensors.
+    """
+    return any(is_sharded(t) or not isinstance(t, nn.Parameter) for t in tensors)
 
 
 def nothing_trains(model: nn.Module, registry: Registry) -> GradientError:

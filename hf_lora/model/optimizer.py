@@ -28,7 +28,10 @@ def optimizer_groups(
     The groups are, in this order and without those that would be empty: ``"lora_A"``,
     ``"lora_B"``, ``"trained"`` (modules trained in full) and ``"trained_no_decay"`` (their biases,
     norms and other vectors). They hold the trainable tensors of all adapters, active or not, as
-    they are now; adapters that are added or unfrozen later need new groups.
+    they are now: make them from the very model that trains, and anew after ``unwrap`` and ``wrap``
+    or when adapters are added or unfrozen. A Trainer whose optimizer holds nothing of its model's
+    active adapters raises GradientError at the first step, and warns if it holds only some; a loop
+    of your own says nothing.
 
     Args:
         model: A wrapped model.
