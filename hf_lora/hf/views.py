@@ -13,6 +13,7 @@ from hf_lora.hf.instance import uninstall
 from hf_lora.layers.base import restore_class
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.model.registry import forget, wrapped
+from hf_lora.sharding import is_spread
 
 _DEPTH = 4
 """A module's fields, an object or dict among them, and one more inside (double quantization)."""
@@ -34,11 +35,17 @@ def base_view(model: nn.Module) -> Any:
         them, and hf_lora does not.
 
     Raises:
-        StateError: The model is not wrapped, is merged, or has a forward that another library put
-            on the object and that would lead back to the model with its adapters.
+        StateError: The model is not wrapped, is merged, is spread over several processes, or has a
+            forward that another library put on the object and that would lead back to the model
+            with its adapters.
     """
     inner, registry = wrapped(model)
     registry.check_unmerged("view the base")
+    if is_spread(inner):
+        raise StateError(
+            "This model is spread over several processes, and what spreads it fetches the weights "
+            "for this one object. Use hf_lora.no_adapter(model) instead."
+        )
     _check_forwards(inner)
     shared = {id(t): t for module in inner.modules() for t in _tensors(vars(module), _DEPTH)}
     view = copy.deepcopy(inner, shared)

@@ -92,7 +92,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     registry = registry_of(model)
     registry.adapter(name)
     registry.check_unmerged("delete an adapter")
-    registry.check_classes()
+    registry.check_classes(name)
     if len(registry.adapters) == 1:
         raise StateError(f"{name!r} is the last adapter; hf_lora.unwrap(model) takes it off.")
     detach(registry, name)

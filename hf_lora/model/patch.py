@@ -67,7 +67,7 @@ def patch(model: nn.Module, config: LoRAConfig, name: str) -> Registry:
 def unpatch(model: nn.Module) -> nn.Module:
     """Give back the model that was wrapped: classes, Parameters, flags and keys as they were."""
     model, registry = wrapped(model)
-    registry.check_classes()
+    registry.check_classes(*registry.adapters)
     registry.put_weights_back(model)
     for name in list(registry.adapters):
         detach(registry, name)

@@ -159,13 +159,26 @@ class Registry:
                 )
             )
 
-    def check_classes(self) -> None:
-        """Raise StateError if another library has taken hold of a patched module since."""
-        problems = [
-            f"{path or 'the model itself'}: {type(module).__name__}"
-            for path, module in (*self.layers.items(), *self.copies.items())
-            if not is_ours(module) or _is_managed(module)
-        ]
+    def check_classes(self, *names: str) -> None:
+        """Raise StateError if another library has taken hold since of what would be taken away.
+
+        Args:
+            *names: Adapters that would be; FSDP2 puts what it shards back in the next forward.
+        """
+        held = [(path, layer, layer.lora_slots) for path, layer in self.layers.items()]
+        held += [(path, module, module.lora_copies) for path, module in self.copies.items()]
+        changed = {
+            path: type(module).__name__
+            for path, module, adapters in held
+            if not is_ours(module) and adapters.keys() <= set(names)
+        }
+        changed |= {
+            path: f"the {role} of {name!r} is sharded"
+            for name in names
+            for path, _, role, tensor in self.tensors(name)
+            if is_sharded(tensor)
+        }
+        problems = [f"{path or 'the model itself'}: {what}" for path, what in changed.items()]
         if problems:
             raise StateError(
                 listing(
@@ -182,11 +195,6 @@ def _absence(model: nn.Module, path: str, module: nn.Module) -> str | None:
     except AttributeError:
         found = None
     return None if found is module else "is no longer part of the model: something replaced it"
-
-
-def _is_managed(module: LoRALayer | TrainedModule) -> bool:
-    """Say whether FSDP2 shards what was added; it would put it back in the next forward."""
-    return any(is_sharded(module._parameters.get(name)) for name in module.lora_added())
 
 
 def _misfit(module: LoRALayer | TrainedModule) -> str | None:

@@ -135,9 +135,16 @@ def training_runs(folder: Path) -> dict[str, Any]:
     accumulated = wrap(shard(training.llama()), seed=1 + rank)
     for rows in mine.chunk(2):
         (accumulated(input_ids=rows, labels=rows).loss / 2).backward()
-    found = gradients(accumulated)
-    if rank == 0:
-        save_file(found, folder / "accumulated.safetensors")
+    firsts = {"accumulated": gradients(accumulated)}
+    for reentrant in (True, False):
+        model = wrap(shard(training.llama()))
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        next(train(model, mine))
+        firsts[f"checkpointed, {reentrant=}"] = gradients(model)
+    for name, found in firsts.items():
+        if rank == 0:
+            save_file(found, folder / f"{name}.safetensors")
     return told
 
 
@@ -182,6 +189,7 @@ def states(folder: Path) -> dict[str, Any]:
     told["refused"] = {
         "unwrap": refusal(lambda: hf_lora.unwrap(trained)),
         "merge": refusal(lambda: hf_lora.merge(trained)),
+        "view": refusal(lambda: hf_lora.base_view(trained)),
         "write": refusal(lambda: hf_lora.save(trained, folder / "own" / "adapter_config.json")),
         "a part": refusal(
             lambda: trained.save_pretrained(
@@ -190,6 +198,11 @@ def states(folder: Path) -> dict[str, Any]:
         ),
     }
     told["still"] = torch.equal(logits(trained), expected)
+    hf_lora.add_adapter(trained, "late", targets="k_proj", r=2)
+    with hf_lora.use_adapter(trained, ["default", "late"]):
+        told["with another"] = torch.equal(logits(trained), expected)  # its B is zero
+    hf_lora.delete_adapter(trained, "late")
+    told["without it"] = torch.equal(logits(trained), expected)
     late = wrap(shard(training.llama()))
     told["unwrapped after"] = sorted(
         {type(m).__name__ for m in hf_lora.unwrap(late).modules()} & {"LoRALinear", "Linear"}

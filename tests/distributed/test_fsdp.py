@@ -69,11 +69,15 @@ def test_what_is_wrapped_before_is_sharded_and_after_is_not(
     }
 
 
-def test_accumulated_gradients_are_the_mean_over_all_rows(
-    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+@pytest.mark.parametrize(
+    "name",
+    ["accumulated", "checkpointed, reentrant=True", "checkpointed, reentrant=False"],
+)
+def test_late_gradients_are_the_mean_over_all_rows(
+    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path, name: str
 ):
     _, _, first = worker.one(tmp_path, "after")
-    theirs = load_file(trained[0] / "accumulated.safetensors")
+    theirs = load_file(trained[0] / f"{name}.safetensors")
     torch.testing.assert_close(theirs, first, rtol=1e-5, atol=1e-7)
 
 
@@ -132,9 +136,11 @@ def test_what_would_be_lost_or_wrong_is_refused_in_every_process(
         refused = told["refused"]
         assert refused["unwrap"].startswith("StateError: Another library has changed these layers")
         assert refused["merge"].startswith("TargetError: These layers cannot be merged into")
+        assert refused["view"].startswith("StateError: This model is spread over several")
         assert refused["write"].startswith("SaveError")
         assert ("Process 0 could not save" in refused["write"]) is (rank == 1)
         assert refused["a part"].startswith("StateError: These adapter tensors are not whole")
         assert told["still"] is True
+        assert told["with another"] is told["without it"] is True
         assert told["unwrapped after"] == ["Linear"]
     assert not (states[0] / "part").exists()

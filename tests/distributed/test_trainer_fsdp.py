@@ -110,6 +110,12 @@ def test_peft_reads_every_checkpoint(ran: Any, kind: str):
     )
 
 
+def test_an_adapter_comes_with_a_base_that_is_sharded_at_load_time(ran: Any):
+    told = ran[1]["from_pretrained"]
+    assert told["sharded"] == "DTensor"
+    assert told["off by"] < 1e-5
+
+
 def test_accelerate_itself_ignores_fsdp_on_a_cpu(ran: Any):
     """The reason for the force above; once this fails, the force can go."""
     asked = ran[1]["asked for FSDP"]

@@ -12,7 +12,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_lora
 from hf_lora.sharding import whole
-from tests.distributed.fsdp_worker import gathered
+from tests.distributed.fsdp_worker import gathered, logits
 from tests.hf import training
 
 LORA: dict[str, Any] = {"targets": ["q_proj", "v_proj", "lm_head"], "r": 4}
@@ -161,6 +161,14 @@ def all_ways(folder: Path) -> dict[str, Any]:
         trainer, state = run(folder, kind, f"{kind} after {source}", checkpoint)
         told[f"{kind} after {source}"] = agree(state, checkpoint)
     told["asked for FSDP"] = asked(folder)
+    loaded = hf_lora.from_pretrained(
+        folder / "plugin" / "checkpoint-4", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    alone = hf_lora.from_pretrained(folder / "plugin" / "checkpoint-4")
+    told["from_pretrained"] = {
+        "sharded": type(loaded.lm_head.weight).__name__,
+        "off by": float((logits(loaded) - logits(alone)).abs().max()),
+    }
     for kind in ("native", "plugin"):
         best, _ = run(
             folder,
