@@ -43,6 +43,23 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
+def how_computed(layer: LoRALayer) -> str:
+    """Say how a layer computes in training, as far as it does not depend on the input.
+
+    Returns:
+        ``"together"`` with other layers that read the same tensor, ``"alone"`` in one function
+        with its base, ``"on top"`` of the output of its base's own forward, or ``"plain"``.
+    """
+    if layer.lora_routing.plain:
+        return "plain"
+    trains = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+    if not _multiplies(layer.lora_host) or trains:
+        return "on top"
+    groups = layer.lora_routing.sharing.groups()
+    shares = not _is_apart(layer) and any(layer in group for group in groups)
+    return "together" if shares else "alone"
+
+
 def fused_forward(
     layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor
 ) -> torch.Tensor | None:

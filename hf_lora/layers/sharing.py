@@ -71,6 +71,11 @@ class Sharing:
             layer for layer in known if layer is not None and self._missed.get(layer, 0) < _PATIENCE
         ]
 
+    def groups(self) -> list[list[nn.Module]]:
+        """Return the groups, each in the order of its calls; none before the trace."""
+        found = [[leader, *self.followers(leader)] for leader in list(self._followers)]
+        return [group for group in found if len(group) > 1]
+
     def take(self, layer: nn.Module, x: torch.Tensor, conditions: Any) -> torch.Tensor | None:
         """Return the output that another layer has computed for ``layer``, or None."""
         ready: _Ready | None = getattr(self._local, "ready", None)

@@ -1,12 +1,21 @@
 """What a wrapped model has: counts, bytes and norms per adapter, from the live tensors."""
 
+import collections
 import dataclasses
 
 import torch
 from torch import nn
 
+from hf_lora.layers.fused import how_computed
 from hf_lora.model.plan import size
 from hf_lora.model.registry import wrapped
+
+_KINDS = {
+    "together": "layers together with others that read the same tensor",
+    "alone": "alone",
+    "on top": "on top of the base's own forward",
+    "plain": "on the plain path",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,11 @@ class Summary:
     model: str
     base_parameters: int
     adapters: tuple[AdapterSummary, ...]
+    computed: dict[str, str]
+    """Path of each adapted layer to how it computes: see ``layers.fused.how_computed``."""
+
+    traced: bool
+    """Whether layers that read the same tensor were looked for, as the first training step does."""
 
     def __str__(self) -> str:
         """Return a line for the model and two for each adapter."""
@@ -59,6 +73,11 @@ class Summary:
                     f"    norm of the updates: {values[0]:.3g} to {values[-1]:.3g}, "
                     f"{len(adapter.dead)} layers unchanged"
                 )
+        kinds = collections.Counter(self.computed.values())
+        told = [f"{kinds[kind]} {words}" for kind, words in _KINDS.items() if kinds[kind]]
+        if told:
+            later = "" if self.traced else " (groups are looked for at the first training step)"
+            lines.append(f"  computed: {', '.join(told)}{later}")
         return "\n".join(lines)
 
 
@@ -100,4 +119,6 @@ def summary(model: nn.Module) -> Summary:
             )
         )
     base = sum(p.numel() for p in inner.parameters() if id(p) not in added)
-    return Summary(type(inner).__name__, base, tuple(found))
+    computed = {path: how_computed(layer) for path, layer in registry.layers.items()}
+    traced = registry.routing.sharing.traced
+    return Summary(type(inner).__name__, base, tuple(found), computed, traced)

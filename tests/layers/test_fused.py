@@ -363,3 +363,19 @@ def test_unwrapping_leaves_no_hook():
 
 def test_the_table_is_complete():
     assert GROUPS.keys() == {architecture.name for architecture in ARCHITECTURES}
+
+
+def test_the_summary_says_how_each_layer_computes():
+    model = llama()
+    assert "looked for at the first training step" in str(hf_lora.summary(model))
+    gradients(model, INPUTS)
+    of(model, "1.mlp.down_proj").weight.requires_grad_(True)
+    summary = hf_lora.summary(model)
+    assert summary.computed["model.layers.0.self_attn.v_proj"] == "together"
+    assert summary.computed["model.layers.0.self_attn.o_proj"] == "alone"
+    assert summary.computed["model.layers.1.mlp.down_proj"] == "on top"
+    assert "computed: 10 layers together with others that read the same tensor, 3 alone, 1 on" in (
+        str(summary)
+    )
+    routing(model).plain = True
+    assert set(hf_lora.summary(model).computed.values()) == {"plain"}
