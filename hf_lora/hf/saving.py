@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from hf_lora.config import DTYPES
-from hf_lora.errors import ConfigError, SaveError, StateError, listing
+from hf_lora.errors import ConfigError, SaveError
 from hf_lora.files.content import Content
 from hf_lora.files.fingerprint import Reader, take
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folder
 from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
 from hf_lora.hf.together import is_first, write_together
-from hf_lora.layers.base import LoRALayer
-from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
+from hf_lora.layers.names import DEFAULT
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.sharding import is_spread, reshard, whole
@@ -167,15 +167,15 @@ def collect(
     trained = sorted(map(without_wrappers, adapter.trained))
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
-    tensors = _tensors(registry, name, state_dict) | repeated
+    tensors = tensors_of(registry, name, state_dict) | repeated
     if together:
         tensors = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
-    _check_shapes(registry, name, tensors)
+    check_shapes(registry, name, tensors)
     return Content(
         config=adapter.config,
         slots=slots,
         trained=tuple(trained),
-        tensors={key: _as_saved(key, tensor, dtype) for key, tensor in tensors.items()},
+        tensors={key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()},
         target_names=_target_names(modules, slots, trained),
         trained_names=trained_names,
         base=base_name(model) if base is True else base or None,
@@ -196,78 +196,6 @@ def _clean(read: Reader, paths: Iterable[str]) -> Reader:
     """Return ``read`` under the names that paths have without wrappers."""
     real = {without_wrappers(path): path for path in paths}
     return lambda path: read(real[path])
-
-
-def _tensors(
-    registry: Registry, name: str, state_dict: Mapping[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors under PEFT's keys."""
-    gathered = _by_role(registry, name, state_dict) if state_dict is not None else None
-    tensors = {}
-    for path, _, role, tensor in registry.tensors(name):
-        tensors[_key(path, role)] = tensor if gathered is None else gathered[path, role]
-    return tensors
-
-
-def _key(path: str, role: str) -> str:
-    dotted = f"{without_wrappers(path)}." if path else ""
-    ending = ".weight" if role in (LORA_A, LORA_B) else ""
-    return f"{PREFIX}{dotted}{role}{ending}"
-
-
-def _check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise StateError if a tensor is not of the size that the adapter's configuration says."""
-    slots = registry.adapter(name).slots
-    problems = []
-    for path, module, role, tensor in registry.tensors(name):
-        expected = tuple(tensor.shape)
-        if isinstance(module, LoRALayer) and role in (LORA_A, LORA_B):
-            r, (in_features, out_features) = slots[path].r, module.lora_features()
-            expected = (r, in_features) if role == LORA_A else (out_features, r)
-        given = tuple(tensors[_key(path, role)].shape)
-        if given != expected:
-            problems.append(f"{path}.{role} has shape {given} where {expected} is expected")
-    if problems:
-        raise StateError(
-            listing(
-                "These adapter tensors are not whole; are they one process's share?",
-                problems,
-                "Gather the adapter before saving. Nothing was written.",
-            )
-        )
-
-
-def _as_saved(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    if tensor.is_meta:
-        raise StateError(f"{key} is on the meta device: it has no numbers that could be saved.")
-    if hasattr(tensor, "device_mesh"):
-        raise StateError(
-            f"{key} is spread over several processes. Save with hf_lora.save(model, folder) in "
-            "all of them, or with a state dict that was gathered."
-        )
-    value = tensor.detach()
-    return value.to(dtype) if dtype and value.is_floating_point() else value
-
-
-def _by_role(
-    registry: Registry, name: str, state_dict: Mapping[str, torch.Tensor]
-) -> dict[tuple[str, str], torch.Tensor]:
-    found = {}
-    missing = []
-    plain = {without_wrappers(key): key for key in state_dict}
-    for path, role, key in registry.keys(name):
-        there = plain.get(without_wrappers(key))
-        if there is None:
-            missing.append(key)
-        else:
-            found[path, role] = state_dict[there]
-    if missing:
-        raise StateError(
-            f"The state dict to save from lacks {len(missing)} adapter tensors (first: "
-            f"{missing[0]}; it has {len(state_dict)} tensors). With DeepSpeed ZeRO-3, set "
-            "stage3_gather_16bit_weights_on_model_save."
-        )
-    return found
 
 
 def _target_names(
