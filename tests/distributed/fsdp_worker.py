@@ -31,9 +31,16 @@ IDS = torch.randint(1, training.VOCABULARY, (4, 10), generator=torch.Generator()
 STEPS = 3
 
 
-def shard(model: Any) -> Any:
-    """Shard a model over all processes, layer by layer, as transformers and accelerate do."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def shard(model: Any, sizes: tuple[int, ...] | None = None) -> Any:
+    """Shard a model over all processes, layer by layer, as transformers and accelerate do.
+
+    Args:
+        model: The model.
+        sizes: Replicas and processes in each, instead of one over all.
+    """
+    names = ("dp_replicate", "fsdp") if sizes else ("fsdp",)
+    sizes = sizes or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
@@ -207,6 +214,27 @@ def states(folder: Path) -> dict[str, Any]:
     told["unwrapped after"] = sorted(
         {type(m).__name__ for m in hf_lora.unwrap(late).modules()} & {"LoRALinear", "Linear"}
     )
+    return told
+
+
+def meshes(folder: Path) -> dict[str, Any]:
+    """One backward over three processes, which do not divide rank 4, or two replicas of two."""
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sizes = (2, 2) if world == 4 else None
+    rows = IDS.repeat(3, 1).chunk(world)[rank]
+    told: dict[str, Any] = {}
+    for name, model in {
+        "before": shard(wrap(training.llama()), sizes),
+        "after": wrap(shard(training.llama(), sizes), seed=1 + rank),
+    }.items():
+        hf_lora.save(model, folder / name)
+        model(input_ids=rows, labels=rows).loss.backward()
+        found = gradients(model)
+        if rank == 0:
+            save_file(found, folder / name / "gradients.safetensors")
+        loaded = hf_lora.load(shard(training.llama(), sizes), folder / name)
+        told[name] = training.same(gathered(loaded), gathered(model))
     return told
 
 

@@ -81,6 +81,22 @@ def test_late_gradients_are_the_mean_over_all_rows(
     torch.testing.assert_close(theirs, first, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("processes", [3, 4])
+def test_parts_may_be_empty_and_meshes_have_two_dimensions(tmp_path: Path, processes: int):
+    told = launch("fsdp_worker:meshes", tmp_path, processes=processes)
+    assert told == [{"before": True, "after": True}] * processes
+    alone = worker.wrap(training.llama())
+    hf_lora.save(alone, tmp_path / "alone")
+    rows = worker.IDS.repeat(3, 1)
+    alone(input_ids=rows, labels=rows).loss.backward()
+    for name in told[0]:
+        theirs = load_file(tmp_path / name / "gradients.safetensors")
+        torch.testing.assert_close(theirs, worker.gradients(alone), rtol=1e-5, atol=1e-7)
+        for file in training.files(tmp_path / "alone"):
+            there = tmp_path / name / file
+            assert (tmp_path / "alone" / file).read_bytes() == there.read_bytes()
+
+
 @pytest.mark.parametrize("name", ["before", "after", "head before"])
 def test_peft_reads_what_two_processes_saved(trained: tuple[Path, list[dict[str, Any]]], name: str):
     end = trained[0] / name / "end"
