@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.functional.composed import composed, is_small
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.rebuild import Recipe, rebuild, recipe_of
 
@@ -72,10 +73,8 @@ def fused_forward(
     own = _with_weight(layer, updates, x, dtype)
     if own is None:
         return None
-    if not torch.is_grad_enabled():
-        return fused(x, [own], dtype)[0]
-    if _is_apart(layer) or x.is_inference():
-        return fused(x, [own], dtype, _recipe(layer, x))[0]
+    if not torch.is_grad_enabled() or _is_apart(layer) or x.is_inference():
+        return _compute(layer, x, [own], dtype)[0]
     routing = layer.lora_routing
     sharing = routing.sharing
     conditions = (dtype, routing.active, routing.merged)
@@ -88,7 +87,7 @@ def fused_forward(
         if found is not None:
             group.append(other)
             layers.append(found)
-    outputs = fused(x, layers, dtype, _recipe(layer, x))
+    outputs = _compute(layer, x, layers, dtype)
     if len(group) > 1:
         sharing.put(group, x, conditions, outputs)
     return outputs[0]
@@ -103,8 +102,16 @@ def fused_on_top(
         return None
     if not _same_device(updates, x):
         return None
+    return _compute(layer, x, [Layer(updates, y=y)], dtype)[0]
+
+
+def _compute(
+    layer: LoRALayer, x: torch.Tensor, layers: Sequence[Layer], dtype: torch.dtype
+) -> Sequence[torch.Tensor]:
+    if is_small(x, layers):
+        return composed(x, layers)
     recipe = _recipe(layer, x) if torch.is_grad_enabled() else None
-    return fused(x, [Layer(updates, y=y)], dtype, recipe)[0]
+    return fused(x, layers, dtype, recipe)
 
 
 def _with_weight(

@@ -1,11 +1,12 @@
 """The fused function against finite differences and against its plain twin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_lora.functional.composed import composed
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.low_rank import low_rank
 
@@ -15,6 +16,13 @@ TYPE = torch.float64
 
 def tensor(*shape: int, grad: bool = True) -> torch.Tensor:
     return torch.randn(*shape, dtype=TYPE, requires_grad=grad)
+
+
+def fused_in_type(x: torch.Tensor, given: Sequence[Layer]) -> Sequence[torch.Tensor]:
+    return fused(x, given, TYPE)
+
+
+Way = Callable[[torch.Tensor, Sequence[Layer]], Sequence[torch.Tensor]]
 
 
 def factors() -> list[torch.Tensor]:
@@ -53,9 +61,10 @@ def plain(x: torch.Tensor, given: Sequence[Layer]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(3, IN), (2, 3, IN), (IN,), (0, IN), (2, 0, IN)])
-def test_outputs_and_gradients_are_those_of_the_plain_formula(shape: tuple[int, ...]):
+@pytest.mark.parametrize("way", [fused_in_type, composed])
+def test_outputs_and_gradients_are_those_of_the_plain_formula(way: Way, shape: tuple[int, ...]):
     given, x = factors(), tensor(*shape)
-    ours, theirs = fused(x, layers(given), TYPE), plain(x, layers(given))
+    ours, theirs = way(x, layers(given)), plain(x, layers(given))
     flow = [torch.randn_like(y) for y in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape

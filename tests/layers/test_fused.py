@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lora
+from hf_lora.functional import composed
 from hf_lora.layers.base import LoRALayer
 from hf_lora.layers.routing import Routing
 from hf_lora.model.registry import registry_of
@@ -33,6 +34,12 @@ GROUPS = {
     "whisper": {"q_proj k_proj v_proj", "k_proj v_proj"},
 }
 """Last names of the layers that read one tensor, as the models' own source has them."""
+
+
+@pytest.fixture(autouse=True)
+def _many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the fused path taken also by the few rows of a test."""
+    monkeypatch.setattr(composed, "FEW_ROWS", 0)
 
 
 def wrapped(architecture: Architecture, **fields: Any) -> nn.Module:
@@ -73,7 +80,11 @@ def groups(model: nn.Module) -> list[list[str]]:
 
 
 @each_architecture
-def test_gradients_are_those_of_the_plain_path(architecture: Architecture):
+@pytest.mark.parametrize("few", [0, 192])
+def test_gradients_are_those_of_the_plain_path(
+    architecture: Architecture, few: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(composed, "FEW_ROWS", few)
     model, inputs = wrapped(architecture), architecture.inputs()
     wanted = gradients(model, inputs, plain=True)
     for _ in range(2):
