@@ -1,0 +1,159 @@
+"""Measure every row of the report and write it: a table, a picture, versions and hardware.
+
+    python -m examples.benchmarks.report --out examples/benchmarks/report   # some ten minutes
+
+Each row is measured in a process of its own, its arms in turns; see `train_step` and
+`saved_bytes`. With `--curves loss_curves.json` the losses of `loss_curves` are part of it.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+
+from examples.benchmarks.arms import ARMS
+
+ROWS: dict[str, tuple[list[str], float | None]] = {
+    "h576 f1536, bf16, all-linear r16": (["--rounds", "40"], 1.15),
+    "the same, dropout 0.05": (["--dropout", "0.05", "--rounds", "20"], 1.30),
+    "the same, float32": (["--dtype", "float32", "--rounds", "15"], 1.08),
+    "the same, bf16, 48 tokens": (["--tokens", "48", "--rounds", "40"], None),
+    "h2048 f5632, 2 layers, bf16, r16": (
+        ["--hidden", "2048", "--ffn", "5632", "--layers", "2", "--rounds", "15"],
+        1.10,
+    ),
+    "h2048 f5632, 2 layers, bf16, r64": (
+        ["--hidden", "2048", "--ffn", "5632", "--layers", "2", "--r", "64", "--rounds", "15"],
+        1.20,
+    ),
+    "SmolLM2-135M with head, bf16, q and v, r8": (
+        ["--layers", "30", "--head", "--targets", "qv", "--r", "8", "--rounds", "8"],
+        1.04,
+    ),
+}
+"""Name of a row, to the arguments of `train_step` and the ratio to reach."""
+
+SAVED = {"bf16": [], "bf16, dropout 0.05": ["--dropout", "0.05"], "float32": ["--dtype", "float32"]}
+
+
+def ran(module: str, arguments: list[str]) -> str:
+    """Return what one of the benchmarks prints."""
+    command = [sys.executable, "-m", f"examples.benchmarks.{module}", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    return done.stdout.decode()
+
+
+def figures(output: str) -> dict[str, float]:
+    """Return the last number but one of each arm's line: milliseconds, or bytes."""
+    rows = [line.split() for line in output.splitlines() if line.startswith("  ")]
+    return {row[0]: float(row[1].replace(",", "")) for row in rows}
+
+
+def processor() -> str:
+    """Return the processor's name as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    amx = " with AMX" if "amx_bf16" in flags else ""
+    return f"{names[0] if names else platform.processor()}{amx}"
+
+
+def table(times: dict[str, dict[str, float]]) -> list[str]:
+    """Return the rows of the table of ratios."""
+    lines = [f"| work, 512 tokens | {' | '.join(ARMS)} | to reach |", "|---" * 7 + "|"]
+    for name, (_, goal) in ROWS.items():
+        row = times[name]
+        ratios = " | ".join(f"{row[arm] / row['frozen']:.2f}" for arm in ARMS)
+        lines.append(f"| {name} | {ratios} | {f'{goal:.2f}' if goal else ''} |")
+    return lines
+
+
+def saved_table(counts: dict[str, dict[str, float]]) -> list[str]:
+    """Return the rows of the table of bytes above the frozen model."""
+    lines = ["| bytes per token and layer | frozen | peft | peft16 | unfused | hf_lora |"]
+    lines.append("|---" * 6 + "|")
+    for name, row in counts.items():
+        rest = " | ".join(f"{row[arm] - row['frozen']:+,.0f}" for arm in ARMS[1:])
+        lines.append(f"| {name} | {row['frozen']:,.0f} | {rest} |")
+    return lines
+
+
+def curve_table(runs: list[dict[str, Any]]) -> list[str]:
+    """Return what `loss_curves` found, a line a run."""
+    lines = ["| library | seed | mean of the last 50 steps | held out |", "|---" * 4 + "|"]
+    for run in sorted(runs, key=lambda run: (run["library"], run["seed"])):
+        tail = sum(run["losses"][-50:]) / len(run["losses"][-50:])
+        lines.append(f"| {run['library']} | {run['seed']} | {tail:.3f} | {run['held_out']:.3f} |")
+    return lines
+
+
+def draw(times: dict[str, dict[str, float]], runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios as bars, and the losses smoothed over 20 steps."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if runs else 1, squeeze=False)[0]
+    for i, arm in enumerate(ARMS[1:]):
+        heights = [row[arm] / row["frozen"] for row in times.values()]
+        axes[0].barh([k - 0.3 + 0.2 * i for k in range(len(heights))], heights, 0.2, label=arm)
+    axes[0].set_yticks(range(len(times)), list(times), fontsize=8)
+    axes[0].axvline(1, color="black", linewidth=0.8)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="time of a step, frozen model = 1")
+    axes[0].legend()
+    for run in runs:
+        color = "tab:blue" if run["library"] == "hf_lora" else "tab:orange"
+        losses = run["losses"]
+        smooth = [sum(losses[k : k + 20]) / 20 for k in range(len(losses) - 20)]
+        label = run["library"] if run["seed"] == 0 else None
+        axes[1].plot(smooth, color=color, label=label, linewidth=1)
+    if runs:
+        axes[1].set(xlabel="step", ylabel="loss, mean of 20 steps", yscale="log")
+        axes[1].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the report")] = Path("report"),
+    curves: Annotated[Path | None, typer.Option(help="what loss_curves wrote")] = None,
+) -> None:
+    """Measure all and write README.md, times.json and report.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    times = {}
+    for name, (arguments, _) in ROWS.items():
+        times[name] = figures(ran("train_step", arguments))
+        print(name, times[name], flush=True)
+    saved = {name: figures(ran("saved_bytes", arguments)) for name, arguments in SAVED.items()}
+    runs = json.loads(curves.read_text()) if curves else []
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    lines = [
+        "# What training costs",
+        "",
+        f"{processor()}, one thread; {versions}. A step is one forward and backward pass of a",
+        "Llama; the frozen model, with gradients flowing through it to its input, counts as 1. The",
+        "arms take turns in one process and the shortest of all rounds counts. Made by",
+        "`python -m examples.benchmarks.report`.",
+        "",
+        *table(times),
+        "",
+        "What autograd keeps for the backward pass, above the frozen model's own:",
+        "",
+        *saved_table(saved),
+        "",
+        "![ratios and losses](report.png)",
+        "",
+    ]
+    if runs:
+        steps = len(runs[0]["losses"])
+        lines += [f"SmolLM2-135M, {steps} steps on the quickstart's words:", "", *curve_table(runs)]
+    (out / "README.md").write_text("\n".join(lines) + "\n")
+    (out / "times.json").write_text(json.dumps({"milliseconds": times, "saved": saved}, indent=1))
+    draw(times, runs, out / "report.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
