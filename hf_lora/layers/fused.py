@@ -53,8 +53,7 @@ def how_computed(layer: LoRALayer) -> str:
     """
     if layer.lora_routing.plain:
         return "plain"
-    trains = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    if not _multiplies(layer.lora_host) or trains:
+    if not _multiplies(layer.lora_host) or not all(map(_is_frozen, (layer.weight, layer.bias))):
         return "on top"
     groups = layer.lora_routing.sharing.groups()
     shares = not _is_apart(layer) and any(layer in group for group in groups)
@@ -122,16 +121,21 @@ def _with_weight(
         return None
     weight, bias = layer.weight, layer.bias
     for tensor in (weight, bias):
+        if not _is_frozen(tensor):
+            return None
         if tensor is not None and (
-            type(tensor) not in _PLAIN
-            or tensor.requires_grad
-            or tensor.device != x.device
+            tensor.device != x.device
             or (tensor.dtype != dtype and (dtype == x.dtype or not tensor.is_floating_point()))
         ):
             return None
     if x.shape[-1] != weight.shape[0 if layer.fan_in_fan_out else 1]:
         return None  # the host's own error says it best
     return Layer(updates, weight.t() if layer.fan_in_fan_out else weight, bias)
+
+
+def _is_frozen(tensor: torch.Tensor | None) -> bool:
+    """Say whether a weight or bias is an ordinary one that does not train, or is not there."""
+    return tensor is None or (type(tensor) in _PLAIN and not tensor.requires_grad)
 
 
 def _same_device(updates: Sequence[Update], x: torch.Tensor) -> bool:
