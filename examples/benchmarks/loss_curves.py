@@ -61,7 +61,9 @@ def held_out_loss(model: nn.Module, rows: list[dict[str, Any]], collate: Any) ->
     return sum(model(**collate(part)).loss.item() for part in parts) / len(parts)
 
 
-def main(steps: int = 300, seeds: int = 3, out: Path = Path("loss_curves.json")) -> None:
+def main(
+    steps: int = 300, seeds: int = 3, first: int = 0, out: Path = Path("loss_curves.json")
+) -> None:
     """Train with both libraries and write every loss."""
     folder = assets.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -69,7 +71,7 @@ def main(steps: int = 300, seeds: int = 3, out: Path = Path("loss_curves.json"))
     train_pairs, test_pairs = assets.spellings(held_out=200)
     test = [encode(tokenizer, *pair) for pair in test_pairs]
     runs = []
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         rows = [encode(tokenizer, *pair) for pair in train_pairs]
         random.Random(seed).shuffle(rows)
         for library in ("peft", "hf_lora"):
