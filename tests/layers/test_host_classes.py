@@ -20,11 +20,12 @@ from tests.tiny import scramble
 def test_a_class_changed_again_by_another_library_is_not_thrown_away(
     verb: Callable[[nn.Module], object],
 ):
-    model = nn.Sequential(nn.Linear(IN, IN))
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN))
     hf_lora.wrap(model, targets="0", r=2, adapter="b")
-    hf_lora.add_adapter(model, "other", "0", r=2)
+    hf_lora.add_adapter(model, "other", ".*", r=2)
     parametrizations.orthogonal(model[0])
     hf_lora.delete_adapter(model, "other")  # the class stays: the layer has another adapter
+    hf_lora.add_adapter(model, "elsewhere", "1", r=2)
     with pytest.raises(StateError, match="changed these layers since"):
         verb(model)
     with pytest.raises(TargetError, match="computes its weight from other tensors"):
