@@ -3,8 +3,8 @@
 ``y = x Wᵀ + bias + Σ s · (x Aᵀ) Bᵀ`` for all layers that read the same ``x``. The six small
 products of an update (two forward, four back) are added in place into what the base's two large
 ones gave; the A's of all layers are one matrix, so that ``x`` is read once for all of them. For the
-backward pass only ``x`` is kept, once, or what autograd can rebuild it from; ``h = x Aᵀ`` is
-cheaper to compute again than to keep. Formulas: arXiv 2106.09685, differentiated by hand.
+backward pass only ``x`` is kept, once, or what autograd can rebuild it from; ``h = s · x Aᵀ``
+is cheaper to compute again than to keep. Formulas: arXiv 2106.09685, differentiated by hand.
 
 Legend: N rows of input, I input features, O output features, R rank, Q ranks of several updates.
 """
@@ -61,7 +61,8 @@ def fused(
         dtype,
         tuple(layer.y is not None for layer in layers),
         _numbered(layers),
-        tuple((update.s, update.dropout) for update in updates),
+        tuple(update.s / (1 - update.dropout) for update in updates),
+        tuple(update.dropout for update in updates),
     )
     biases = [layer.bias_O for layer in layers]
     tensors: list[Any] = [layer.weight_OI if layer.y is None else layer.y for layer in layers]
@@ -91,22 +92,20 @@ class _Spec:
     numbers: tuple[range, ...]
     """Each layer's updates, by their numbers."""
 
-    strengths: tuple[tuple[float, float], ...]
-    """Each update's s and dropout."""
+    strengths: tuple[float, ...]
+    """Each update's s; what dropout leaves counts for what it drops."""
+
+    dropouts: tuple[float, ...]
+    """Each update's share of the elements of x that it does not see."""
 
     def split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """Return what belongs to the layers, the A's, and the B's."""
         layers, updates = len(self.numbers), len(self.strengths)
         return tensors[:layers], tensors[layers : layers + updates], tensors[layers + updates :]
 
-    def scaled(self, i: int, b_OR: torch.Tensor) -> torch.Tensor:
-        """Return s · B of update ``i``; what dropout leaves counts for what it drops."""
-        return torch.mul(b_OR, self.strength(i)).to(self.dtype)
-
-    def strength(self, i: int) -> float:
-        """Return the factor of update ``i``."""
-        s, dropout = self.strengths[i]
-        return s / (1 - dropout)
+    def scaled(self, i: int, a_RI: torch.Tensor) -> torch.Tensor:
+        """Return s · A of update ``i``."""
+        return torch.mul(a_RI, self.strengths[i]).to(self.dtype)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return x as rows, in the type that is computed in."""
@@ -169,7 +168,7 @@ def _forward(
     """Return each layer's output, each layer's weight as it was used, and each update's mask."""
     bases, a, b = spec.split(tensors)
     x_NI = spec.rows(x)
-    masks = [keep_mask(x_NI.shape, p, x.device) if p else None for _, p in spec.strengths]
+    masks = [keep_mask(x_NI.shape, p, x.device) if p else None for p in spec.dropouts]
     h = _shrink(spec, x_NI, a, masks)
     outputs: list[torch.Tensor] = []
     weights: list[torch.Tensor | None] = []
@@ -182,16 +181,16 @@ def _forward(
         else:
             y_NO = torch.addmm(bias.to(spec.dtype), x_NI, weight_OI.t())
         for i in numbers:
-            y_NO.addmm_(h[i], spec.scaled(i, b[i]).t())
+            y_NO.addmm_(h[i], b[i].to(spec.dtype).t())
         outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[-1]))
         weights.append(weight_OI)
     return outputs, weights, masks
 
 
 def _shrink(spec: _Spec, x_NI: torch.Tensor, a: Tensors, masks: Perhaps) -> dict[int, torch.Tensor]:
-    """Return ``h = x Aᵀ``, shape (N, R), of every update; one product for all without dropout."""
+    """Return ``h = s · x Aᵀ``, (N, R), of every update; one product for all without dropout."""
     h = {
-        i: torch.mm(masked(x_NI, mask), a[i].to(spec.dtype).t())
+        i: torch.mm(masked(x_NI, mask), spec.scaled(i, a[i]).t())
         for i, mask in enumerate(masks)
         if mask is not None
     }
@@ -214,9 +213,19 @@ def _shrink_by(
 
 
 def _stacked(spec: _Spec, a: Tensors, chosen: Sequence[int]) -> torch.Tensor:
-    """Return the chosen A's as one matrix (Q, I)."""
-    one = a[chosen[0]] if len(chosen) == 1 else torch.cat([a[i] for i in chosen])
-    return one.to(spec.dtype)
+    """Return the chosen s · A as one matrix (Q, I)."""
+    if len(chosen) == 1:
+        return spec.scaled(chosen[0], a[chosen[0]])
+    s = _common(spec, chosen)
+    if s is None:
+        return torch.cat([spec.scaled(i, a[i]) for i in chosen])
+    return torch.mul(torch.cat([a[i] for i in chosen]), s).to(spec.dtype)
+
+
+def _common(spec: _Spec, chosen: Sequence[int]) -> float | None:
+    """Return the s that all chosen updates have, or None."""
+    found = {spec.strengths[i] for i in chosen}
+    return found.pop() if len(found) == 1 else None
 
 
 def _unstacked(q: torch.Tensor, a: Tensors, chosen: Sequence[int], dim: int) -> Tensors:
@@ -273,8 +282,7 @@ class _Backward:
         if x_wanted:
             self.through_updates(dh_NQ)
         if dh_NQ is not None and x_NI is not None and whole_a:
-            da_QI = torch.mm(dh_NQ.t(), x_NI)
-            self.da |= zip(self.whole, _unstacked(da_QI, self.a, self.whole, dim=0), strict=True)
+            self.to_stacked(torch.mm(dh_NQ.t(), x_NI))
         return (
             self.dx_NI,
             [self.da.get(i) if want else None for i, want in enumerate(a_wanted)],
@@ -291,21 +299,28 @@ class _Backward:
     ) -> None:
         """Do all that reads one layer's dy."""
         for i in numbers:
-            self.dh[i] = torch.mm(dy_NO, self.spec.scaled(i, self.b[i]))
+            self.dh[i] = torch.mm(dy_NO, self.b[i].to(self.spec.dtype))
             mask = self.masks[i]
             if mask is not None and x_NI is not None:
                 seen_NI = masked(x_NI, mask)
-                self.h[i] = torch.mm(seen_NI, self.a[i].to(self.spec.dtype).t())
-                self.da[i] = torch.mm(self.dh[i].t(), seen_NI)
+                self.h[i] = torch.mm(seen_NI, self.spec.scaled(i, self.a[i]).t())
+                self.da[i] = torch.mm(self.dh[i].t(), seen_NI).mul_(self.spec.strengths[i])
             if b_wanted[i]:
                 # the narrow factor first: its product is faster, and the result is small
-                self.db[i] = torch.mm(self.h[i].t(), dy_NO).mul_(self.spec.strength(i)).t()
+                self.db[i] = torch.mm(self.h[i].t(), dy_NO).t()
         if weight_OI is not None:
             self.dx_NI = (
                 torch.mm(dy_NO, weight_OI)
                 if self.dx_NI is None
                 else self.dx_NI.addmm_(dy_NO, weight_OI)
             )
+
+    def to_stacked(self, da_QI: torch.Tensor) -> None:
+        """Give each A its share of what the stacked ones got, times s."""
+        s = _common(self.spec, self.whole)
+        parts = _unstacked(da_QI if s is None else da_QI.mul_(s), self.a, self.whole, dim=0)
+        for i, part in zip(self.whole, parts, strict=True):
+            self.da[i] = part.mul_(self.spec.strengths[i]) if s is None else part
 
     def through_updates(self, dh_NQ: torch.Tensor | None) -> None:
         """Add what of x's gradient comes through the updates."""
@@ -317,7 +332,7 @@ class _Backward:
         for i in self.dropped:
             mask = self.masks[i]
             assert mask is not None
-            part_NI = masked_(torch.mm(self.dh[i], self.a[i].to(self.spec.dtype)), mask)
+            part_NI = masked_(torch.mm(self.dh[i], self.spec.scaled(i, self.a[i])), mask)
             self.dx_NI = part_NI if self.dx_NI is None else self.dx_NI.add_(part_NI)
 
 
