@@ -62,7 +62,11 @@ def held_out_loss(model: nn.Module, rows: list[dict[str, Any]], collate: Any) ->
 
 
 def main(
-    steps: int = 300, seeds: int = 3, first: int = 0, out: Path = Path("loss_curves.json")
+    steps: int = 300,
+    seeds: int = 3,
+    first: int = 0,
+    libraries: str = "peft,hf_lora",
+    out: Path = Path("loss_curves.json"),
 ) -> None:
     """Train with both libraries and write every loss."""
     folder = assets.smollm2()
@@ -74,7 +78,7 @@ def main(
     for seed in range(first, first + seeds):
         rows = [encode(tokenizer, *pair) for pair in train_pairs]
         random.Random(seed).shuffle(rows)
-        for library in ("peft", "hf_lora"):
+        for library in libraries.split(","):
             base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
             model = adapted(library, base, seed)
             start = time.perf_counter()
