@@ -9,7 +9,6 @@ in a model. No autograd, no Python around them, nothing computed again. Frozen p
 limit for PyTorch's own operations.
 """
 
-import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -17,6 +16,7 @@ import torch
 import typer
 
 from examples.benchmarks.arms import Work, arm, step
+from examples.benchmarks.train_step import shortest, show
 
 GROUPS = ((1, (1, 1 / 3, 1 / 3)), (1, (1,)), (1, ("ffn", "ffn")), ("ffn", (1,)))
 """Input width and output widths of the groups of a layer, as parts of `hidden`, or `ffn`."""
@@ -72,19 +72,8 @@ def main(
     work = Work(hidden, ffn, layers, tokens, getattr(torch, dtype), "all-linear", r)
     steps = {name: step(arm(name, work), work) for name in ("frozen", "hf_lora")}
     steps["products"] = products(work)
-    best = dict.fromkeys(steps, float("inf"))
-    for _ in range(rounds):
-        for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    floor = best["frozen"]
-    print(work)
-    for name, seconds in best.items():
-        print(f"  {name:8s} {seconds * 1e3:9.2f} ms  {seconds / floor:.3f}")
-    print(
-        f"  limit    {(floor + best['products']) * 1e3:9.2f} ms  {1 + best['products'] / floor:.3f}"
-    )
+    best = shortest(steps, rounds)
+    show(work, best | {"limit": best["frozen"] + best["products"]})
 
 
 if __name__ == "__main__":

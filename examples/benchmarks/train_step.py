@@ -10,6 +10,7 @@ that others use, too, makes a step longer and never shorter.
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,12 @@ from examples.benchmarks.arms import ARMS, Work, arm, step
 
 def measure(work: Work, arms: tuple[str, ...], rounds: int) -> dict[str, float]:
     """Return the shortest time of each arm's step, in seconds."""
-    steps = {name: step(arm(name, work), work) for name in arms}
-    best = dict.fromkeys(arms, float("inf"))
+    return shortest({name: step(arm(name, work), work) for name in arms}, rounds)
+
+
+def shortest(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Return the shortest time of each step, in seconds; they take turns."""
+    best = dict.fromkeys(steps, float("inf"))
     for run in steps.values():
         run()
     for _ in range(rounds):
@@ -31,6 +36,13 @@ def measure(work: Work, arms: tuple[str, ...], rounds: int) -> dict[str, float]:
             run()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
+
+
+def show(work: Work, best: dict[str, float]) -> None:
+    """Print each time, and its ratio to the frozen model's."""
+    print(work)
+    for name, seconds in best.items():
+        print(f"  {name:8s} {seconds * 1e3:9.2f} ms  {seconds / best['frozen']:.3f}", flush=True)
 
 
 def main(
@@ -51,10 +63,7 @@ def main(
     torch.set_num_threads(1)
     work = Work(hidden, ffn, layers, tokens, getattr(torch, dtype), targets, r, dropout, head)
     best = measure(work, tuple(arms.split(",")), rounds)
-    floor = best["frozen"]
-    print(work)
-    for name, seconds in best.items():
-        print(f"  {name:8s} {seconds * 1e3:9.2f} ms  {seconds / floor:.3f}", flush=True)
+    show(work, best)
     if out is not None:
         with out.open("a") as file:
             file.write(json.dumps({"work": str(work), "milliseconds": best}) + "\n")

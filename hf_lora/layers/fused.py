@@ -1,7 +1,7 @@
 """When a patched layer takes the fused path, alone or together with others, and when it cannot."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -44,8 +44,12 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def how_computed(layer: LoRALayer) -> str:
+def how_computed(layer: LoRALayer, grouped: Set[nn.Module]) -> str:
     """Say how a layer computes in training, as far as it does not depend on the input.
+
+    Args:
+        layer: The layer.
+        grouped: The layers of all groups of the model: ``Sharing.grouped()``.
 
     Returns:
         ``"together"`` with other layers that read the same tensor, ``"alone"`` in one function
@@ -55,9 +59,7 @@ def how_computed(layer: LoRALayer) -> str:
         return "plain"
     if not _multiplies(layer.lora_host) or not all(map(_is_frozen, (layer.weight, layer.bias))):
         return "on top"
-    groups = layer.lora_routing.sharing.groups()
-    shares = not _is_apart(layer) and any(layer in group for group in groups)
-    return "together" if shares else "alone"
+    return "together" if layer in grouped and not _is_apart(layer) else "alone"
 
 
 def fused_forward(

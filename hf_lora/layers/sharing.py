@@ -71,10 +71,10 @@ class Sharing:
             layer for layer in known if layer is not None and self._missed.get(layer, 0) < _PATIENCE
         ]
 
-    def groups(self) -> list[list[nn.Module]]:
-        """Return the groups, each in the order of its calls; none before the trace."""
+    def grouped(self) -> set[nn.Module]:
+        """Return the layers of all groups; none before the trace."""
         found = [[leader, *self.followers(leader)] for leader in list(self._followers)]
-        return [group for group in found if len(group) > 1]
+        return {layer for group in found if len(group) > 1 for layer in group}
 
     def take(self, layer: nn.Module, x: torch.Tensor, conditions: Any) -> torch.Tensor | None:
         """Return the output that another layer has computed for ``layer``, or None."""
@@ -112,10 +112,6 @@ class Sharing:
     def prove(self, layer: nn.Module, expression: Any, result: bool) -> None:
         """Note the result of a trial."""
         self._proven.setdefault(layer, {})[expression] = result
-
-    def rebuilds(self, layer: nn.Module) -> bool:
-        """Say whether the layer's input was rebuilt instead of kept."""
-        return any(self._proven.get(layer, {}).values())
 
 
 def unwatch(model: nn.Module) -> None:

@@ -119,6 +119,7 @@ def summary(model: nn.Module) -> Summary:
             )
         )
     base = sum(p.numel() for p in inner.parameters() if id(p) not in added)
-    computed = {path: how_computed(layer) for path, layer in registry.layers.items()}
-    traced = registry.routing.sharing.traced
-    return Summary(type(inner).__name__, base, tuple(found), computed, traced)
+    sharing = registry.routing.sharing
+    grouped = sharing.grouped()
+    computed = {path: how_computed(layer, grouped) for path, layer in registry.layers.items()}
+    return Summary(type(inner).__name__, base, tuple(found), computed, sharing.traced)
