@@ -68,7 +68,7 @@ def pick(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def _own_part(tensor: Any, positions: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     """Return this process's numbers, zero for the others', and the groups to add them up in."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh, placements = tensor.device_mesh, tensor.placements
     local = tensor.to_local()
@@ -76,7 +76,7 @@ def _own_part(tensor: Any, positions: torch.Tensor) -> tuple[torch.Tensor, list[
     here = torch.ones_like(positions, dtype=torch.bool)
     where = []
     for dim, wanted in enumerate((positions // tensor.shape[1], positions % tensor.shape[1])):
-        cut = [Shard(0) if p.is_shard(dim) else Replicate() for p in placements]
+        cut = [_along_first(p) if _cuts(p, dim) else Replicate() for p in placements]
         all_of_them = torch.arange(tensor.shape[dim], device=local.device)
         own = distribute_tensor(all_of_them, mesh, cut, src_data_rank=None).to_local().cpu()
         equal = wanted[:, None] == own[None]
@@ -84,4 +84,22 @@ def _own_part(tensor: Any, positions: torch.Tensor) -> tuple[torch.Tensor, list[
         where.append(equal.int().argmax(1) if own.numel() else torch.zeros_like(wanted))
     rows, columns = (index[here].to(local.device) for index in where)
     found[here.to(local.device)] = local[rows, columns].double()
-    return found, [mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard()]
+    cuts = [getattr(placement, "dim", None) is not None for placement in placements]
+    return found, [mesh.get_group(i) for i, cut in enumerate(cuts) if cut]
+
+
+def _cuts(placement: Any, dim: int) -> bool:
+    """Say whether a placement cuts this dimension, in one piece or in strides.
+
+    Strides are what FSDP2 leaves of a dimension that tensor parallelism has cut before.
+    """
+    return getattr(placement, "dim", None) == dim
+
+
+def _along_first(placement: Any) -> Any:
+    """Return the same cut of the only dimension of a vector."""
+    from torch.distributed.tensor import Shard
+
+    if placement.is_shard():
+        return Shard(0)
+    return type(placement)(0, split_factor=placement.split_factor)

@@ -24,6 +24,13 @@ from hf_lora.layers.forwards import (
 )
 from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.parallel import (
+    COMPUTES_LOCALLY,
+    draws_apart,
+    dropped,
+    here,
+    split_of,
+)
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.words import Word
 
@@ -43,7 +50,7 @@ class Slot:
         return scaling(self.r, self.alpha, self.rslora)
 
 
-OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies"})
+OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies", COMPUTES_LOCALLY})
 """What we keep in a patched module's ``__dict__``; all else there is the host's, by any name."""
 
 
@@ -111,6 +118,8 @@ def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
     module.__class__ = cls
     module.__dict__["lora_routing"] = routing
     rebind_forwards(module, module, host)
+    if split_of(module) is not None:
+        module.__dict__[COMPUTES_LOCALLY] = True
     hide_from_offloading(module)
 
 
@@ -231,7 +240,8 @@ class LoRALayer(Patched):
         if not updates:
             return super().forward(*args, **kwargs)
         x: Any = args[0] if args else kwargs.get(self.lora_input)
-        ordinary = not self.lora_routing.plain and is_ordinary(x)
+        apart = draws_apart(self, (update.dropout for update in updates))
+        ordinary = not self.lora_routing.plain and is_ordinary(x) and not apart
         if ordinary and len(args) + len(kwargs) == 1:
             y = fused_forward(self, updates, x)
             if y is not None:
@@ -241,7 +251,7 @@ class LoRALayer(Patched):
         if whole is not None:
             return whole
         for a_RI, b_OR, s, dropout in updates:
-            seen = F.dropout(x, dropout) if dropout else x
+            seen = dropped(self, x, dropout) if dropout else x
             y = y + low_rank(seen, a_RI, b_OR, s).to(y.dtype)
         return y
 
@@ -255,7 +265,7 @@ class LoRALayer(Patched):
         x: Any = args[0] if args else kwargs.get(self.lora_input)
         for name, slot in self.lora_slots.items():
             seen = F.dropout(x, slot.dropout, self.training)
-            update = low_rank(seen, *self.lora_pair(name), slot.scaling).to(y.dtype)
+            update = low_rank(seen, *_here(self, name), slot.scaling).to(y.dtype)
             y = y + torch.where(routing.gates[name].to(y.device), update, 0.0)
         return y
 
@@ -263,7 +273,7 @@ class LoRALayer(Patched):
         """Return the updates of the active adapters, as things are at this moment."""
         routing = self.lora_routing
         return [
-            Update(*self.lora_pair(name), slot.scaling, slot.dropout if self.training else 0.0)
+            Update(*_here(self, name), slot.scaling, slot.dropout if self.training else 0.0)
             for name in routing.active
             if name not in routing.merged and (slot := self.lora_slots.get(name)) is not None
         ]
@@ -292,6 +302,12 @@ class LoRALayer(Patched):
         """Show the host's own line, then each adapter's rank and strength."""
         shown = ", ".join(f"{n}: r={s.r}, alpha={s.alpha:g}" for n, s in self.lora_slots.items())
         return ", ".join(filter(None, (super().extra_repr(), f"lora=({shown})")))
+
+
+def _here(layer: LoRALayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what this process has of A and B of adapter ``name``."""
+    a_RI, b_OR = layer.lora_pair(name)
+    return here(a_RI), here(b_OR)
 
 
 def _shown(layer: LoRALayer) -> Slot:

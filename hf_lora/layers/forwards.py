@@ -3,6 +3,7 @@
 accelerate puts its own ``forward`` on every module that it places on a device, and calls from there
 the one that it found (``_old_forward``). What stands on an instance wins over its class, so a class
 that is swapped underneath would never be asked; here such forwards are told apart and bound anew.
+transformers' tensor parallelism does the same with a function that keeps the forward in a closure.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hf_lora.devices import device_hooks
+from hf_lora.layers.parallel import called_by, calling
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
@@ -24,7 +26,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
     innermost = (
         own["_old_forward"] if {"_hf_hook", "_old_forward"} <= own.keys() else own["forward"]
     )
-    return not _is_bound(innermost, module, type(module))
+    return not _is_bound(called_by(innermost), module, type(module))
 
 
 def rebind_forwards(module: nn.Module, source: nn.Module, old: type[nn.Module]) -> None:
@@ -37,8 +39,8 @@ def rebind_forwards(module: nn.Module, source: nn.Module, old: type[nn.Module]) 
     """
     own = vars(module)
     for key in ("_old_forward", "forward"):
-        if _is_bound(own.get(key), source, old):
-            own[key] = types.MethodType(type(module).forward, module)
+        if _is_bound(called_by(own.get(key)), source, old):
+            own[key] = calling(own[key], module, types.MethodType(type(module).forward, module))
     outer = own.get("forward")
     if isinstance(outer, functools.partial) and outer.args[:1] and outer.args[0] is source:
         again = functools.partial(outer.func, module, *outer.args[1:], **outer.keywords)

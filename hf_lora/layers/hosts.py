@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora.layers.base import Patched, parameter_of
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
+from hf_lora.layers.parallel import split_fault
 from hf_lora.sharding import is_sharded
 
 _SIZES = ("in_features", "out_features")
@@ -85,6 +86,9 @@ def why_not(module: nn.Module) -> str | None:
             f"the weight of this {name} has shape {tuple(weight.shape)}, "
             f"which is not one matrix of in={sizes[0]} and out={sizes[1]}"
         )
+    fault = split_fault(module)
+    if fault:
+        return fault
     if has_foreign_forward(module):
         return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
     if not isinstance(module, Patched) and taken_names(module, DEFAULT, (LORA_A, LORA_B)):

@@ -11,9 +11,10 @@ from torch import nn
 from hf_lora.devices import is_offloaded
 from hf_lora.layers.base import LoRALayer, parameter_of
 from hf_lora.layers.hosts import has_float_weight
+from hf_lora.layers.parallel import split_of
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.layers.trial import is_linear_in_its_weight
-from hf_lora.sharding import is_sharded
+from hf_lora.sharding import is_sharded, whole
 
 Tensors = dict[str, nn.Parameter | torch.Tensor]
 """Name of a tensor of the module to a tensor that stood, or shall stand, there."""
@@ -24,9 +25,11 @@ def merge_fault(layer: LoRALayer) -> str | None:
     name = layer.lora_host.__name__
     if is_offloaded(layer):
         return "its weight is offloaded by accelerate"
-    if is_sharded(parameter_of(layer, "weight")):
+    weight, split = parameter_of(layer, "weight"), split_of(layer)
+    # what tensor parallelism has split stays where it is, and its factors are split alike
+    if is_sharded(weight) and (split is None or weight.device_mesh != split.mesh):  # type: ignore[union-attr]
         return "its weight is spread over several processes"
-    if parameter_of(layer, "weight") is None:
+    if weight is None:
         return f"its base ({name}) computes its weight from other tensors, or keeps it elsewhere"
     if not has_float_weight(layer):
         return f"its base ({name}) holds a quantized or packed weight"
@@ -45,7 +48,8 @@ def merged_weight(layer: LoRALayer, adapters: tuple[str, ...]) -> Tensors:
     total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for name in adapters:
         if name in layer.lora_slots:
-            total += layer.lora_delta(name).to(total.device, total.dtype)
+            delta = layer.lora_delta(name).to(total.device, total.dtype)
+            total += delta if is_sharded(total) else whole(delta)
     return {"weight": _in_place_of(weight, total.to(weight.dtype))}
 
 
@@ -55,7 +59,7 @@ def merged_copies(module: TrainedModule, adapter: str) -> Tensors:
     merged: Tensors = {}
     for name, copy in module.lora_copy(adapter).items():
         original = parameter_of(module, name)
-        data = copy.detach().clone()
+        data = whole(copy.detach()).clone()
         merged[name] = data if original is None else _in_place_of(original, data)
     return merged
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
+from hf_lora.layers.parallel import here, split_fault, split_of
 from hf_lora.sharding import is_sharded, whole
 
 
@@ -85,6 +86,12 @@ def tensor_names(module: nn.Module) -> tuple[str, ...]:
 
 def train_fault(module: nn.Module) -> str | None:
     """Return why a module's own tensors cannot be trained in full, or None."""
+    split = split_of(module)
+    if split is not None:
+        return f"tensor parallelism has split it ({split.style!r}); give it a low-rank update"
+    fault = split_fault(module) if tensor_names(module) else None
+    if fault:
+        return fault
     for name in tensor_names(module):
         tensor = parameter_of(module, name)
         if tensor is None:
@@ -125,7 +132,7 @@ def _reader(name: str) -> Any:
         own = parameter_of(self, name)
         if is_sharded(own):  # FSDP2 asks for its part; in a forward, whole tensors stand there
             return own  # type: ignore[return-value]
-        return _stored(self, self.lora_where(name))
+        return here(_stored(self, self.lora_where(name)))
 
     return read
 

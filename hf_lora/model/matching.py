@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.config import ALL_LINEAR, LoRAConfig
 from hf_lora.layers.hosts import features, why_not
+from hf_lora.layers.parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.unheard import unheard
 from hf_lora.targets import compile_target, inside, nearest
@@ -59,6 +60,9 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
             taken.add(path)
         elif tree.is_layer(path):
             left_out[path] = reason
+            # the same on every process, and no pattern was meant to skip a layer for it
+            if reason == split_fault(tree.modules[path]):
+                problems.append(f"{path}: {reason}")
     chosen = tuple(path for path in tree.modules if path in taken)
     counts = {text: sum(path in taken for path in paths) for text, paths in meant.items()}
     if not chosen and not problems:

@@ -35,7 +35,7 @@ from hf_lora.model.registry import (
     discard,
     wrapped,
 )
-from hf_lora.model.replicas import keep_equal
+from hf_lora.model.replicas import spread
 from hf_lora.sharding import is_spread
 from hf_lora.targets import inside
 
@@ -195,8 +195,7 @@ def attach(
                 for path, module in _with_tensors(modules[top], top):
                     _as_trained(module, registry, path).lora_add_copy(name)
             if is_spread(model):
-                added = [parameter for _, parameter in registry.parameters(name)]
-                keep_equal(model, added, drawn=init is not None)
+                spread(model, registry, name, drawn=init is not None)
     except BaseException:
         detach(registry, name)
         raise

@@ -63,6 +63,9 @@ class Registry:
     disabled: tuple[str, ...] = ()
     """The adapters that were active before transformers' ``disable_adapters``."""
 
+    mesh: Any = None
+    """Of a model under tensor parallelism: the processes over which adapters are spread."""
+
     repacked: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
     """Quantized layers whose packing for inference was switched off, and what they said before."""
 
@@ -176,7 +179,7 @@ class Registry:
             path: f"the {role} of {name!r} is sharded"
             for name in names
             for path, _, role, tensor in self.tensors(name)
-            if is_sharded(tensor)
+            if is_sharded(tensor) and tensor.device_mesh != self.mesh  # type: ignore[attr-defined]
         }
         problems = [f"{path or 'the model itself'}: {what}" for path, what in changed.items()]
         if problems:

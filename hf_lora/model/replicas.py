@@ -1,10 +1,14 @@
-"""Adapters added to a model that is sharded already: the same values and gradients everywhere.
+"""Adapters added to a model that is spread already: the same values and gradients everywhere.
 
 FSDP2 shards what a model has when ``fully_shard`` is called, and reduces the gradients of that. An
 adapter that comes later is whole on every process. It is small, so it stays so: to shard it by
 itself would cost a collective for each layer in each forward.
+
+Where tensor parallelism has split a layer, one of its factors is split alike (``layers.parallel``),
+and the gradient of the other is a sum over the processes.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,46 +16,89 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
+from hf_lora.layers.parallel import as_parts, split_factors, split_of
+from hf_lora.model.registry import Registry
 from hf_lora.sharding import is_sharded
-
-_SAME_BATCH = ("tp",)
-"""Dimensions of a mesh along which all processes see the same rows, so there is no mean to take."""
 
 
 @torch.no_grad()
-def keep_equal(model: nn.Module, parameters: list[nn.Parameter], *, drawn: bool) -> None:
-    """Give the parameters the first process's values, and from now on the mean of all gradients.
+def spread(model: nn.Module, registry: Registry, name: str, *, drawn: bool) -> None:
+    """Give an adapter the first process's values, and from now on equal gradients, everywhere.
 
     Every process takes part.
 
     Args:
         model: A model with sharded parameters.
-        parameters: What was added to it.
-        drawn: Whether they have values yet; if not, they will be filled alike on each process.
+        registry: Its registry.
+        name: An adapter that was added to it, whole on every process.
+        drawn: Whether it has values yet; if not, it will be filled alike on each process.
     """
-    mesh: Any = next(p for p in model.parameters() if is_sharded(p)).device_mesh  # type: ignore[attr-defined]
-    names = mesh.mesh_dim_names or (None,) * mesh.ndim
-    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
-    plain = [parameter for parameter in parameters if not is_sharded(parameter)]
-    for parameter in plain if drawn else ():
+    mesh = _widest_mesh(model)
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh else [dist.group.WORLD]
+    for _, parameter in registry.parameters(name) if drawn else ():
         for group in groups:
             dist.broadcast(parameter.data, group=group, group_src=0)
-    means = [group for group, name in zip(groups, names, strict=True) if name not in _SAME_BATCH]
-    average = _Average(plain, means)
-    for parameter in plain:
-        parameter.register_post_accumulate_grad_hook(average)
+    if mesh is None:  # spread without DTensors, by an engine that takes care of gradients itself
+        return
+    registry.mesh = next((s.mesh for s in map(split_of, model.modules()) if s), None)
+    if registry.mesh is not None:
+        _split(registry, name)
+    whole = [p for _, p in registry.parameters(name) if not _is_split(p)]
+    split = [p for _, p in registry.parameters(name) if _is_split(p)]
+    _Average.of(whole, groups)
+    _Average.of(split, [g for dim, g in enumerate(groups) if not _is_over(mesh, dim, registry)])
 
 
+def _widest_mesh(model: nn.Module) -> Any:
+    meshes = [p.device_mesh for p in model.parameters() if is_sharded(p)]  # type: ignore[attr-defined]
+    return max(meshes, key=lambda mesh: mesh.ndim, default=None)
+
+
+def _is_over(mesh: Any, dim: int, registry: Registry) -> bool:
+    """Say whether a dimension of the mesh is that of tensor parallelism."""
+    names = mesh.mesh_dim_names or ()
+    return registry.mesh is not None and names[dim : dim + 1] == registry.mesh.mesh_dim_names
+
+
+def _split(registry: Registry, name: str) -> None:
+    """Make an adapter's factors DTensors, and its copies too, each process with its part."""
+    size = registry.mesh.size()
+    for path in registry.adapter(name).slots:
+        layer = registry.layers[path]
+        split = split_of(layer)
+        split_factors(layer, name, split, registry.mesh)
+        for factor in layer.lora_pair(name) if split else ():
+            if not _is_split(factor):
+                # each process has a part of a sum, and the mean is what will be taken
+                factor.register_hook(lambda gradient: gradient * size)
+    for module in registry.copies.values():
+        for added in module.lora_copies.get(name, {}).values():
+            copy = module._parameters.get(added)
+            if copy is not None:
+                module._parameters[added] = as_parts(copy, registry.mesh)
+
+
+def _is_split(parameter: Any) -> bool:
+    return is_sharded(parameter) and any(p.is_shard() for p in parameter.placements)
+
+
+@dataclasses.dataclass
 class _Average:
     """Hook on parameters that takes the mean of their gradients, all at once, after a backward.
 
     A mean of means that were taken during accumulation is the same mean.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], groups: list[Any]):
-        self.parameters = parameters
-        self.groups = groups
-        self.backward = -1
+    parameters: list[nn.Parameter]
+    groups: list[Any]
+    backward: int = -1
+
+    @classmethod
+    def of(cls, parameters: list[nn.Parameter], groups: list[Any]) -> None:
+        """Take the mean of these parameters' gradients over these groups from now on."""
+        average = cls(parameters, groups)
+        for parameter in parameters if groups else ():
+            parameter.register_post_accumulate_grad_hook(average)
 
     def __call__(self, _: torch.Tensor) -> None:
         now = torch._C._current_graph_task_id()
@@ -72,11 +119,17 @@ class _Average:
             self._take_mean([p for p in ours if p.dtype == dtype])
 
     def _take_mean(self, parameters: list[nn.Parameter]) -> None:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [_own(parameter.grad) for parameter in parameters]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         for group in self.groups:
             dist.all_reduce(flat, group=group)
             flat /= dist.get_world_size(group)
-        means = flat.split([grad.numel() for grad in grads])
-        for parameter, grad, mean in zip(parameters, grads, means, strict=True):
-            parameter.grad = grad.copy_(mean.view_as(grad))
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+def _own(gradient: Any) -> torch.Tensor:
+    return gradient.to_local() if is_sharded(gradient) else gradient
