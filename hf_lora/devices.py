@@ -20,14 +20,16 @@ def execution_device(module: nn.Module) -> torch.device:
     """Return the device on which ``module`` computes.
 
     That is where its weights are, or, where accelerate keeps them elsewhere between calls, the
-    device that accelerate brings them to.
+    device that accelerate brings them to. A module without data is taken to be loaded on the CPU,
+    and moved from there with whatever was added to it.
     """
     for hook in device_hooks(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
             return torch.device(device)
     first = next(_tensors(module), None)
-    return first.device if first is not None else torch.device("cpu")
+    there = first is not None and not first.is_meta
+    return first.device if there else torch.device("cpu")
 
 
 def is_offloaded(module: nn.Module) -> bool:

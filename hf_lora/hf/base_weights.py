@@ -19,11 +19,12 @@ def base_reader(model: nn.Module, *, together: bool = False) -> Reader:
         together: Whether every process takes part, so that weights which are spread can be read.
     """
     found = find(model)
-    originals = {id(module): kept for module, kept in found[1].originals} if found else {}
+    originals = {id(each.module): each for each in found[1].originals} if found else {}
 
     def read(path: str) -> tuple[torch.Tensor | None, bool]:
         module = model.get_submodule(path)
-        kept = originals.get(id(module), {}).get("weight")
+        original = originals.get(id(module))
+        kept = None if original is None else original.read("weight")
         if kept is not None:
             return kept, False
         with present(module):

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hf_lora.errors import AdapterMismatchError, BaseMismatchError, listing
+from hf_lora.devices import is_on_meta, present
+from hf_lora.errors import AdapterMismatchError, BaseMismatchError, StateError, listing
 from hf_lora.files.content import CONFIG_FILE, Factors
 from hf_lora.files.fingerprint import differences
 from hf_lora.files.patterns import endings, parents
@@ -85,7 +86,8 @@ class _Matching:
             self._compare_with_targets(set(tops))
         self._raise_problems()
         paths = dict.fromkeys(path for path, _ in (*self.keys, *copies))
-        check_present(self.model, list(paths))
+        repeated = [path for path in paths if path not in self.slots]
+        check_present(self.model, list(self.slots), repeated)
         self._compare_copies(copies)
         self._raise_problems()
         if check_base:
@@ -211,7 +213,9 @@ class _Matching:
         """Leave out tensors that only repeat the base's own; nothing else is left out."""
         for place, key in copies.items():
             ((_, tensor),) = self.folder.file.read([key])
-            if not _equal(tensor, self._base_tensor(place)):
+            with present(self.modules[place[0]]):
+                equal = _equal(tensor, self._base_tensor(place))
+            if not equal:
                 self.problems.append(
                     f"{key}: neither a factor nor part of a module in modules_to_save, and not "
                     "what the base has there (were tokens added? Put them into the base first)"
@@ -219,11 +223,21 @@ class _Matching:
             elif self.folder.own is None:
                 self.told.append(f"{key} only repeats the base's own weight and was left out")
 
+    def _check_there(self, paths: Iterable[str]) -> None:
+        meta = [path for path in paths if is_on_meta(self.modules[path])]
+        if meta:
+            raise StateError(
+                f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}), so the "
+                "base cannot be compared with the one that the adapter was trained on; load the "
+                "weights first, or pass check_base=False and load them afterwards."
+            )
+
     def _compare_with_fingerprint(self) -> None:
         fingerprint = self.folder.header and self.folder.header.get("fingerprint")
         if not isinstance(fingerprint, dict):
             return
         names = {name: self.names.module(name) for name in self.folder.factors}
+        self._check_there(names.values())
         found = differences(fingerprint, names, base_reader(self.model, together=True))
         if found:
             base = self.folder.base or "another model"

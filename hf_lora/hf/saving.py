@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_lora.config import DTYPES
+from hf_lora.devices import present
 from hf_lora.errors import ConfigError, SaveError
 from hf_lora.files.content import Content
 from hf_lora.files.fingerprint import Reader, take
@@ -241,9 +242,10 @@ def _repeated(
                 f"{', '.join(names)}; so {adapted[0]} cannot have factors. Exclude it."
             )
         for below, module in modules[path].named_modules():
-            for role, tensor in own_tensors(module, tensor_names(module)):
-                key = ".".join(filter(None, (path, without_wrappers(below), role)))
-                found[f"{PREFIX}{key}"] = tensor
+            with present(module):
+                for role, tensor in own_tensors(module, tensor_names(module)):
+                    key = ".".join(filter(None, (path, without_wrappers(below), role)))
+                    found[f"{PREFIX}{key}"] = tensor
     return found
 
 

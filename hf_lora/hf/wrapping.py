@@ -12,10 +12,12 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.read import read_folder
 from hf_lora.hf import instance, peft_guard, trainer_patch
+from hf_lora.hf.after_import import when_imported
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.together import folder_for_all
 from hf_lora.layers.names import DEFAULT, check_adapter_name
+from hf_lora.layers.offloading import guard_new_hooks
 from hf_lora.model.adapters import as_config
 from hf_lora.model.patch import patch, unpatch
 from hf_lora.model.plan import Plan
@@ -39,7 +41,7 @@ def wrap(
     A transformers model then saves and pushes its adapter alone, and trains with the plain Trainer.
 
     Args:
-        model: Any ``nn.Module``, with its weights loaded.
+        model: Any ``nn.Module``. Its weights may be on the meta device, to be loaded later.
         targets: Patterns of the layers to adapt, as regular expressions that match a module's
             whole dotted path or a whole dotted tail of it; or ``"all-linear"``, the default.
         config: All of it in one object, instead of ``targets`` and ``fields``.
@@ -54,7 +56,7 @@ def wrap(
         ConfigError: A field is unknown or wrong.
         TargetError: A pattern matches nothing or nothing that can be adapted, or a layer is smaller
             than the rank; all problems are listed.
-        StateError: Wrapped already, or without weights.
+        StateError: Wrapped already, or a module to train in full is without weights.
 
     The model is as it was after any of these.
 
@@ -163,7 +165,8 @@ def load(
         AdapterMismatchError: They do not fit this model.
         BaseMismatchError: They fit, but were trained on other weights.
         HubError: The Hub refused or could not be reached.
-        StateError: The model has an adapter of that name, is merged, or has no weights.
+        StateError: The model has an adapter of that name, is merged, or has no weights yet to be
+            compared, which only ``check_base=False`` allows.
     """
     check_adapter_name(adapter)
     with folder_for_all(
@@ -273,6 +276,7 @@ def _hook(model: nn.Module) -> None:
     instance.install(model)
     trainer_patch.install()
     peft_guard.install()
+    when_imported("accelerate.hooks", guard_new_hooks)
 
 
 _CLASSES = {

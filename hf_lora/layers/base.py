@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +18,11 @@ from torch import nn
 from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
-from hf_lora.layers.forwards import (
-    hide_from_offloading,
-    rebind_forwards,
-    show_to_offloading,
-)
+from hf_lora.layers.forwards import rebind_forwards
 from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary
+from hf_lora.layers.materializing import keep_values, refill, set_whole
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.offloading import hide_from_offloading, show_to_offloading
 from hf_lora.layers.parallel import (
     COMPUTES_LOCALLY,
     draws_apart,
@@ -77,6 +76,17 @@ class Patched(nn.Module):
     def lora_added(self) -> set[str]:
         """Return the names of the parameters and buffers that hf_lora added to this module."""
         raise NotImplementedError
+
+    def lora_draw(self, names: set[str]) -> None:
+        """Give added tensors that have new memory and no values some, so that none is garbage."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Move or cast as ever, but let no tensor of ours come out of ``to_empty`` as garbage."""
+        kept = keep_values(self, fn)
+        result = super()._apply(fn, *args, **kwargs)
+        refill(self, kept)
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by mixin and host: classes made at run time have no importable name."""
@@ -206,8 +216,23 @@ class LoRALayer(Patched):
             # transformers initializes again whatever does not carry this mark
             factor._is_hf_initialized = True  # type: ignore[attr-defined]
             self.register_parameter(parameter_name(kind, name), factor)
+            # accelerate's init_empty_weights has put another there, without values
+            self._parameters[parameter_name(kind, name)] = factor
         self.lora_slots[name] = slot
+        self.lora_routing.starts[name] = init or "kaiming"
         self.lora_routing.add_gate(name)
+
+    def lora_draw(self, names: set[str]) -> None:
+        """Draw factors anew: as they started, since what they were is lost."""
+        for adapter, slot in self.lora_slots.items():
+            keys = [parameter_name(kind, adapter) for kind in (LORA_A, LORA_B)]
+            if names & set(keys):
+                in_features, out_features = self.lora_features()
+                drawn = torch.empty(slot.r, in_features), torch.empty(out_features, slot.r)
+                init_low_rank(*drawn, self.lora_routing.starts[adapter])
+                for key, factor, value in zip(keys, self.lora_pair(adapter), drawn, strict=True):
+                    if key in names:
+                        set_whole(factor, value)
 
     def lora_remove(self, name: str) -> None:
         """Take the factors of adapter ``name`` away."""

@@ -2,16 +2,20 @@
 
 A merge never writes into the base's tensor: it puts a new Parameter in its place and keeps
 the old one. So unmerging gives back the very object, bytes and all, however often; and a weight
-that is tied to another module is untied by the merge instead of changing both.
+that is tied to another module is untied by the merge instead of changing both. Of a weight that
+accelerate keeps elsewhere it is the entry in that store that is exchanged, in the same way.
 """
+
+import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from hf_lora.devices import is_offloaded
 from hf_lora.layers.base import LoRALayer, parameter_of
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.parallel import split_of
+from hf_lora.layers.stores import Entry, entry_of
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.layers.trial import is_linear_in_its_weight
 from hf_lora.sharding import is_sharded, whole
@@ -20,15 +24,67 @@ Tensors = dict[str, nn.Parameter | torch.Tensor]
 """Name of a tensor of the module to a tensor that stood, or shall stand, there."""
 
 
+@dataclasses.dataclass
+class Original:
+    """A module that a merge changes, and what stood there before."""
+
+    module: nn.Module
+    tensors: Tensors = dataclasses.field(default_factory=dict)
+    entries: dict[str, Entry] = dataclasses.field(default_factory=dict)
+    """Of those that are offloaded: what the store held."""
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """Return the tensor of this name that stood there before, if it was exchanged."""
+        entry = self.entries.get(name)
+        return self.tensors.get(name) if entry is None else entry.read()
+
+    def replace(self, merged: Tensors) -> None:
+        """Put these tensors in the places of the module's own; :meth:`put_back` undoes it.
+
+        Raises:
+            SaveError: One cannot be written to the store that the module's tensors are kept in.
+        """
+        for name, before in standing(self.module, merged).items():
+            entry = entry_of(self.module, name) if before.is_meta else None
+            # remembered first: whatever interrupts the next line, what stood there can be put back
+            if entry is None:
+                self.tensors[name] = before
+                put(self.module, {name: merged[name]})
+            else:
+                self.entries[name] = entry
+                entry.replace(merged[name])
+
+    def put_back(self) -> None:
+        """Undo a merge: the tensors that stood there before stand there again.
+
+        If the model was moved, cast or offloaded meanwhile they follow, as they would have if they
+        had been in it.
+        """
+        for name, now in standing(self.module, self.entries).items():
+            self.entries[name].put_back()
+            if not now.is_meta:
+                value = self.entries[name].read().to(now.device, now.dtype)
+                put(self.module, {name: _in_place_of(now, value)})
+        for name, now in standing(self.module, self.tensors).items():
+            before = self.tensors[name]
+            entry = entry_of(self.module, name) if now.is_meta else None
+            if entry is not None:
+                entry.replace(before)
+                continue
+            if (now.device, now.dtype) != (before.device, before.dtype):
+                before.data = before.data.to(now.device, now.dtype)
+            put(self.module, {name: before})
+
+
 def merge_fault(layer: LoRALayer) -> str | None:
     """Return why updates cannot be put into this layer's weight, or None."""
     name = layer.lora_host.__name__
-    if is_offloaded(layer):
-        return "its weight is offloaded by accelerate"
     weight, split = parameter_of(layer, "weight"), split_of(layer)
     # what tensor parallelism has split stays where it is, and its factors are split alike
     if is_sharded(weight) and (split is None or weight.device_mesh != split.mesh):  # type: ignore[union-attr]
         return "its weight is spread over several processes"
+    if weight is not None and weight.is_meta and entry_of(layer, "weight") is None:
+        return "its weight is not in memory, nor in a store from which accelerate fetches it alone"
     if weight is None:
         return f"its base ({name}) computes its weight from other tensors, or keeps it elsewhere"
     if not has_float_weight(layer):
@@ -74,7 +130,7 @@ def not_finite(layer: LoRALayer, merged: Tensors) -> str | None:
     return None
 
 
-def standing(module: nn.Module, names: Tensors) -> Tensors:
+def standing(module: nn.Module, names: Iterable[str]) -> Tensors:
     """Return the tensors that stand now where those of these names would be put."""
     found = {name: module._parameters.get(name, module._buffers.get(name)) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -87,19 +143,7 @@ def put(module: nn.Module, tensors: Tensors) -> None:
         store[name] = tensor  # type: ignore[assignment]
 
 
-def put_back(module: nn.Module, originals: Tensors) -> None:
-    """Undo a merge: the tensors that stood there before stand there again.
-
-    If the model was moved or cast meanwhile they follow, as they would have if they had been in it.
-    """
-    for name, now in standing(module, originals).items():
-        original = originals[name]
-        if (now.device, now.dtype) != (original.device, original.dtype):
-            original.data = original.data.to(now.device, now.dtype)
-    put(module, originals)
-
-
-def _in_place_of(original: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+def _in_place_of(original: torch.Tensor, data: torch.Tensor) -> nn.Parameter:
     """Return a Parameter that carries whatever other libraries have noted on the original."""
     parameter = nn.Parameter(data, original.requires_grad)
     vars(parameter).update(vars(original))

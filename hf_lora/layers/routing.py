@@ -17,6 +17,9 @@ class Routing:
         self.gates: dict[str, torch.Tensor] = {}
         """What compiled inference reads instead of names, so that a switch compiles nothing."""
 
+        self.starts: dict[str, str] = {}
+        """How each adapter's factors are drawn, should they have to be drawn anew."""
+
         self.plain = False
         """Whether every layer takes the plain path: the oracle of the fused one."""
 

@@ -6,6 +6,7 @@ uses ``model.lm_head.weight``), because the swapped class has a property of that
 that share a tensor each get a copy of their own.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,13 @@ class TrainedModule(Patched):
             else:
                 self.register_buffer(added, copy)
         self.lora_copies[adapter] = {name: added for name, (added, _) in copies.items()}
+
+    def lora_draw(self, names: set[str]) -> None:
+        """Make copies that were lost not a number: what is not loaded next is seen at once."""
+        for name in names:
+            tensor = _stored(self, name)
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
 
     def lora_remove_copy(self, adapter: str) -> None:
         """Take the copies of ``adapter`` away."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.devices import execution_device
+from hf_lora.devices import execution_device, present
 from hf_lora.layers.base import Patched, host_view, parameter_of
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import own_state
@@ -105,9 +105,10 @@ def is_linear_in_its_weight(module: nn.Module) -> bool:
     # its own generator: a question must not move the user's random state
     noise = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(0))
     x = _as_input(module, noise)
-    host = _stand_in(module, training=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), present(module):
+            host, weight = _stand_in(module, training=False), module._parameters["weight"]
+            assert weight is not None
             y = host(x) - host(torch.zeros_like(x))
             expected = x.double() @ weight.double().t()
             allowed = _TOLERANCE.get(weight.dtype, 1e-3) * expected.norm()

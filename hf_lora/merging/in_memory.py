@@ -5,15 +5,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from hf_lora.devices import present
 from hf_lora.errors import StateError, TargetError, listing
 from hf_lora.layers.merging import (
+    Original,
     Tensors,
     merge_fault,
     merged_copies,
     merged_weight,
     not_finite,
-    put,
-    standing,
 )
 from hf_lora.layers.trained import own_tensors
 from hf_lora.model.adapters import check_compatible
@@ -110,8 +110,9 @@ def _put_all(registry: Registry, chosen: tuple[str, ...]) -> None:
     problems = []
     for path, layer in registry.layers.items():
         if any(name in layer.lora_slots for name in chosen):
-            merged = merged_weight(layer, chosen)
-            fault = not_finite(layer, merged)
+            with present(layer):
+                merged = merged_weight(layer, chosen)
+                fault = not_finite(layer, merged)
             if fault:
                 problems.append(f"{path}: {fault}")
             _replace(registry, layer, merged)
@@ -124,14 +125,14 @@ def _put_all(registry: Registry, chosen: tuple[str, ...]) -> None:
 
 
 def _replace(registry: Registry, module: nn.Module, merged: Tensors) -> None:
-    # remembered first: whatever interrupts the next line, what stood there can be put back
-    registry.originals.append((module, standing(module, merged)))
-    put(module, merged)
+    original = Original(module)
+    registry.originals.append(original)
+    original.replace(merged)
 
 
 def _untie(model: nn.Module, registry: Registry) -> None:
     """Tell configurations that say so if two tied embeddings have weights of their own now."""
-    changed = {id(module) for module, _ in registry.originals}
+    changed = {id(original.module) for original in registry.originals}
     for part in model.modules():
         config = getattr(part, "config", None)
         if getattr(config, "tie_word_embeddings", False) is True and _embeddings(part) & changed:

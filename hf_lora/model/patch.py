@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.devices import execution_device, is_offloaded, is_on_meta, offloads_below
+from hf_lora.devices import execution_device, is_on_meta, offloads_below, present
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
 from hf_lora.layers.base import (
     LoRALayer,
@@ -86,16 +86,21 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 "See print(hf_lora.plan(model, ...)) and model.named_modules().",
             )
         )
-    check_present(
-        model, [*(target.path for target in plan.targets), *(item.path for item in plan.trained)]
-    )
+    check_present(model, [t.path for t in plan.targets], [item.path for item in plan.trained])
 
 
-def check_present(model: nn.Module, paths: list[str]) -> None:
-    """Raise StateError if the modules at ``paths``, or below, have no data to be adapted."""
+def check_present(model: nn.Module, paths: list[str], trained: list[str]) -> None:
+    """Raise StateError if modules cannot be adapted where accelerate, or nobody, has their data.
+
+    Args:
+        model: The model.
+        paths: Layers that are to get factors. They may be on the meta device, to be loaded later.
+        trained: Modules that are to be trained in full: copies of what they have.
+    """
     modules = dict(model.named_modules())
     whole = {path for path, module in modules.items() if offloads_below(module)}
-    below = [path for top in paths for path, _ in _with_tensors(modules[top], top)]
+    tops = [path for top in trained for path, _ in _with_tensors(modules[top], top)]
+    below = [*paths, *tops]
     fetched = [path for path in below if inside(path, whole) or ("" in whole)]
     if fetched:
         raise StateError(
@@ -103,11 +108,11 @@ def check_present(model: nn.Module, paths: list[str]) -> None:
             f"above them (first: {fetched[0]}), which leaves no room for an adapter; dispatch the "
             "model without preload_module_classes."
         )
-    meta = [path for path in below if is_on_meta(modules[path])]
+    meta = [path for path in tops if is_on_meta(modules[path])]
     if meta:
         raise StateError(
-            f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}); load the "
-            "weights first, for instance with from_pretrained, then wrap."
+            f"{len(meta)} modules to train in full are on the meta device (first: {meta[0]}), so "
+            "that there is nothing to begin from; load the weights first, then wrap."
         )
 
 
@@ -193,7 +198,9 @@ def attach(
                 adapter.slots[path] = slot
             for top in trained:
                 for path, module in _with_tensors(modules[top], top):
-                    _as_trained(module, registry, path).lora_add_copy(name)
+                    copies = _as_trained(module, registry, path)
+                    with present(module):
+                        copies.lora_add_copy(name)
             if is_spread(model):
                 spread(model, registry, name, drawn=init is not None)
     except BaseException:
@@ -278,9 +285,7 @@ def _conflicts(
             if path in registry.layers:
                 problems.append(f"{path} has a low-rank update from another adapter")
                 continue
-            if is_offloaded(module):
-                problems.append(f"{path} is offloaded by accelerate and cannot be trained in full")
-            elif has_foreign_forward(module):
+            if has_foreign_forward(module):
                 problems.append(f"{path} has a forward of its own, put there by another library")
             problems += _taken(path, module, name, map(copy_kind, tensor_names(module)))
     return problems

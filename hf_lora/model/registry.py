@@ -10,7 +10,7 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError, UnknownAdapterError, listing
 from hf_lora.layers.base import LoRALayer, Patched, Slot, is_ours
-from hf_lora.layers.merging import Tensors, put_back
+from hf_lora.layers.merging import Original
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
@@ -51,7 +51,7 @@ class Registry:
     base_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     """``requires_grad`` of every base parameter before the model was wrapped."""
 
-    originals: list[tuple[nn.Module, Tensors]] = dataclasses.field(default_factory=list)
+    originals: list[Original] = dataclasses.field(default_factory=list)
     """While merged: each changed module and what stood there before."""
 
     untied: list[Any] = dataclasses.field(default_factory=list)
@@ -62,6 +62,9 @@ class Registry:
 
     disabled: tuple[str, ...] = ()
     """The adapters that were active before transformers' ``disable_adapters``."""
+
+    all_save: bool = False
+    """While Trainer saves: every process has come to it, also those that will not write."""
 
     mesh: Any = None
     """Of a model under tensor parallelism: the processes over which adapters are spread."""
@@ -125,8 +128,8 @@ class Registry:
 
     def put_weights_back(self, model: nn.Module) -> None:
         """Undo a merge, also one that stopped halfway."""
-        for module, originals in self.originals:
-            put_back(module, originals)
+        for original in self.originals:
+            original.put_back()
         for config in self.untied:
             config.tie_word_embeddings = True
         self.keep_merged()

@@ -99,9 +99,10 @@ def test_a_model_without_weights_has_the_same_plan(case: Case):
         plan = hf_lora.plan(empty.to(dtype), **case.fields)
         assert plan == expected
         assert str(plan) == str(expected)
-        with pytest.raises(StateError, match="on the meta device"):
-            hf_lora.wrap(empty, **case.fields)
-        assert not any("lora" in key for key in empty.state_dict())
+        if case.fields.get("train"):
+            with pytest.raises(StateError, match="on the meta device"):
+                hf_lora.wrap(empty, **case.fields)
+            assert not any("lora" in key for key in empty.state_dict())
 
 
 @each_case
