@@ -66,6 +66,11 @@ def split_of(module: nn.Module) -> Split | None:
 
 def split_fault(module: nn.Module) -> str | None:
     """Return why a layer that tensor parallelism has taken hold of cannot be adapted, or None."""
+    if vars(module).get("_distribute_module_applied"):
+        return (
+            "PyTorch's parallelize_module has split it, which adapters cannot follow; load the "
+            "model with from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
+        )
     forward = vars(module).get("forward")
     if not _is_theirs(forward):
         return None

@@ -268,6 +268,11 @@ def check_fresh(model: nn.Module) -> None:
             f"This is a {type(model).__name__} around a model; wrap the model first, so that "
             "its adapters are synchronized and compiled with it."
         )
+    if "_pp_stage" in vars(model):
+        raise StateError(
+            "Pipeline parallelism has left this process some layers of the model, so that it would "
+            "train and save a part of an adapter; use tp_size or fsdp_size instead."
+        )
     for path, module in model.named_modules():
         if isinstance(module, Patched):
             raise StateError(

@@ -198,6 +198,21 @@ def test_styles_that_adapters_cannot_follow_are_refused_all_at_once(two: Told):
         assert told["as it was"] is True
 
 
+def test_what_others_split_is_refused(two: Told):
+    for told in two[1]:
+        native, stages = (told["refused"][name] for name in ("native", "stages"))
+        assert native.startswith("TargetError")
+        assert native.count("_proj: PyTorch's parallelize_module has split it") == 2
+        assert "DistributedConfig(tp_size=...)" in native
+        assert stages.startswith("StateError: Pipeline parallelism has left this process some")
+
+
+def test_whole_factors_stay_equal_where_masks_differ(two: Told):
+    first, second = (told["apart"] for told in two[1])
+    assert len(first) == 15
+    assert first == second
+
+
 def test_trainer_does_not_train_so_on_a_cpu_and_says_it_itself(two: Told):
     for told in two[1]:
         assert told["refused"]["trainer"].startswith("ValueError: ParallelismConfig is only compat")

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer
 from transformers.distributed import DistributedConfig
 
@@ -160,6 +162,9 @@ def runs(folder: Path) -> dict[str, Any]:
     loaded.zero_grad()
     write(folder, "checkpointed", checkpointed(loaded))
     loaded.gradient_checkpointing_disable()
+    backward(loaded, seed=3 + rank)  # every process drops other elements
+    told["apart"] = [float(p.grad.to_local().double().sum()) for p in _whole_factors(loaded)]
+    loaded.zero_grad()
     told["norm"], optimizer = clipped_step(loaded, foreach=True)
     with whole_states(optimizer):
         state = optimizer.state_dict()
@@ -236,6 +241,9 @@ def verbs(folder: Path) -> dict[str, Any]:
         "embedding": _message(lambda: wrap(other, targets="q_proj", train=["embed_tokens"])),
         "trainer": _trained(folder),
     }
+    told["refused"]["native"] = _message(lambda: wrap(_natively_split()))
+    staged = load(folder, tp_size=1, pp_size=2)
+    told["refused"]["stages"] = _message(lambda: wrap(staged))
     told["as it was"] = _picture(other) == before
     told["as it was"] &= flags == [p.requires_grad for p in other.parameters()]
     return told
@@ -265,6 +273,18 @@ def meshes(folder: Path) -> dict[str, Any]:
     told["merge"] = refusal(lambda: hf_lora.merge(loaded))
     told["unwrapped"] = sorted({type(m).__name__ for m in hf_lora.unwrap(loaded).modules()})
     return told
+
+
+def _natively_split() -> Any:
+    model = base()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, {"mlp.up_proj": ColwiseParallel()})
+    return model
+
+
+def _whole_factors(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad and not p.placements[0].is_shard()]
 
 
 def _picture(model: Any) -> list[Any]:
