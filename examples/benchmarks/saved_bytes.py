@@ -5,7 +5,12 @@
 
 Every tensor that is saved goes through a hook; each storage counts once, parameters and buffers do
 not count. The input's gradient is asked for, so that the frozen model keeps what it needs, too.
+What comes with each token is told from what is there once, however long the input is (adapters in
+the type that is computed in), by counting with N and with 2 N tokens.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import torch
 import typer
@@ -37,13 +42,22 @@ def saved_bytes(model: nn.Module, work: Work) -> int:
     return sum(found.values())
 
 
-def measure(work: Work) -> dict[str, float]:
-    """Return the bytes per token and layer of each arm."""
+class Saved(NamedTuple):
+    """Bytes that one layer keeps."""
+
+    per_token: float
+    once: float
+
+
+def measure(work: Work) -> dict[str, Saved]:
+    """Return what a layer keeps in each arm."""
+    twice = dataclasses.replace(work, tokens=2 * work.tokens)
     counts = {}
     for name in SAVING_ARMS:
         model = arm(name, work)
         saved_bytes(model, work)  # what can be rebuilt is found out at the first step
-        counts[name] = saved_bytes(model, work) / work.tokens / work.layers
+        short, long = (saved_bytes(model, each) / work.layers for each in (work, twice))
+        counts[name] = Saved((long - short) / work.tokens, 2 * short - long)
     return counts
 
 
@@ -61,8 +75,10 @@ def main(
     work = Work(hidden, ffn, layers, tokens, getattr(torch, dtype), targets, r, dropout)
     counts = measure(work)
     print(work)
+    frozen = counts["frozen"]
     for name, count in counts.items():
-        print(f"  {name:8s} {count:10,.0f} bytes  {count - counts['frozen']:+10,.0f}")
+        more, once = count.per_token - frozen.per_token, count.once - frozen.once
+        print(f"  {name:8s} {count.per_token:10,.0f} bytes  {more:+10,.0f}, once {once:+10,.0f}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Dropout masks at the speed of memory: one byte an element, applied by a bitwise AND.
 
 On a CPU the random numbers of ``nn.Dropout`` cost more than all of LoRA's arithmetic. Here one
-random byte decides about an element. The bytes that lie just at the threshold, one in 256, are
-decided by a second, finer draw, so that every element is dropped with probability p and not with
-the nearest multiple of 1/256. The masks are those of ``nn.Dropout`` in distribution, not in bits.
+random byte decides about an element: it is dropped if the byte is below a threshold. As p is hardly
+ever a multiple of 1/256, the threshold itself is drawn, one of two neighbours, for every 64
+elements that lie far apart; so each element is dropped with probability p exactly. The masks are
+those of ``nn.Dropout`` in distribution, not in bits.
 """
 
 import numpy as np
 import torch
+
+_SHARE = 64
+"""Elements that share a threshold; no two of them are neighbours."""
 
 _BLOCK = 1 << 18
 """Bytes drawn at once: what stays in the processor's cache."""
@@ -23,32 +27,38 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> torch.Tensor
     """
     if device.type != "cpu":
         return (torch.rand(shape, device=device) >= p).to(torch.int8).neg_()
-    mask = torch.empty(shape, dtype=torch.int8)
+    count = shape.numel()
+    mask = torch.empty(-(-count // _SHARE) * _SHARE, dtype=torch.int8)
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    _fill(mask.view(-1).numpy(), p, np.random.SFC64(seed))
-    return mask
+    _fill(mask.numpy(), p, np.random.SFC64(seed))
+    return mask[:count].view(shape)
 
 
 def _fill(mask: np.ndarray, p: float, bits: np.random.SFC64) -> None:
     fine = np.random.Generator(bits)
-    threshold = int(p * 256)
-    rest = p * 256 - threshold
+    rarer = min(p, 1 - p)  # of the two, so that a threshold always fits into a byte
+    keep = np.greater_equal if rarer == p else np.less
+    low = int(rarer * 256)
+    rest = rarer * 256 - low
     for start in range(0, mask.size, _BLOCK):
-        part = mask[start : start + _BLOCK]
-        drawn = bits.random_raw(-(-part.size // 8)).view(np.uint8)[: part.size]
-        np.greater_equal(drawn, threshold, out=part.view(np.bool_))
-        if rest:
-            edge = np.flatnonzero(drawn == threshold)
-            part[edge] = fine.random(edge.size) >= rest
+        part = mask[start : start + _BLOCK].reshape(_SHARE, -1)
+        drawn = bits.random_raw(part.size // 8).view(np.uint8).reshape(part.shape)
+        thresholds = np.add(low, fine.random(part.shape[1]) < rest, dtype=np.uint8)
+        keep(drawn, thresholds, out=part.view(np.bool_))
         np.negative(part, out=part)
 
 
-def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` with zeros where ``mask`` drops; what is kept is not scaled by 1/(1-p)."""
-    return torch.bitwise_and(x.view(_BITS[x.itemsize]), mask).view(x.dtype)
+def widened(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask as wide as the elements of ``dtype`` are, for :func:`masked`."""
+    return mask.to(_BITS[dtype.itemsize])
 
 
-def masked_(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Put zeros into ``x`` where ``mask`` drops, and return it."""
-    x.view(_BITS[x.itemsize]).bitwise_and_(mask)
+def masked(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with zeros where a mask drops; what is kept is not scaled by 1/(1-p)."""
+    return torch.bitwise_and(x.view(wide.dtype), wide).view(x.dtype)
+
+
+def masked_(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Put zeros into ``x`` where a mask drops, and return it."""
+    x.view(wide.dtype).bitwise_and_(wide)
     return x

@@ -141,7 +141,7 @@ def rebuild(expression: Expression, kept: Sequence[torch.Tensor]) -> torch.Tenso
         case ("kept", index):
             return kept[index]
         case ("mul", left, right):
-            return torch.mul(rebuild(left, kept), rebuild(right, kept))
+            return _multiplied(left, right, kept)
         case ("to", dtype, inner):
             return rebuild(inner, kept).to(dtype)
         case ("silu", inner):
@@ -149,3 +149,16 @@ def rebuild(expression: Expression, kept: Sequence[torch.Tensor]) -> torch.Tenso
         case ("gelu", approximate, inner):
             return F.gelu(rebuild(inner, kept), approximate=approximate)
     raise AssertionError(expression)
+
+
+def _multiplied(left: Expression, right: Expression, kept: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Multiply two expressions, into the memory of one that was just computed where that fits."""
+    a, b = rebuild(left, kept), rebuild(right, kept)
+    for own, other in ((a, b), (b, a)):
+        if (
+            own.dtype == torch.result_type(own, other)
+            and own.shape == torch.broadcast_shapes(own.shape, other.shape)
+            and not any(own is tensor for tensor in kept)
+        ):
+            return own.mul_(other)
+    return torch.mul(a, b)

@@ -19,7 +19,7 @@ from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
 from hf_lora.layers.forwards import rebind_forwards
-from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary
+from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary, taken
 from hf_lora.layers.materializing import keep_values, refill, set_whole
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.offloading import hide_from_offloading, show_to_offloading
@@ -261,13 +261,17 @@ class LoRALayer(Patched):
         """Return the host's output plus every active adapter's update."""
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self.lora_gated(*args, **kwargs)
+        x: Any = args[0] if args else kwargs.get(self.lora_input)
+        ordinary = not self.lora_routing.plain and is_ordinary(x)
+        alone = len(args) + len(kwargs) == 1
+        ready = taken(self, x) if ordinary and alone else None
+        if ready is not None:
+            return ready
         updates = self.lora_updates()
         if not updates:
             return super().forward(*args, **kwargs)
-        x: Any = args[0] if args else kwargs.get(self.lora_input)
-        apart = draws_apart(self, (update.dropout for update in updates))
-        ordinary = not self.lora_routing.plain and is_ordinary(x) and not apart
-        if ordinary and len(args) + len(kwargs) == 1:
+        ordinary &= not draws_apart(self, (update.dropout for update in updates))
+        if ordinary and alone:
             y = fused_forward(self, updates, x)
             if y is not None:
                 return y

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora.functional.composed import composed, is_small
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.rebuild import Recipe, rebuild, recipe_of
+from hf_lora.layers.parallel import draws_apart
 
 LoRALayer = Any
 """`layers.base.LoRALayer`, which stands above this module."""
@@ -62,13 +63,26 @@ def how_computed(layer: LoRALayer, grouped: Set[nn.Module]) -> str:
     return "together" if layer in grouped and not _is_apart(layer) else "alone"
 
 
+def taken(layer: LoRALayer, x: torch.Tensor) -> torch.Tensor | None:
+    """Return what another layer that reads the same tensor has computed for this one, or None."""
+    sharing = layer.lora_routing.sharing
+    if not sharing.has_ready(layer) or not torch.is_grad_enabled():
+        return None
+    return sharing.take(layer, x, _conditions(layer, compute_type(x)))
+
+
+def _conditions(layer: LoRALayer, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return what must be the same when an output is taken as when it was computed."""
+    routing = layer.lora_routing
+    return dtype, routing.active, routing.merged
+
+
 def fused_forward(
     layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the layer's output from one function for base and updates, or None if it cannot be.
 
-    In training the layer computes for those that read the same tensor, or takes what another has
-    computed for it.
+    In training the layer computes for those that read the same tensor, too.
     """
     dtype = compute_type(x)
     own = _with_weight(layer, updates, x, dtype)
@@ -76,12 +90,7 @@ def fused_forward(
         return None
     if not torch.is_grad_enabled() or _is_apart(layer) or x.is_inference():
         return _compute(layer, x, [own], dtype)[0]
-    routing = layer.lora_routing
-    sharing = routing.sharing
-    conditions = (dtype, routing.active, routing.merged)
-    ready = sharing.take(layer, x, conditions)
-    if ready is not None:
-        return ready
+    sharing = layer.lora_routing.sharing
     group, layers = [layer], [own]
     for other in sharing.followers(layer):
         found = _as_follower(layer, other, x, dtype)
@@ -90,7 +99,7 @@ def fused_forward(
             layers.append(found)
     outputs = _compute(layer, x, layers, dtype)
     if len(group) > 1:
-        sharing.put(group, x, conditions, outputs)
+        sharing.put(group, x, _conditions(layer, dtype), outputs)
     return outputs[0]
 
 
@@ -156,7 +165,9 @@ def _as_follower(
     if other._forward_pre_hooks:  # may change its input, or fetch its weights
         return None
     updates = other.lora_updates()
-    return _with_weight(other, updates, x, dtype) if updates else None
+    if not updates or draws_apart(other, (update.dropout for update in updates)):
+        return None
+    return _with_weight(other, updates, x, dtype)
 
 
 def _is_apart(layer: nn.Module) -> bool:

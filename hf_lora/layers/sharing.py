@@ -76,6 +76,11 @@ class Sharing:
         found = [[leader, *self.followers(leader)] for leader in list(self._followers)]
         return {layer for group in found if len(group) > 1 for layer in group}
 
+    def has_ready(self, layer: nn.Module) -> bool:
+        """Say whether an output waits for ``layer`` in this thread."""
+        ready: _Ready | None = getattr(self._local, "ready", None)
+        return ready is not None and layer in ready.outputs
+
     def take(self, layer: nn.Module, x: torch.Tensor, conditions: Any) -> torch.Tensor | None:
         """Return the output that another layer has computed for ``layer``, or None."""
         ready: _Ready | None = getattr(self._local, "ready", None)

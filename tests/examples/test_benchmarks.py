@@ -50,20 +50,28 @@ def test_all_arms_do_the_same_work():
         assert error(found[name], found["peft"]) < 1e-5
 
 
+def adapter_numbers(work: Work) -> float:
+    """Return how many numbers the adapter of one layer has."""
+    trained = [p.numel() for p in arm("hf_lora", work).parameters() if p.requires_grad]
+    return sum(trained) / work.layers
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_saved_bytes_are_those_of_the_formulas(dtype: torch.dtype, dropout: float):
     work = Work(**{**vars(TINY), "dtype": dtype, "dropout": dropout})
     counts = saved_bytes.measure(work)
-    above = {name: counts[name] - counts["frozen"] for name in ARMS[1:]}
+    above = {name: counts[name].per_token - counts["frozen"].per_token for name in ARMS[1:]}
     h, f, r = work.hidden, work.ffn, work.r
     if dropout:  # research: PEFT keeps the dropped x and its noise, we one byte an element
         assert above["peft"] == 8 * (6 * h + f) + 28 * r
-        assert above["hf_lora"] == 6 * h + f
+        assert above["hf_lora"] == 6 * h + f + 7 * r * dtype.itemsize
     else:
         per = {torch.bfloat16: 4 * (6 * h + f), torch.float32: 4 * (2 * h + f)}[dtype]
         assert above["peft"] == per + 28 * r
         assert above["hf_lora"] == 0
+    once = counts["hf_lora"].once - counts["frozen"].once
+    assert once <= adapter_numbers(work) * dtype.itemsize + 7 * work.layers * 64
 
 
 def test_one_command_measures_a_step():

@@ -168,7 +168,7 @@ def test_what_is_changed_in_place_before_the_backward_is_noticed():
         loss.backward()
 
 
-def test_only_x_is_kept():
+def test_only_x_and_the_scaled_factors_are_kept():
     given, x, kept = factors(), tensor(3, IN), {}
 
     def note(saved: torch.Tensor) -> torch.Tensor:
@@ -179,4 +179,5 @@ def test_only_x_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         fused(x, updates, TYPE)
     own = {tensor.data_ptr() for tensor in (*given, *(layer.weight_OI for layer in updates))}
-    assert [saved.shape for key, saved in kept.items() if key not in own] == [x.shape]
+    stacked = (sum(r for ranks in RANKS for r in ranks), IN)
+    assert [saved.shape for key, saved in kept.items() if key not in own] == [stacked, x.shape]

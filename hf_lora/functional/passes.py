@@ -1,0 +1,285 @@
+"""The arithmetic of base layers and their low-rank updates, forward and back, on plain tensors.
+
+``y = x Wᵀ + bias + Σ s · (x Aᵀ) Bᵀ`` for all layers that read the same ``x``. The six small
+products of an update (two forward, four back) are added in place into what the base's two large
+ones gave; the A's of all layers are one matrix, so that ``x`` is read once for all of them.
+Formulas: arXiv 2106.09685, differentiated by hand.
+
+Where a call is short, what stands around the products costs as much as they do: what does not
+depend on the numbers is worked out once (:class:`Spec`), and the factors are scaled, stacked and
+cast once for both passes (:class:`Factors`).
+
+Legend: N rows of input, I input features, O output features, R rank, Q ranks of several updates.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hf_lora.functional.dropout import keep_mask, masked, masked_, widened
+
+Tensors = Sequence[torch.Tensor]
+Perhaps = Sequence[torch.Tensor | None]
+
+
+class Facts(NamedTuple):
+    """What one update is, without its numbers."""
+
+    r: int
+    s: float
+    dropout: float
+    dtype: torch.dtype
+    """Of its factors, and so of their gradients."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """What a call does, without any tensor: made once for each kind of call."""
+
+    dtype: torch.dtype
+    """What is computed in."""
+
+    updates: tuple[Facts, ...]
+    """Of all layers, in order; an update's number is its place here."""
+
+    numbers: tuple[range, ...]
+    """Each layer's updates, by their numbers."""
+
+    strengths: tuple[float, ...]
+    """Each update's s; what dropout leaves counts for what it drops."""
+
+    together: tuple[int, ...]
+    """The updates that see all of x: their A's are one matrix."""
+
+    apart: tuple[int, ...]
+    """The updates with dropout, each of which sees an x of its own."""
+
+    def ranks(self, chosen: Sequence[int]) -> list[int]:
+        """Return the ranks of the chosen updates."""
+        return [self.updates[i].r for i in chosen]
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x as rows, in the type that is computed in."""
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def spec_of(dtype: torch.dtype, layers: tuple[tuple[Facts, ...], ...]) -> Spec:
+    """Return the spec of a call on layers with these updates."""
+    updates = tuple(itertools.chain(*layers))
+    ends = list(itertools.accumulate(len(layer) for layer in layers))
+    return Spec(
+        dtype,
+        updates,
+        tuple(range(end - len(layer), end) for layer, end in zip(layers, ends, strict=True)),
+        tuple(facts.s / (1 - facts.dropout) for facts in updates),
+        tuple(i for i, facts in enumerate(updates) if not facts.dropout),
+        tuple(i for i, facts in enumerate(updates) if facts.dropout),
+    )
+
+
+class Factors(NamedTuple):
+    """The factors as both passes use them: in the type that is computed in, s inside of A."""
+
+    a_QI: torch.Tensor | None
+    """The A's of all updates without dropout, one below the other."""
+
+    a: Tensors
+    """The A's of the updates with dropout."""
+
+    b: Tensors
+    """All B's."""
+
+
+def factors_of(spec: Spec, a: Tensors, b: Tensors) -> Factors:
+    """Return the factors ready for use."""
+    return Factors(
+        _stacked(spec, a),
+        [_scaled(spec, a, i) for i in spec.apart],
+        [b_OR if b_OR.dtype == spec.dtype else b_OR.to(spec.dtype) for b_OR in b],
+    )
+
+
+def _stacked(spec: Spec, a: Tensors) -> torch.Tensor | None:
+    chosen = spec.together
+    if not chosen:
+        return None
+    if len(chosen) == 1:
+        return _scaled(spec, a, chosen[0])
+    s = _common(spec, chosen)
+    if s is None:
+        return torch.cat([_scaled(spec, a, i) for i in chosen])
+    return torch.cat([a[i] for i in chosen]).mul_(s).to(spec.dtype)
+
+
+def _scaled(spec: Spec, a: Tensors, i: int) -> torch.Tensor:
+    return torch.mul(a[i], spec.strengths[i]).to(spec.dtype)
+
+
+def _common(spec: Spec, chosen: Sequence[int]) -> float | None:
+    """Return the s that all chosen updates have, or None."""
+    first = spec.strengths[chosen[0]]
+    return first if all(spec.strengths[i] == first for i in chosen) else None
+
+
+class Seen(NamedTuple):
+    """What the updates with dropout saw, for the backward pass."""
+
+    masks: Tensors
+    """int8, (N, I): which elements of x were kept."""
+
+    h: Tensors
+    """s · x Aᵀ, (N, R), of what was kept of x."""
+
+
+def forward_pass(
+    spec: Spec, x: torch.Tensor, bases: Tensors, weights: Perhaps, biases: Perhaps, factors: Factors
+) -> tuple[list[torch.Tensor], Seen]:
+    """Return each layer's output, (..., O).
+
+    Args:
+        spec: What to do.
+        x: Shape (..., I).
+        bases: Each layer's own output where it computed that itself; else not looked at.
+        weights: Each layer's weight, (O, I), in the spec's type, or None.
+        biases: Each layer's bias or None.
+        factors: The updates' factors.
+    """
+    x_NI = spec.rows(x)
+    h: dict[int, torch.Tensor] = {}
+    if factors.a_QI is not None:
+        h_NQ = torch.mm(x_NI, factors.a_QI.t())
+        h.update(zip(spec.together, _parts(spec, h_NQ, spec.together, 1), strict=True))
+    masks = []
+    for i, a_RI in zip(spec.apart, factors.a, strict=True):
+        mask = keep_mask(x_NI.shape, spec.updates[i].dropout, x.device)
+        h[i] = torch.mm(masked(x_NI, widened(mask, x_NI.dtype)), a_RI.t())
+        masks.append(mask)
+    outputs = []
+    leading = x.shape[:-1]
+    for base, weight_OI, bias, numbers in zip(bases, weights, biases, spec.numbers, strict=True):
+        if weight_OI is None:
+            y_NO = spec.rows(base).clone()
+        elif bias is None:
+            y_NO = torch.mm(x_NI, weight_OI.t())
+        else:
+            y_NO = torch.addmm(bias.to(spec.dtype), x_NI, weight_OI.t())
+        for i in numbers:
+            y_NO.addmm_(h[i], factors.b[i].t())
+        outputs.append(y_NO.view(*leading, y_NO.shape[-1]))
+    return outputs, Seen(masks, [h[i] for i in spec.apart])
+
+
+def _parts(spec: Spec, q: torch.Tensor, chosen: Sequence[int], dim: int) -> Tensors:
+    """Return the chosen updates' shares of something that has Q along ``dim``."""
+    return [q] if len(chosen) == 1 else q.split(spec.ranks(chosen), dim=dim)
+
+
+class Gradients(NamedTuple):
+    """What a backward pass gives; None for what nobody wants, or what no gradient came from."""
+
+    x_NI: torch.Tensor | None
+    a: Perhaps
+    b: Perhaps
+
+
+def backward_pass(
+    spec: Spec,
+    dys: Perhaps,
+    weights: Perhaps,
+    factors: Factors,
+    seen: Seen,
+    input_rows: Callable[[], torch.Tensor],
+    wanted: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> Gradients:
+    """Return the gradients of x, of the A's and of the B's.
+
+    All that reads one layer's dy comes one after another, while dy is in the cache.
+
+    Args:
+        spec: What the forward pass did.
+        dys: The gradient of each layer's output, or None.
+        weights: Each layer's weight, or None where its own output was given.
+        factors: The factors that the forward pass had.
+        seen: What it returned.
+        input_rows: Returns x as rows; called once, if at all.
+        wanted: Whether the gradients of x, of each A, and of each B are wanted.
+    """
+    x_wanted, a_wanted, b_wanted = wanted
+    count = len(spec.updates)
+    da: list[torch.Tensor | None] = [None] * count
+    db: list[torch.Tensor | None] = [None] * count
+    together, a_QI = _live(spec, dys, factors.a_QI)
+    x_NI = input_rows() if any(a_wanted) or any(b_wanted) else None
+    h = dict(zip(spec.apart, seen.h, strict=True))
+    if x_NI is not None and a_QI is not None:
+        h.update(zip(together, _parts(spec, torch.mm(x_NI, a_QI.t()), together, 1), strict=True))
+    dx_NI: torch.Tensor | None = None
+    dh: dict[int, torch.Tensor] = {}
+    for dy, weight_OI, numbers in zip(dys, weights, spec.numbers, strict=True):
+        if dy is None:
+            continue
+        dy_NO = spec.rows(dy)
+        for i in numbers:
+            dh[i] = torch.mm(dy_NO, factors.b[i])
+            if b_wanted[i]:
+                # the narrow factor first: its product is faster, and the result is small
+                db_OR = torch.mm(h[i].t(), dy_NO).t()
+                db[i] = db_OR.to(spec.updates[i].dtype, memory_format=torch.contiguous_format)
+        if x_wanted and weight_OI is not None:
+            dx_NI = torch.mm(dy_NO, weight_OI) if dx_NI is None else dx_NI.addmm_(dy_NO, weight_OI)
+    if a_QI is not None:
+        parts = [dh[i] for i in together]
+        dh_NQ = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if x_wanted:
+            dx_NI = torch.mm(dh_NQ, a_QI) if dx_NI is None else dx_NI.addmm_(dh_NQ, a_QI)
+        if x_NI is not None and any(a_wanted):
+            _unstack(spec, torch.mm(dh_NQ.t(), x_NI), together, da)
+    for i, mask, a_RI in zip(spec.apart, seen.masks, factors.a, strict=True):
+        if i not in dh:
+            continue
+        wide = widened(mask, spec.dtype)
+        if x_wanted:
+            part_NI = masked_(torch.mm(dh[i], a_RI), wide)
+            dx_NI = part_NI if dx_NI is None else dx_NI.add_(part_NI)
+        if a_wanted[i] and x_NI is not None:
+            part_RI = torch.mm(dh[i].t(), masked(x_NI, wide))
+            da[i] = part_RI.to(spec.updates[i].dtype).mul_(spec.strengths[i])
+    return Gradients(
+        dx_NI,
+        [found if want else None for found, want in zip(da, a_wanted, strict=True)],
+        db,
+    )
+
+
+def _live(
+    spec: Spec, dys: Perhaps, a_QI: torch.Tensor | None
+) -> tuple[Sequence[int], torch.Tensor | None]:
+    """Return the updates without dropout that a gradient comes to, and their share of ``a_QI``."""
+    if a_QI is None or all(dy is not None for dy in dys):
+        return spec.together, a_QI
+    parts = dict(zip(spec.together, _parts(spec, a_QI, spec.together, 0), strict=True))
+    layers = zip(dys, spec.numbers, strict=True)
+    live = [i for dy, numbers in layers if dy is not None for i in numbers if i in parts]
+    return live, torch.cat([parts[i] for i in live]) if live else None
+
+
+def _unstack(
+    spec: Spec, da_QI: torch.Tensor, chosen: Sequence[int], da: list[torch.Tensor | None]
+) -> None:
+    """Give each A its share of what the stacked ones got, times s, in its own type."""
+    s = _common(spec, chosen)
+    dtypes = {spec.updates[i].dtype for i in chosen}
+    if s is not None and len(dtypes) == 1:
+        da_QI = da_QI.to(dtypes.pop()).mul_(s)
+    for i, part in zip(chosen, _parts(spec, da_QI, chosen, 0), strict=True):
+        facts = spec.updates[i]
+        if s is None or part.dtype != facts.dtype:
+            part = torch.mul(part.to(facts.dtype), spec.strengths[i])
+        da[i] = part
