@@ -10,7 +10,9 @@ the type that is computed in), by counting with N and with 2 N tokens.
 """
 
 import dataclasses
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -70,6 +72,7 @@ def main(
     targets: str = "all-linear",
     r: int = 16,
     dropout: float = 0.0,
+    out: Annotated[Path | None, typer.Option(help="append the result as a line of JSON")] = None,
 ) -> None:
     """Count what one forward keeps."""
     work = Work(hidden, ffn, layers, tokens, getattr(torch, dtype), targets, r, dropout)
@@ -79,6 +82,9 @@ def main(
     for name, count in counts.items():
         more, once = count.per_token - frozen.per_token, count.once - frozen.once
         print(f"  {name:8s} {count.per_token:10,.0f} bytes  {more:+10,.0f}, once {once:+10,.0f}")
+    if out is not None:
+        with out.open("a") as file:
+            file.write(json.dumps({name: saved._asdict() for name, saved in counts.items()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main(
     show(work, best)
     if out is not None:
         with out.open("a") as file:
-            file.write(json.dumps({"work": str(work), "milliseconds": best}) + "\n")
+            file.write(json.dumps({"work": str(work), "seconds": best}) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from examples.benchmarks import report, saved_bytes, train_step
+from examples.benchmarks import report, saved_bytes
 from examples.benchmarks.arms import ARMS, Work, arm, forward
 
 TINY = Work(hidden=192, ffn=256, layers=2, tokens=200, r=4)
@@ -74,33 +73,42 @@ def test_saved_bytes_are_those_of_the_formulas(dtype: torch.dtype, dropout: floa
     assert once <= adapter_numbers(work) * dtype.itemsize + 7 * work.layers * 64
 
 
-def test_one_command_measures_a_step():
-    runner = CliRunner()
-    app = train_step.typer.Typer()
-    app.command()(train_step.main)
-    tiny = ["--hidden", "192", "--ffn", "256", "--layers", "1", "--tokens", "8", "--rounds", "1"]
-    result = runner.invoke(app, tiny)
-    assert result.exit_code == 0, result.output
-    found = report.figures(result.output)
-    assert tuple(found) == ARMS
-    assert all(milliseconds > 0 for milliseconds in found.values())
+TINY_ROW = ["--hidden", "192", "--ffn", "256", "--layers", "1", "--tokens", "8"]
 
 
-def test_the_report_is_written_from_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    measured = "a row\n" + "".join(
-        f"  {name}  {i + 1},000.5 ms  1\n" for i, name in enumerate(ARMS)
-    )
-    monkeypatch.setattr(report, "ran", lambda module, arguments: measured)
+def test_a_row_of_the_report_is_measured_in_a_process_of_its_own():
+    times = report.ran("train_step", [*TINY_ROW, "--rounds", "1"])["seconds"]
+    assert tuple(times) == ARMS
+    assert all(seconds > 0 for seconds in times.values())
+    saved = report.ran("saved_bytes", TINY_ROW)
+    assert saved["peft"]["per_token"] > saved["frozen"]["per_token"] > 0
+
+
+def test_a_step_is_taken_apart_into_what_makes_it_up():
+    found = report.ran("limits", [*TINY_ROW, "--rounds", "2"])
+    seconds, kinds = found["seconds"], found["kinds"]
+    assert seconds["limit"] == pytest.approx(seconds["frozen"] + seconds["products"])
+    for name in ("frozen", "hf_lora"):
+        assert sum(kinds[name].values()) == pytest.approx(seconds[name])
+    assert kinds["hf_lora"]["products"] > 0
+
+
+def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
+    row = {name: 1.0 + i for i, name in enumerate(ARMS)}
+    saved = {name: {"per_token": 1000 * each, "once": 0.0} for name, each in row.items()}
+    limit = {
+        "seconds": {"frozen": 2.0, "hf_lora": 2.5, "products": 0.25, "limit": 2.25},
+        "kinds": {"frozen": {"products": 1.5}, "hf_lora": {"products": 1.7, "masks": 0.1}},
+    }
     runs = [
         {"library": name, "seed": 0, "held_out": 0.5, "losses": [1.0] * 60} for name in ARMS[1:]
     ]
-    curves = tmp_path / "curves.json"
-    curves.write_text(report.json.dumps(runs))
-    report.main(tmp_path, curves)
+    report.write(tmp_path, dict.fromkeys(report.ROWS, row), {"bf16": saved}, {"one": limit}, runs)
     text = (tmp_path / "README.md").read_text()
     assert "| 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 1.15 |" in text
     assert "| bf16 | 1,000 | +1,000 | +2,000 | +3,000 | +4,000 |" in text
     assert "| peft | 0 | 1.000 | 0.500 |" in text
     assert (tmp_path / "report.png").stat().st_size > 1000
+    assert "| **limit** | 1.125 |" in text
+    assert "| products | +0.100 |" in text
+    assert "| masks | +0.050 |" in text
