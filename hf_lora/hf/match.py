@@ -15,6 +15,7 @@ from hf_lora.files.peft_targets import TARGET_FIELDS, promised_layers, says_all_
 from hf_lora.files.read import AdapterFolder
 from hf_lora.hf.base_weights import base_reader
 from hf_lora.hf.resolve import Resolution, resolve
+from hf_lora.hf.together import is_first
 from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.names import LORA_A, LORA_B
@@ -225,7 +226,8 @@ class _Matching:
 
     def _check_there(self, paths: Iterable[str]) -> None:
         meta = [path for path in paths if is_on_meta(self.modules[path])]
-        if meta:
+        # where only the first process loads the base, and sends it to the others, it compares
+        if meta and is_first():
             raise StateError(
                 f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}), so the "
                 "base cannot be compared with the one that the adapter was trained on; load the "
