@@ -28,8 +28,7 @@ def execution_device(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     first = next(_tensors(module), None)
-    there = first is not None and not first.is_meta
-    return first.device if there else torch.device("cpu")
+    return torch.device("cpu") if first is None or first.is_meta else first.device
 
 
 def is_offloaded(module: nn.Module) -> bool:

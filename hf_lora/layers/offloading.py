@@ -108,7 +108,7 @@ def _base_only(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _one_base_only(module: nn.Module) -> Iterator[None]:
     added: set[str] = module.lora_added()  # type: ignore[operator]
-    stores = (module._parameters, module._buffers)
+    stores: list[dict[str, Any]] = [module._parameters, module._buffers]
     taken = [{name: store.pop(name) for name in [*store] if name in added} for store in stores]
     routing = module.__dict__["lora_routing"]
     module.__dict__["lora_routing"] = _NOBODY
