@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import hf_lora
 
 MiB = 2**20
-ROOM = 88 * MiB
+ROOM = 96 * MiB
 """What the process may take beyond what Python, torch and transformers have taken already."""
 
 SIZES: dict[str, Any] = {

@@ -3,6 +3,7 @@
 The oracle is the same model without offloading, to the bit.
 """
 
+import copy
 import gc
 import hashlib
 import resource
@@ -140,6 +141,21 @@ def test_no_file_is_left_when_nobody_can_read_it_any_more(tmp_path: Path):
     del model
     gc.collect()
     assert files(tmp_path) == before
+
+
+@each_store
+def test_a_copy_of_a_merged_model_is_unmerged_by_itself(place: Place, tmp_path: Path):
+    model = adapted(place(llama(), tmp_path))
+    before, there = logits(model), files(tmp_path)
+    hf_lora.merge(model)
+    merged = logits(model)
+    twin = copy.deepcopy(model)
+    hf_lora.unmerge(model)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(twin), merged)
+    hf_lora.unmerge(twin)
+    assert torch.equal(logits(twin), before)
+    assert files(tmp_path) == there
 
 
 @pytest.mark.parametrize("tied", [False, True])
