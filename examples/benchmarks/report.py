@@ -51,6 +51,9 @@ LIMITS = {
     ],
 }
 
+COLORS = {"peft": "tab:orange", "hf_lora": "tab:blue", "hf_lora_fused": "tab:green"}
+"""Of the curves; see `loss_curves` for what hf_lora_fused is."""
+
 Times = dict[str, dict[str, float]]
 """Name of a row, and of an arm or a kind of operation, to seconds."""
 
@@ -141,7 +144,7 @@ def draw(times: Times, runs: list[dict[str, Any]], path: Path) -> None:
     axes[0].set(xlabel="time of a step, frozen model = 1")
     axes[0].legend()
     for run in runs:
-        color = "tab:blue" if run["library"] == "hf_lora" else "tab:orange"
+        color = COLORS[run["library"]]
         losses = run["losses"]
         smooth = [sum(losses[k : k + 20]) / 20 for k in range(len(losses) - 20)]
         label = run["library"] if run["seed"] == 0 else None
