@@ -52,7 +52,7 @@ def same_input_groups(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def _is_placed(module: nn.Module) -> bool:
     return "_hf_hook" in vars(module) or any(
-        type(tensor) is not nn.Parameter
+        type(tensor) is not nn.Parameter or hasattr(tensor, "ds_id")  # ZeRO-3's are empty
         for tensor in module._parameters.values()
         if tensor is not None
     )
