@@ -1,14 +1,20 @@
-"""Tensors and models that are spread over several processes (DTensor, FSDP2).
+"""Tensors and models that are spread over several processes (DTensor, FSDP2, ZeRO-3).
 
-A sharded tensor is a DTensor: every process holds a part. Only :func:`is_sharded` and
-:func:`is_spread` can be asked by one process alone; in all else every process takes part.
+A sharded tensor is a DTensor: every process holds a part. DeepSpeed's are in
+:mod:`hf_lora.partitions`. What is spread or in parts can be asked by one process alone; in all else
+every process takes part.
 """
 
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from hf_lora.partitions import is_partitioned, pick_from_parts, put_together
+
+K = TypeVar("K")
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -16,9 +22,14 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def in_parts(tensor: Any) -> bool:
+    """Say whether several processes hold a tensor between them, in whatever way."""
+    return is_sharded(tensor) or is_partitioned(tensor)
+
+
 def is_spread(model: nn.Module) -> bool:
-    """Say whether any parameter of the model is a DTensor."""
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    """Say whether any parameter of the model is in parts."""
+    return any(in_parts(parameter) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
@@ -36,6 +47,22 @@ def reshard(model: nn.Module) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return all numbers of a tensor on each process."""
+    return all_whole({"": tensor})[""]
+
+
+def all_whole(tensors: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
+    """Return all numbers of some tensors on each process; what ZeRO-3 holds comes in one go."""
+    partitioned = [tensor for tensor in tensors.values() if is_partitioned(tensor)]
+    if not partitioned:
+        return {name: _full(tensor) for name, tensor in tensors.items()}
+    with put_together(partitioned):
+        return {
+            name: tensor.detach().clone() if is_partitioned(tensor) else _full(tensor)
+            for name, tensor in tensors.items()
+        }
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
@@ -56,8 +83,11 @@ def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def pick(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Return the numbers at these positions of the flattened matrix, as float64 on the CPU.
 
-    Of a sharded matrix each process sends only what it has of them.
+    Of a matrix in parts each process sends only what it has of them.
     """
+    if is_partitioned(tensor):
+        return pick_from_parts(tensor, positions)
+    tensor = tensor.detach()
     if not is_sharded(tensor):
         return tensor.reshape(-1)[positions.to(tensor.device)].to("cpu", torch.float64)
     found, shared = _own_part(tensor, positions)

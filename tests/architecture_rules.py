@@ -14,7 +14,7 @@ from pathlib import Path
 # Bottom first. A module may import from the rows below its own and from its own unit, no others.
 LAYERS = (
     ("errors", "config", "version"),
-    ("functional", "targets", "devices", "sharding"),
+    ("functional", "targets", "devices", "sharding", "partitions"),
     ("layers",),
     ("model", "files"),
     ("merging",),
@@ -25,7 +25,7 @@ LAYERS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Units of one row do not know each other, except for these.
-NEIGHBOURS = {("config", "errors"), ("cli", "report")}
+NEIGHBOURS = {("config", "errors"), ("cli", "report"), ("sharding", "partitions")}
 
 # The only imports that may stand inside a function, each with what importing it early would cost.
 LAZY = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_lora.files.json_text import is_number
+from hf_lora.partitions import numel_of
 from hf_lora.sharding import pick
 
 _LAYERS = 16
@@ -73,9 +74,9 @@ def _spread(paths: list[str]) -> list[str]:
 
 
 def _sample(weight: torch.Tensor) -> list[float]:
-    step = max(weight.numel() // _VALUES, 1)
-    positions = torch.arange(0, weight.numel(), step)[:_VALUES]
-    return [float(f"{value:.6g}") for value in pick(weight.detach(), positions).tolist()]
+    count = numel_of(weight)
+    positions = torch.arange(0, count, max(count // _VALUES, 1))[:_VALUES]
+    return [float(f"{value:.6g}") for value in pick(weight, positions).tolist()]
 
 
 def _is_sample(recorded: Any) -> bool:

@@ -11,9 +11,10 @@ from torch import nn
 
 from hf_lora.errors import ConfigError, StateError
 from hf_lora.hf.optimizer_state import whole_states
+from hf_lora.hf.resuming import restore_checkpoint
 from hf_lora.hf.saving import save_state
 from hf_lora.hf.together import write_together
-from hf_lora.hf.trainer import restore_checkpoint
+from hf_lora.hf.trainer_deepspeed import check_loaded, is_engine, leave_base_out
 from hf_lora.model.registry import find
 from hf_lora.sharding import is_spread
 
@@ -52,7 +53,7 @@ def register(accelerator: Any) -> None:
     if hasattr(accelerator, _MARK):
         return
     accelerator.register_save_state_pre_hook(functools.partial(_save_models, accelerator))
-    accelerator.register_load_state_pre_hook(_load_models)
+    accelerator.register_load_state_pre_hook(functools.partial(_load_models, accelerator))
     for name, function in (
         ("save_state", _state),
         ("load_state", _state),
@@ -65,15 +66,18 @@ def register(accelerator: Any) -> None:
 
 def _save_models(accelerator: Any, models: list[nn.Module], weights: list, folder: str) -> None:
     """Save the adapters of wrapped models, and take these out of what accelerate saves."""
-    # DeepSpeed writes models by itself, and hands out none of their weights
-    for index in reversed(range(min(len(models), len(weights)))):
+    for index in reversed(range(len(models))):
         if find(models[index]) is not None:
             _save(accelerator, models[index], _place(folder, index))
-            del weights[index]
+            # DeepSpeed writes models by itself, and hands out none of their weights
+            del weights[index : index + 1]
 
 
-def _load_models(models: list[nn.Module], folder: str) -> None:
+def _load_models(accelerator: Any, models: list[nn.Module], folder: str) -> None:
     """Load the adapters of wrapped models, and take these out of what accelerate loads."""
+    for index, engine in enumerate(accelerator._models):
+        if is_engine(engine):  # DeepSpeed has loaded it by itself
+            check_loaded(engine, _place(folder, index))
     for index in reversed(range(len(models))):
         if find(models[index]) is not None:
             restore_checkpoint(models[index], _place(folder, index))
@@ -118,7 +122,13 @@ def _place(folder: str, index: int) -> Path:
 
 
 def _state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Save or load a state, under FSDP2 as without it: accelerate would save the whole base."""
+    """Save or load a state, under FSDP2 as without it: accelerate would save the whole base.
+
+    Under DeepSpeed its files stay, without the base.
+    """
+    for model in accelerator._models:
+        if is_engine(model):
+            leave_base_out(model)
     with contextlib.ExitStack() as stack:
         if accelerator.is_fsdp2 and all(find(model) is not None for model in accelerator._models):
             stack.enter_context(_as_without_fsdp(accelerator))

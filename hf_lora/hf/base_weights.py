@@ -8,7 +8,8 @@ from hf_lora.files.fingerprint import Reader
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import float_weight
 from hf_lora.model.registry import find
-from hf_lora.sharding import is_sharded
+from hf_lora.partitions import numel_of
+from hf_lora.sharding import in_parts
 
 
 def base_reader(model: nn.Module, *, together: bool = False) -> Reader:
@@ -41,5 +42,5 @@ def _is_there(module: nn.Module, weight: torch.Tensor, together: bool) -> bool:
     To read the others' shares, all processes have to take part; only one may be saving.
     """
     in_features, out_features = features(module) or (0, 0)
-    alone = hasattr(weight, "ds_id") or (is_sharded(weight) and not together)
-    return not alone and weight.numel() == in_features * out_features
+    alone = in_parts(weight) and not together
+    return not alone and numel_of(weight) == in_features * out_features

@@ -25,6 +25,7 @@ from hf_lora.hf.saving import save_state
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import activate, active_adapters, add_adapter, delete_adapter
 from hf_lora.model.registry import registry_of
+from hf_lora.partitions import is_partitioned
 from hf_lora.sharding import is_spread
 
 _FLAG = "_hf_peft_config_loaded"
@@ -88,8 +89,8 @@ def _save_pretrained(
             "save_pretrained was given an empty state dict, as DeepSpeed ZeRO-3 does when it "
             "does not gather; set stage3_gather_16bit_weights_on_model_save. Nothing was written."
         )
-    if not is_main_process and (state_dict is not None or not is_spread(model)):
-        return  # of a model that is spread over processes, each gives its part
+    if not is_main_process and (state_dict is not None or not _all_come(model)):
+        return
     gathered = None if state_dict is None else _without_wrappers(state_dict, model)
     for name in selected_adapters or (None,):
         save_state(
@@ -102,6 +103,17 @@ def _save_pretrained(
     if push_to_hub and is_main_process:
         repo_id = hub_options.pop("repo_id", None) or Path(save_directory).name
         push(model, repo_id, token=token, **hub_options)
+
+
+def _all_come(model: nn.Module) -> bool:
+    """Say whether every process saves, each giving its part, or the main one alone.
+
+    Under ZeRO-3 ``accelerator.get_state_dict`` hands the main process what it has gathered, and
+    the others None; they must not wait for it.
+    """
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        return registry_of(model).all_save
+    return is_spread(model)
 
 
 def _without_wrappers(

@@ -12,6 +12,7 @@ from hf_lora.errors import (
     AdapterFileError,
     AdapterMismatchError,
     HfLoRAWarning,
+    StateError,
     TargetError,
     listing,
 )
@@ -25,9 +26,10 @@ from hf_lora.layers.quantized import keep_gradients
 from hf_lora.layers.trained import own_tensors
 from hf_lora.layers.trial import gradient_fault, is_plain, kind
 from hf_lora.model.adapters import check_new_name, freeze
-from hf_lora.model.patch import attach, detach, unpatch
+from hf_lora.model.patch import attach, check_no_engine, detach, unpatch
 from hf_lora.model.registry import Registry, create, find
-from hf_lora.sharding import like, reshard
+from hf_lora.partitions import has_engine
+from hf_lora.sharding import all_whole, like, reshard
 from hf_lora.targets import shortest_names
 
 
@@ -50,6 +52,7 @@ def load_folder(
     dtypes = _dtypes(match, model)
     values = read_values(match, _place_dtypes(match, model, dtypes))
     if trainable:
+        check_no_engine(model)
         _check_gradients(model, list(match.slots))
     for line in match.told:  # before anything changes: a filter may turn it into an error
         warnings.warn(f"{directory}: {line}", HfLoRAWarning, stacklevel=3)
@@ -79,9 +82,15 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
 
     Raises:
         AdapterFileError: Unsound, or not the same layers, ranks and strengths.
-        StateError: The model is merged.
+        StateError: The model is merged, or DeepSpeed's optimizer has copies of the adapters.
     """
     registry.check_unmerged("restore an adapter")
+    if any(has_engine(tensor) for name in folders for *_, tensor in registry.tensors(name)):
+        raise StateError(
+            "DeepSpeed's optimizer steps copies of these adapters, so values that were put into "
+            "the model would be gone at its next step. Load before deepspeed.initialize or "
+            "accelerator.prepare, or let DeepSpeed load a checkpoint of its own."
+        )
     reshard(model)
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
     for name, found in values.items():
@@ -133,6 +142,33 @@ def read_values(match: Match, dtypes: Mapping[Place, torch.dtype]) -> dict[Place
             )
         )
     return values
+
+
+def check_values(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -> None:
+    """Raise unless adapters have the very values that are in their folders.
+
+    Raises:
+        AdapterFileError: A file is unsound.
+        AdapterMismatchError: The adapters are others, or have other values; each is named.
+    """
+    problems = []
+    for name, folder in folders.items():
+        values = _values_for(model, registry, name, folder)
+        tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
+        whole = all_whole(tensors)
+        problems += [
+            f"{path}.{role} of {name!r}"
+            for (path, role), there in values.items()
+            if not torch.equal(whole[path, role].cpu(), there)
+        ]
+    if problems:
+        raise AdapterMismatchError(
+            listing(
+                "These adapter tensors are not what the checkpoint's adapter file says",
+                problems,
+                "What else is in the checkpoint comes from another save, or was not loaded.",
+            )
+        )
 
 
 @torch.no_grad()

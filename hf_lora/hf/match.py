@@ -23,6 +23,7 @@ from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.unheard import unheard
 from hf_lora.model.patch import check_present
 from hf_lora.model.planning import output_head
+from hf_lora.partitions import shape_of
 from hf_lora.sharding import whole
 
 Place = tuple[str, str]
@@ -181,9 +182,9 @@ class _Matching:
 
     def _check_fit(self, key: str, place: Place) -> None:
         tensor, file = self._base_tensor(place), self.folder.file
-        if file.shapes[key] != tuple(tensor.shape):
+        if file.shapes[key] != shape_of(tensor):
             self.problems.append(
-                f"{key}: shape {file.shapes[key]}, in the model {tuple(tensor.shape)}"
+                f"{key}: shape {file.shapes[key]}, in the model {shape_of(tensor)}"
             )
         elif file.dtypes[key].is_floating_point != tensor.is_floating_point():
             self.problems.append(f"{key}: {file.dtypes[key]}, in the model {tensor.dtype}")

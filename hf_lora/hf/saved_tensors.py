@@ -9,6 +9,7 @@ from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.layers.base import LoRALayer
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.model.registry import Registry
+from hf_lora.partitions import shape_of
 
 
 def tensors_of(
@@ -33,7 +34,7 @@ def check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tens
     slots = registry.adapter(name).slots
     problems = []
     for path, module, role, tensor in registry.tensors(name):
-        expected = tuple(tensor.shape)
+        expected = shape_of(tensor)
         if isinstance(module, LoRALayer) and role in (LORA_A, LORA_B):
             r, (in_features, out_features) = slots[path].r, module.lora_features()
             expected = (r, in_features) if role == LORA_A else (out_features, r)

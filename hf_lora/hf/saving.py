@@ -20,7 +20,7 @@ from hf_lora.hf.together import is_first, write_together
 from hf_lora.layers.names import DEFAULT
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import Registry, wrapped
-from hf_lora.sharding import is_spread, reshard, whole
+from hf_lora.sharding import all_whole, is_spread, reshard
 from hf_lora.targets import shortest_names
 
 _TASKS = (
@@ -51,8 +51,8 @@ def save(
     The adapter called ``default`` goes into ``directory`` itself, every other into a folder of its
     name inside, as PEFT does. Saving is atomic and reproducible to the byte.
 
-    If the model's parameters are spread over several processes (FSDP2), all of them must call this:
-    each gives its part, the first writes, and all return when that is done.
+    If the model's parameters are spread over several processes (FSDP2, DeepSpeed ZeRO-3), all of
+    them must call this: each gives its part, the first writes, and all return when that is done.
 
     Args:
         model: A wrapped model.
@@ -170,7 +170,7 @@ def collect(
     repeated = _repeated(modules, slots, trained, trained_names)
     tensors = tensors_of(registry, name, state_dict) | repeated
     if together:
-        tensors = {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+        tensors = all_whole(tensors)
     check_shapes(registry, name, tensors)
     return Content(
         config=adapter.config,

@@ -12,20 +12,19 @@ from typing import Any
 
 from torch import nn
 
-from hf_lora.errors import AdapterMismatchError
-from hf_lora.files.read import is_adapter_folder
 from hf_lora.hf import trainer_fsdp
 from hf_lora.hf.base_on_hub import hub_base
-from hf_lora.hf.loading import restore
 from hf_lora.hf.pretrained import is_pretrained
-from hf_lora.hf.saving import adapter_folder, base_name
+from hf_lora.hf.resuming import restore_checkpoint
+from hf_lora.hf.saving import base_name
 from hf_lora.hf.trainer_card import create_model_card
+from hf_lora.hf.trainer_deepspeed import check_loaded, engines_without_base
 from hf_lora.hf.trainer_optimizer import description_kept
 from hf_lora.hf.trainer_push import bring_adapters, name_for_others
 from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
 from hf_lora.hf.training_run import run_of
 from hf_lora.hf.unused import reaches_all
-from hf_lora.model.registry import Registry, find, wrapped
+from hf_lora.model.registry import Registry, find
 
 Original = Callable[..., Any]
 """The method of Trainer, bound to the trainer."""
@@ -91,7 +90,7 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         switch_dropout_off(found[1])
     _add_gradient_check(trainer)
     try:
-        with description_kept(trainer):
+        with description_kept(trainer), engines_without_base(trainer.accelerator):
             result = original(*args, **kwargs)
     except RuntimeError as error:
         if _NO_GRAPH not in str(error):
@@ -141,6 +140,8 @@ def load_best_model(original: Original, trainer: Any) -> None:
         restore_checkpoint(trainer.model, checkpoint)
     else:
         original()
+        if _own_format(trainer) and _is_ours(trainer.model) and os.path.isdir(checkpoint):
+            check_loaded(trainer.model, checkpoint)
 
 
 def push_from_checkpoint(original: Original, trainer: Any, checkpoint_folder: str) -> None:
@@ -157,42 +158,6 @@ def push_from_checkpoint(original: Original, trainer: Any, checkpoint_folder: st
     original(checkpoint_folder)
 
 
-def restore_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Give a wrapped model the adapters of a checkpoint that was saved from it.
-
-    Raises:
-        AdapterFileError: Unsound, or of other layers, ranks or strengths.
-        AdapterMismatchError: The checkpoint holds other adapters than the model has.
-        StateError: The model is merged.
-
-    The model is as it was after any of these.
-    """
-    inner, registry = wrapped(model)
-    registry.check_unmerged("load a checkpoint")
-    directory = Path(checkpoint)
-    if not directory.is_dir():
-        raise AdapterMismatchError(f"{directory} is not a folder, so it is no checkpoint.")
-    there = _adapters_in(directory)
-    here = {name: adapter_folder(directory, name) for name in registry.adapters}
-    if there != set(here.values()):
-        found = ", ".join(sorted(_shown(directory, folder) for folder in there)) or "no adapter"
-        raise AdapterMismatchError(
-            f"The checkpoint {directory} holds {found}, and this model has "
-            f"{', '.join(registry.adapters)}; wrap the model as it was when the checkpoint was "
-            "saved."
-        )
-    restore(inner, registry, here)
-
-
-def _adapters_in(checkpoint: Path) -> set[Path]:
-    inside = {folder for folder in checkpoint.iterdir() if folder.is_dir()}
-    return {folder for folder in {checkpoint, *inside} if is_adapter_folder(folder)}
-
-
-def _shown(checkpoint: Path, folder: Path) -> str:
-    return "default" if folder == checkpoint else folder.name
-
-
 def _ours(model: Any) -> tuple[nn.Module, Registry] | None:
     return find(model) if isinstance(model, nn.Module) else None
 
@@ -203,8 +168,12 @@ def _saves_adapters(trainer: Any, model: Any) -> bool:
     They are not where DeepSpeed keeps files of its own, nor for a wrapped ``nn.Module`` that is
     no transformers model: Trainer saves that one's state dict.
     """
+    return _is_ours(model) and not _own_format(trainer)
+
+
+def _is_ours(model: Any) -> bool:
     found = _ours(model)
-    return found is not None and is_pretrained(found[0]) and not _own_format(trainer)
+    return found is not None and is_pretrained(found[0])
 
 
 def _own_format(trainer: Any) -> bool:

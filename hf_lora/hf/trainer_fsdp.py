@@ -1,6 +1,6 @@
-"""Checkpoints of a Trainer that runs under accelerate's FSDP: the files that one process writes.
+"""Checkpoints of a Trainer under accelerate's FSDP or DeepSpeed: files that one process writes.
 
-There Trainer has accelerate write the whole base, and for sharded state dicts nothing that is an
+There Trainer has the whole base gathered or written, and for sharded state dicts nothing that is an
 adapter. What trains is small: adapters and optimizer are gathered, and written as they always are,
 so that a checkpoint can be resumed on any number of processes, sharded or not.
 """
@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_lora.hf.optimizer_state import gathered, whole_states
 from hf_lora.hf.pretrained import is_pretrained
-from hf_lora.model.registry import find
+from hf_lora.hf.trainer_deepspeed import check_loaded
+from hf_lora.model.registry import find, registry_of
 
 Original = Callable[..., Any]
 """The method of Trainer, bound to the trainer."""
@@ -22,15 +23,19 @@ Original = Callable[..., Any]
 
 def save_model(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> None:
     """Save adapters, gathered by all processes, whatever type of state dict FSDP is set to."""
-    model = _under_fsdp(trainer)
+    model = _under_fsdp(trainer) or _under_deepspeed(trainer)
     if model is None:
         original(*args, **kwargs)
         return
+    registry = registry_of(model)
+    registry.all_save = True
     # as for a model that from_pretrained has sharded: every process comes to save_pretrained
-    with _with(
-        trainer, model=model, is_fsdp_enabled=False, is_distributed_loading_by_transformers=True
-    ):
-        original(*args, **kwargs)
+    attributes = dict.fromkeys(("is_fsdp_enabled", "is_deepspeed_enabled"), False)
+    try:
+        with _with(trainer, model=model, is_distributed_loading_by_transformers=True, **attributes):
+            original(*args, **kwargs)
+    finally:
+        registry.all_save = False
 
 
 def save_optimizer_and_scheduler(original: Original, trainer: Any, output_dir: str) -> None:
@@ -47,6 +52,9 @@ def load_optimizer_and_scheduler(original: Original, trainer: Any, checkpoint: s
     """Load what :func:`save_optimizer_and_scheduler`, or a run without FSDP, has saved."""
     if _under_fsdp(trainer) is None:
         original(checkpoint)
+        model = _under_deepspeed(trainer)
+        if model is not None and checkpoint is not None:
+            check_loaded(model, checkpoint)
         return
     with whole_states(trainer.optimizer), _with(trainer, is_fsdp_enabled=False):
         original(checkpoint)
@@ -54,9 +62,16 @@ def load_optimizer_and_scheduler(original: Original, trainer: Any, checkpoint: s
 
 def _under_fsdp(trainer: Any) -> nn.Module | None:
     """Return our model if it is a transformers model that accelerate shards; never FSDP1's."""
-    if not getattr(trainer, "is_fsdp_enabled", False) or not isinstance(trainer.model, nn.Module):
-        return None
-    found = find(trainer.model)
+    return _our_model(trainer) if getattr(trainer, "is_fsdp_enabled", False) else None
+
+
+def _under_deepspeed(trainer: Any) -> nn.Module | None:
+    """Return our model if it is a transformers model that DeepSpeed trains."""
+    return _our_model(trainer) if getattr(trainer, "is_deepspeed_enabled", False) else None
+
+
+def _our_model(trainer: Any) -> nn.Module | None:
+    found = find(trainer.model) if isinstance(trainer.model, nn.Module) else None
     return found[0] if found is not None and is_pretrained(found[0]) else None
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
 from hf_lora.model.registry import Registry
-from hf_lora.sharding import is_sharded
+from hf_lora.sharding import in_parts
 
 _REASONS = (
     "Usual reasons: the loss does not depend on the adapted layers (a fused loss, such as TRL's, "
@@ -136,7 +136,7 @@ def _are_replaced(tensors: list[Any]) -> bool:
     not the model's. Optimizers that step copies of their own (in float32, on the CPU) hold plain
     tensors.
     """
-    return any(is_sharded(t) or not isinstance(t, nn.Parameter) for t in tensors)
+    return any(in_parts(t) or not isinstance(t, nn.Parameter) for t in tensors)
 
 
 def nothing_trains(model: nn.Module, registry: Registry) -> GradientError:

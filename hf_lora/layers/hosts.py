@@ -11,6 +11,7 @@ from hf_lora.layers.base import Patched, parameter_of
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
 from hf_lora.layers.parallel import split_fault
+from hf_lora.partitions import shape_of
 from hf_lora.sharding import is_sharded
 
 _SIZES = ("in_features", "out_features")
@@ -81,9 +82,9 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return f"{name} is compiled by TorchScript"
     weight = module._parameters["weight"] if has_float_weight(module) else None
-    if weight is not None and sorted(weight.shape) != sorted(sizes):
+    if weight is not None and sorted(shape_of(weight)) != sorted(sizes):
         return (
-            f"the weight of this {name} has shape {tuple(weight.shape)}, "
+            f"the weight of this {name} has shape {shape_of(weight)}, "
             f"which is not one matrix of in={sizes[0]} and out={sizes[1]}"
         )
     fault = split_fault(module)

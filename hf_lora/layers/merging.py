@@ -18,7 +18,7 @@ from hf_lora.layers.parallel import split_of
 from hf_lora.layers.stores import Entry, entry_of
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.layers.trial import is_linear_in_its_weight
-from hf_lora.sharding import is_sharded, whole
+from hf_lora.sharding import in_parts, is_sharded, whole
 
 Tensors = dict[str, nn.Parameter | torch.Tensor]
 """Name of a tensor of the module to a tensor that stood, or shall stand, there."""
@@ -81,7 +81,7 @@ def merge_fault(layer: LoRALayer) -> str | None:
     name = layer.lora_host.__name__
     weight, split = parameter_of(layer, "weight"), split_of(layer)
     # what tensor parallelism has split stays where it is, and its factors are split alike
-    if is_sharded(weight) and (split is None or weight.device_mesh != split.mesh):  # type: ignore[union-attr]
+    if in_parts(weight) and (split is None or weight.device_mesh != split.mesh):  # type: ignore[union-attr]
         return "its weight is spread over several processes"
     if weight is not None and weight.is_meta and entry_of(layer, "weight") is None:
         return "its weight is not in memory, nor in a store from which accelerate fetches it alone"

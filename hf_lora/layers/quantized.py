@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import parameter_of
+from hf_lora.partitions import numel_of
 from hf_lora.sharding import is_sharded
 
 _FLAG = "support_avx512bf16_for_cpu"
@@ -86,7 +87,7 @@ def numel(tensor: torch.Tensor) -> int:
     if is_lazy(tensor):
         return 0
     shape = getattr(getattr(tensor, "quant_state", None), "shape", None)
-    return math.prod(shape) if shape is not None else tensor.numel()
+    return math.prod(shape) if shape is not None else numel_of(tensor)
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
@@ -96,4 +97,4 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
         return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return numel_of(tensor) * tensor.element_size()

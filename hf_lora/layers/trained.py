@@ -119,7 +119,7 @@ def own_tensors(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    data = whole(tensor.detach()).clone()
+    data = whole(tensor).detach().clone()
     if not isinstance(tensor, nn.Parameter):
         return data
     copy = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())

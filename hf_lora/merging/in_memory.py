@@ -19,7 +19,7 @@ from hf_lora.layers.trained import own_tensors
 from hf_lora.model.adapters import check_compatible
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
-from hf_lora.sharding import is_sharded
+from hf_lora.sharding import in_parts
 
 
 def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
@@ -94,7 +94,7 @@ def _check_layers(registry: Registry, chosen: tuple[str, ...]) -> None:
     problems += [
         f"{path}: its tensors are spread over several processes"
         for path, module in registry.copies.items()
-        if any(is_sharded(tensor) for _, tensor in own_tensors(module, module.lora_names))
+        if any(in_parts(tensor) for _, tensor in own_tensors(module, module.lora_names))
     ]
     if problems:
         raise TargetError(

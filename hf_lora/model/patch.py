@@ -36,6 +36,7 @@ from hf_lora.model.registry import (
     wrapped,
 )
 from hf_lora.model.replicas import spread
+from hf_lora.partitions import has_engine
 from hf_lora.sharding import is_spread
 from hf_lora.targets import inside
 
@@ -152,8 +153,22 @@ def tell(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
             warnings.warn(listing(headline, lines), HfLoRAWarning, stacklevel=stacklevel + 1)
 
 
+def check_no_engine(model: nn.Module) -> None:
+    """Raise StateError if an optimizer of DeepSpeed's has been made: new adapters are not in it."""
+    if any(has_engine(parameter) for parameter in model.parameters()):
+        raise StateError(
+            "DeepSpeed has been set up with this model, and would never train an adapter that is "
+            "added now. Add it before deepspeed.initialize, accelerator.prepare or train()."
+        )
+
+
 def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> Adapter:
-    """Execute a checked plan: new factors, started as the configuration says."""
+    """Execute a checked plan: new factors, started as the configuration says.
+
+    Raises:
+        StateError: An optimizer of DeepSpeed's would never train them.
+    """
+    check_no_engine(model)
     slots = {target.path: target.slot for target in plan.targets}
     dtypes = {target.path: target.dtype for target in plan.targets}
     trained = [item.path for item in plan.trained]

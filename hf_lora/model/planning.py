@@ -17,6 +17,7 @@ from hf_lora.model.matching import match
 from hf_lora.model.matching import output_head as output_head
 from hf_lora.model.plan import Plan, Target, Trained
 from hf_lora.model.registry import find
+from hf_lora.partitions import shape_of
 from hf_lora.targets import inside
 
 _VLLM_HEADS = ("classifier", "score")
@@ -176,7 +177,7 @@ def _notes(modules: Mapping[str, nn.Module], items: Iterable[Target | Trained]) 
         for path, module in modules.items()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for name, tensor in own_parameters(module)
-        if not is_lazy(tensor) and tensor.dim() == 3 and tensor.shape[0] > 1
+        if not is_lazy(tensor) and len(shape_of(tensor)) == 3 and shape_of(tensor)[0] > 1
     ]
     if stacked:
         yield (

@@ -15,6 +15,7 @@ from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
+from hf_lora.partitions import is_partitioned, shape_of
 from hf_lora.sharding import is_sharded
 
 _ATTRIBUTE = "_hf_lora"
@@ -182,7 +183,7 @@ class Registry:
             path: f"the {role} of {name!r} is sharded"
             for name in names
             for path, _, role, tensor in self.tensors(name)
-            if is_sharded(tensor) and tensor.device_mesh != self.mesh  # type: ignore[attr-defined]
+            if is_partitioned(tensor) or (is_sharded(tensor) and tensor.device_mesh != self.mesh)  # type: ignore[attr-defined]
         }
         problems = [f"{path or 'the model itself'}: {what}" for path, what in changed.items()]
         if problems:
@@ -212,7 +213,7 @@ def _misfit(module: LoRALayer | TrainedModule) -> str | None:
         sizes = module.lora_features()
         for name in module.lora_slots:
             a_RI, b_OR = module.lora_pair(name)
-            if (a_RI.shape[1], b_OR.shape[0]) != sizes:
+            if (shape_of(a_RI)[1], shape_of(b_OR)[0]) != sizes:
                 return f"has other sizes now (in, out = {sizes}) than its adapter"
     return None
 
@@ -263,7 +264,8 @@ def check_fresh(model: nn.Module) -> None:
             f"This {type(model).__name__} is wrapped already; use hf_lora.add_adapter(model, name) "
             "for another adapter, or hf_lora.unwrap(model) to begin anew."
         )
-    if isinstance(model, _OUTSIDE) or _OUTSIDE_CHILDREN & model._modules.keys():
+    engine = any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
+    if engine or isinstance(model, _OUTSIDE) or _OUTSIDE_CHILDREN & model._modules.keys():
         raise StateError(
             f"This is a {type(model).__name__} around a model; wrap the model first, so that "
             "its adapters are synchronized and compiled with it."

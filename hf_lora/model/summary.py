@@ -8,7 +8,9 @@ from torch import nn
 
 from hf_lora.layers.fused import how_computed
 from hf_lora.model.plan import size
-from hf_lora.model.registry import wrapped
+from hf_lora.model.registry import Registry, wrapped
+from hf_lora.partitions import numel_of
+from hf_lora.sharding import all_whole
 
 _KINDS = {
     "together": "layers together with others that read the same tensor",
@@ -94,6 +96,8 @@ def update_norm(a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float) -> float
 def summary(model: nn.Module) -> Summary:
     """Return counts, bytes, states and the norms of every adapter's updates.
 
+    If adapters are spread over several processes, all of them must call this.
+
     Raises:
         StateError: The model is not wrapped.
     """
@@ -102,6 +106,7 @@ def summary(model: nn.Module) -> Summary:
     found = []
     for name, adapter in registry.adapters.items():
         tensors = [tensor for *_, tensor in registry.tensors(name)]
+        factors = _factors(registry, name)
         found.append(
             AdapterSummary(
                 name=name,
@@ -110,16 +115,24 @@ def summary(model: nn.Module) -> Summary:
                 trainable=any(tensor.requires_grad for tensor in tensors),
                 layers=len(adapter.slots),
                 trained=adapter.trained,
-                parameters=sum(tensor.numel() for tensor in tensors),
-                bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                parameters=sum(map(numel_of, tensors)),
+                bytes=sum(numel_of(tensor) * tensor.element_size() for tensor in tensors),
                 norms={
-                    path: update_norm(*registry.layers[path].lora_pair(name), slot.scaling)
+                    path: update_norm(*factors[path], slot.scaling)
                     for path, slot in adapter.slots.items()
                 },
             )
         )
-    base = sum(p.numel() for p in inner.parameters() if id(p) not in added)
+    base = sum(numel_of(p) for p in inner.parameters() if id(p) not in added)
     sharing = registry.routing.sharing
     grouped = sharing.grouped()
     computed = {path: how_computed(layer, grouped) for path, layer in registry.layers.items()}
     return Summary(type(inner).__name__, base, tuple(found), computed, sharing.traced)
+
+
+def _factors(registry: Registry, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return path to A and B of one adapter, whole."""
+    pairs = {path: registry.layers[path].lora_pair(name) for path in registry.adapter(name).slots}
+    a = all_whole({path: a_RI for path, (a_RI, _) in pairs.items()})
+    b = all_whole({path: b_OR for path, (_, b_OR) in pairs.items()})
+    return {path: (a[path], b[path]) for path in pairs}
