@@ -66,6 +66,9 @@ def plan(
     config: Annotated[
         Path | None, typer.Option(help="LoRAConfig in YAML or JSON; options go before it.")
     ] = None,
+    world: Annotated[
+        int, typer.Option(help="Processes to share a training: what each keeps and sends.")
+    ] = 1,
     revision: Revision = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the folder or repo.")] = None,
     as_json: Json = False,
@@ -84,7 +87,12 @@ def plan(
     fields = {name: value for name, value in said.items() if value is not None}
     execute(
         lambda: _command("hf_lora.cli.commands.plan").run(
-            model, fields, config=config, revision=revision, gguf_file=gguf_file
+            model,
+            fields,
+            config=config,
+            revision=revision,
+            gguf_file=gguf_file,
+            world=world,
         ),
         as_json=as_json,
     )

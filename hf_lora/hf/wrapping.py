@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import AdapterFileError
+from hf_lora.errors import AdapterFileError, ConfigError
 from hf_lora.files.read import read_folder
 from hf_lora.hf import instance, peft_guard, trainer_patch
 from hf_lora.hf.after_import import when_imported
@@ -91,6 +91,7 @@ def plan(
     targets: str | Iterable[str] | None = None,
     *,
     config: LoRAConfig | None = None,
+    world: int = 1,
     **fields: Any,
 ) -> Plan:
     """Find out what :func:`wrap` would do, without doing it.
@@ -100,15 +101,19 @@ def plan(
     Args:
         model: Any ``nn.Module``.
         targets, config, **fields: As for :func:`wrap`.
+        world: Among how many processes the training is to be shared. ``plan.per_rank`` then says
+            what each keeps and sends, in bytes, for each way to share it (DDP, FSDP2, ...).
 
     Returns:
         A :class:`Plan`: ``print(plan)`` is a table, ``plan.targets`` are records, ``plan.problems``
         is what would make ``wrap`` refuse.
 
     Raises:
-        ConfigError: A field is unknown or wrong.
+        ConfigError: A field is unknown or wrong, or ``world`` is no number of processes.
     """
-    return make_plan(model, as_config(targets, config, fields))
+    if not isinstance(world, int) or isinstance(world, bool) or world < 1:
+        raise ConfigError(f"world is a number of processes, 1 or more, not {world!r}")
+    return make_plan(model, as_config(targets, config, fields), world)
 
 
 def apply_lora(model: Model, r: int, alpha: float = 16.0) -> Model:

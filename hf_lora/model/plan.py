@@ -61,6 +61,46 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True)
+class PerRank:
+    """What one of several processes keeps and sends, in bytes, beside activations."""
+
+    strategy: str
+    """How they share the work, such as ``"FSDP2"``."""
+
+    weights: int
+    """Of the base and the adapter, on the device, all the time."""
+
+    gradients: int
+    """Of the adapter."""
+
+    optimizer: int
+    """Adam's moments, and what DeepSpeed keeps beside them."""
+
+    sent: int
+    """Sent in an optimizer step of one forward and backward."""
+
+    sent_in_full: int
+    """The same if all of the base trained instead of an adapter."""
+
+    gathered: int = 0
+    """Weights that are put together for the moment: two blocks, and what lies outside of blocks."""
+
+    host: int = 0
+    """In the memory of the CPU."""
+
+    sent_per_token: int = 0
+    """Sent for each token of a step, besides."""
+
+    sent_to_save: int = 0
+    """Sent when an adapter is saved: what of it no process has whole."""
+
+    @property
+    def device(self) -> int:
+        """All of it on the device."""
+        return self.weights + self.gathered + self.gradients + self.optimizer
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What :func:`hf_lora.wrap` would do. ``print(plan)`` shows it as a table."""
 
@@ -88,6 +128,12 @@ class Plan:
 
     base_parameters: int
     base_bytes: int
+
+    world: int = 1
+    """Among how many processes the work is shared."""
+
+    per_rank: tuple[PerRank, ...] = ()
+    """What each of them keeps and sends, for each way to share it; empty for one process."""
 
     @property
     def parameters(self) -> int:
@@ -147,6 +193,8 @@ def _lines(plan: Plan) -> Iterable[str]:
         f" gradients {size(plan.gradient_bytes)}, Adam {size(plan.adam_bytes)},"
         f" file {size(plan.file_bytes)}"
     )
+    if plan.per_rank:
+        yield from _shares(plan)
     reasons: dict[str, list[str]] = {}
     for path, reason in plan.left_out.items():
         reasons.setdefault(reason, []).append(path)
@@ -161,6 +209,20 @@ def _lines(plan: Plan) -> Iterable[str]:
         highest = max((target.slot.r for target in plan.targets), default=0)
         yield f"vLLM can serve it, started with --max-lora-rank {highest} or more"
     yield from (f"PROBLEM: {problem}" for problem in plan.problems)
+
+
+def _shares(plan: Plan) -> Iterable[str]:
+    """Yield a table of what each process keeps and sends."""
+    yield f"each of {plan.world} processes, beside activations:"
+    columns = "weights,gathered,gradients,Adam,on the CPU,sent a step,in full,a token,to save"
+    rows: list[tuple[str, ...]] = [("", *columns.split(","))]
+    for each in plan.per_rank:
+        kept = (each.weights, each.gathered, each.gradients, each.optimizer, each.host)
+        sent = (each.sent, each.sent_in_full, each.sent_per_token, each.sent_to_save)
+        rows.append((each.strategy, *(size(number) if number else "-" for number in kept + sent)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
 
 
 def size(count: float) -> str:

@@ -1,5 +1,6 @@
 """Making a plan: what the patterns mean on a model, what it costs and what is worth telling."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from hf_lora.layers.trial import host_class
 from hf_lora.layers.unheard import weights_read_by
 from hf_lora.model.matching import match
 from hf_lora.model.matching import output_head as output_head
+from hf_lora.model.per_rank import per_rank, weight_sizes
 from hf_lora.model.plan import Plan, Target, Trained
 from hf_lora.model.registry import find
 from hf_lora.partitions import shape_of
@@ -24,8 +26,8 @@ _VLLM_HEADS = ("classifier", "score")
 _VLLM_HIGHEST_RANK = 512
 
 
-def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """Find out what ``config`` means on ``model``."""
+def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
+    """Find out what ``config`` means on ``model``, and for each of ``world`` processes."""
     problems: list[str] = []
     matches = match(model, config, problems)
     modules = dict(model.named_modules())
@@ -36,7 +38,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
     )
     trained = tuple(_trained(path, modules[path], owners) for path in matches.trained)
     problems += _conflicts(model, matches.chosen, matches.trained)
-    return Plan(
+    plan = Plan(
         model=host_class(model).__name__,
         config=config,
         targets=targets,
@@ -49,7 +51,12 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
         vllm=tuple(_vllm(targets, trained)),
         base_parameters=sum(map(numel, owners.tensors())),
         base_bytes=sum(map(stored_bytes, owners.tensors())),
+        world=world,
     )
+    if world == 1:
+        return plan
+    shares = per_rank(model, plan, weight_sizes(owners.named()), world)
+    return dataclasses.replace(plan, per_rank=tuple(shares))
 
 
 class Owners:
@@ -67,16 +74,22 @@ class Owners:
         self._paths: dict[int, list[str]] = {}
         self._tensors: dict[int, torch.Tensor] = {}
         self._same: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         for full, (path, tensor) in everything.items():
             source = everything.get(will_be.get(full, full)) if tensor.is_meta else None
             shared = source[1] if source else tensor
             self._same[id(tensor)] = id(shared)
             self._tensors[id(shared)] = shared
+            self._names.setdefault(id(shared), full)
             self._paths.setdefault(id(shared), []).append(path)
 
     def tensors(self) -> Iterable[torch.Tensor]:
         """Return each parameter once."""
         return self._tensors.values()
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each parameter once, under its first name."""
+        return ((self._names[each], tensor) for each, tensor in self._tensors.items())
 
     def others(self, tensors: Iterable[torch.Tensor], path: str) -> tuple[str, ...]:
         """Return the paths outside of ``path`` of modules that share one of these tensors."""

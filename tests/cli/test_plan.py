@@ -100,3 +100,12 @@ def test_code_from_strangers_is_not_run_and_not_asked_about(run: Run, bare: Path
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.py").write_text("raise SystemExit('stranger')")
     assert "trust_remote_code" in run("plan", tmp_path, code=1).stderr
+
+
+def test_many_processes(run: Run, bare: Path):
+    found = json.loads(run("plan", bare, "--world", 4, "--json").stdout)
+    ways = {each["strategy"]: each for each in found["per_rank"]}
+    assert ways["DDP"]["gradients"] == found["gradient_bytes"]
+    assert ways["FSDP2"]["gradients"] == -(-found["gradient_bytes"] // 4)
+    assert "each of 4 processes" in run("plan", bare, "--world", 4).stdout
+    run("plan", bare, "--world", 0, code=1)

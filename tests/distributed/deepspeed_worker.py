@@ -2,15 +2,12 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -53,7 +50,7 @@ def start() -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Where a CPU is asked for, and not just all that there is, accelerate leaves DeepSpeed out; and
     # where gloo is not asked for, each process believes that it is alone.
-    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[index]
@@ -271,129 +268,6 @@ def count_gathers(deepspeed: Any, counted: list[int]) -> None:
     deepspeed.zero.GatheredParameters.__init__ = init
 
 
-KINDS = {"zero2": 2, "zero3": 3}
-RUN: dict[str, Any] = {
-    "max_steps": 4,
-    "save_steps": 2,
-    "gradient_accumulation_steps": 2,
-    "per_device_train_batch_size": 1,
-}
-BEST: dict[str, Any] = {
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "load_best_model_at_end": True,
-    "greater_is_better": True,  # of the loss, so that it is not the last that is the best
-}
-
-
-def run(folder: Path, kind: str, name: str, resume: Path | None = None, **fields: Any) -> Any:
-    """Train with Trainer by one process or by DeepSpeed; returns the trainer."""
-    if kind != "alone":
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")
-        stage = config(KINDS[kind], 0)["zero_optimization"]
-        fields |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-        fields["deepspeed"] = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "bf16": {"enabled": "auto"},
-            "zero_optimization": stage,
-        }
-    world = 1 if kind == "alone" else 2
-    fields["per_device_train_batch_size"] = RUN["per_device_train_batch_size"] * 2 // world
-    # first the arguments: from_pretrained then loads in parts, where ZeRO-3 is asked for
-    arguments = training.arguments(folder / name, **(RUN | fields))
-    model = LlamaForCausalLM.from_pretrained(folder / "base")
-    other = kind != "alone" and int(os.environ["RANK"]) > 0
-    with training.seeded(9 if resume or other else 1):
-        hf_lora.wrap(model, **LORA)
-    training.speed_up_collection()
-    data = {"train_dataset": training.tokens(), "eval_dataset": training.tokens(4, seed=8)}
-    from transformers import Trainer
-
-    trainer = Trainer(model=model, args=arguments, **data)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    unset_hf_deepspeed_config()
-    return trainer
-
-
-def trainers(folder: Path) -> dict[str, Any]:
-    """Train with Trainer, resume, and end with the best."""
-    start()
-    told: dict[str, Any] = {}
-    for kind in KINDS:
-        trainer = run(folder, kind, kind)
-        told[kind] = {
-            "around": type(trainer.model_wrapped).__name__,
-            "processes": trainer.args.world_size,
-            "optimizer": type(trainer.model_wrapped.optimizer).__name__,
-            "weight": list(trainer.model.lm_head.weight.shape),
-            "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-        }
-        run(folder, kind, f"{kind} resumed", folder / kind / "checkpoint-2")
-        best = run(folder, kind, f"{kind} best", **BEST)
-        told[f"{kind} best"] = {
-            "checkpoint": Path(best.state.best_model_checkpoint).name,
-            "sum": sum(float(t.double().sum()) for t in gathered(best.model).values()),
-        }
-        mixed = folder / f"{kind} mixed"
-        if dist.get_rank() == 0:
-            shutil.copytree(folder / kind / "checkpoint-2", mixed)
-            later = folder / kind / "checkpoint-4" / "adapter_model.safetensors"
-            shutil.copy(later, mixed / later.name)
-        dist.barrier()
-        told[f"{kind} mixed"] = refusal(lambda kind=kind, at=mixed: run(folder, kind, "never", at))
-    return told
-
-
-def loops(folder: Path) -> dict[str, Any]:
-    """Train in a loop of accelerate's; save and load its states, registered."""
-    start()
-    told: dict[str, Any] = {}
-    rank = dist.get_rank()
-    for kind, stage in KINDS.items():
-        first = _Loop(folder, stage, seed=1 + rank)
-        first.train()
-        first.accelerator.save_state(str(folder / f"{kind} state"))
-        saved = gathered(first.model)
-        first.train()
-        again = _Loop(folder, stage, seed=9)
-        again.accelerator.load_state(str(folder / f"{kind} state"))
-        exact = training.same(gathered(again.model), saved)
-        again.train()
-        told[kind] = {
-            "type": str(first.accelerator.distributed_type),
-            "processes": first.accelerator.num_processes,
-            "loaded": exact,
-            "goes on": training.same(gathered(again.model), gathered(first.model)),
-            "files": sorted(training.files(folder / f"{kind} state")),
-        }
-        first.accelerator.save_model(first.model, folder / f"{kind} model")
-        first.model.destroy()
-        again.model.destroy()
-    return told
-
-
-class _Loop:
-    """A loop of accelerate's under DeepSpeed."""
-
-    def __init__(self, folder: Path, stage: int, seed: int):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        plugin = DeepSpeedPlugin(hf_ds_config=config(stage, 0), zero3_init_flag=stage == 3)
-        gloo = InitProcessGroupKwargs(backend="gloo")
-        self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
-        hf_lora.register(self.accelerator)
-        model = wrap(LlamaForCausalLM.from_pretrained(folder / "base"), seed=seed)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model))
-
-    def train(self) -> None:
-        """Take two steps on this process's rows."""
-        self.model.train()
-        rows = FEW.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
-        for _ in range(2):
-            loss = self.model(input_ids=rows, labels=rows).loss
-            self.accelerator.backward(loss)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+def by_engine(folder: Path) -> dict[str, Any]:
+    """All that needs no more than DeepSpeed's engine."""
+    return {"trainings": trainings(folder), "states": states(folder)}

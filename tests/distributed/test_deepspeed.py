@@ -20,6 +20,7 @@ from tests.hf import training
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
+from tests.distributed import bytes_worker, deepspeed_runs_worker
 from tests.distributed import deepspeed_worker as worker
 from tests.distributed.launch import launch
 
@@ -29,13 +30,21 @@ BASE_NUMBERS = sum(p.numel() for p in training.llama().parameters())
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder of the trained models, and what the first process says of them."""
-    folder = tmp_path_factory.mktemp("trained")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of what engines trained and saved, and what the two processes say of it."""
+    folder = tmp_path_factory.mktemp("engines")
     training.llama().save_pretrained(folder / "base")
-    first, second = launch("deepspeed_worker:trainings", folder)
-    assert first == second
-    return folder, first
+    hf_lora.save(worker.one(folder, "zero3, few rows")[0], folder / "trained")
+    hf_lora.save(worker.wrap(training.llama(3)), folder / "foreign")
+    return folder, launch("deepspeed_worker:by_engine", folder)
+
+
+@pytest.fixture(scope="module")
+def trained(engines: tuple[Path, list[dict[str, Any]]]) -> tuple[Path, dict[str, Any]]:
+    """The folder of the trained models, and what both processes say of them."""
+    folder, (first, second) = engines
+    assert first["trainings"] == second["trainings"]
+    return folder, first["trainings"]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -89,13 +98,9 @@ def test_peft_reads_what_two_processes_saved(trained: tuple[Path, dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def states(engines: tuple[Path, list[dict[str, Any]]]) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of what was saved, and what the two processes say of loading it."""
-    folder = tmp_path_factory.mktemp("states")
-    training.llama().save_pretrained(folder / "base")
-    hf_lora.save(worker.one(folder, "zero3, few rows")[0], folder / "trained")
-    hf_lora.save(worker.wrap(training.llama(3)), folder / "foreign")
-    return folder, launch("deepspeed_worker:states", folder)
+    return engines[0], [each["states"] for each in engines[1]]
 
 
 def test_a_model_in_parts_loads_what_one_process_has(states: tuple[Path, list[dict[str, Any]]]):
@@ -150,18 +155,24 @@ def test_what_would_be_lost_or_wrong_is_refused_in_every_process(
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[float]]:
-    """The folder of all runs of Trainer, what they tell, and the losses of one process alone."""
-    folder = tmp_path_factory.mktemp("runs")
+def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of what Trainer and accelerate left, and what the two processes say of it."""
+    folder = tmp_path_factory.mktemp("others")
     training.llama().save_pretrained(folder / "base")
-    alone = worker.run(folder, "alone", "alone")
+    return folder, launch("deepspeed_runs_worker:by_others", folder)
+
+
+@pytest.fixture(scope="module")
+def runs(others: tuple[Path, list[dict[str, Any]]]) -> tuple[Path, dict[str, Any], list[float]]:
+    """The folder of all runs of Trainer, what they tell, and the losses of one process alone."""
+    folder, (first, second) = others
+    alone = deepspeed_runs_worker.run(folder, "alone", "alone")
     losses = [log["loss"] for log in alone.state.log_history if "loss" in log]
-    first, second = launch("deepspeed_worker:trainers", folder)
-    assert first == second
-    return folder, first, losses
+    assert first["trainers"] == second["trainers"]
+    return folder, first["trainers"], losses
 
 
-@pytest.mark.parametrize("kind", worker.KINDS)
+@pytest.mark.parametrize("kind", deepspeed_runs_worker.KINDS)
 def test_trainer_does_what_one_process_does(runs: Any, kind: str):
     folder, told, losses = runs
     assert told[kind]["around"] == "DeepSpeedEngine"
@@ -173,7 +184,7 @@ def test_trainer_does_what_one_process_does(runs: Any, kind: str):
     torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", worker.KINDS)
+@pytest.mark.parametrize("kind", deepspeed_runs_worker.KINDS)
 def test_trainer_resumes_to_the_bit(runs: Any, kind: str):
     here, there = (
         training.saved(runs[0] / name / "checkpoint-4") for name in (kind, f"{kind} resumed")
@@ -181,7 +192,7 @@ def test_trainer_resumes_to_the_bit(runs: Any, kind: str):
     assert training.same(here, there)
 
 
-@pytest.mark.parametrize("kind", worker.KINDS)
+@pytest.mark.parametrize("kind", deepspeed_runs_worker.KINDS)
 def test_no_checkpoint_holds_anything_of_the_base(runs: Any, kind: str):
     checkpoint = runs[0] / kind / "checkpoint-2"
     assert training.files(checkpoint) > ADAPTER
@@ -207,7 +218,7 @@ def _check_states(folder: Path) -> None:
     assert max(path.stat().st_size for path in folder.iterdir()) < BASE_NUMBERS * 4 / 2
 
 
-@pytest.mark.parametrize("kind", worker.KINDS)
+@pytest.mark.parametrize("kind", deepspeed_runs_worker.KINDS)
 def test_trainer_ends_with_the_best(runs: Any, kind: str):
     folder, told, _ = runs
     best = told[f"{kind} best"]
@@ -216,7 +227,7 @@ def test_trainer_ends_with_the_best(runs: Any, kind: str):
     assert best["sum"] == pytest.approx(sum(float(t.double().sum()) for t in there.values()))
 
 
-@pytest.mark.parametrize("kind", worker.KINDS)
+@pytest.mark.parametrize("kind", deepspeed_runs_worker.KINDS)
 def test_a_checkpoint_of_two_saves_is_refused(runs: Any, kind: str):
     """DeepSpeed's files and the adapter's must be of one moment."""
     said = runs[1][f"{kind} mixed"]
@@ -224,14 +235,12 @@ def test_a_checkpoint_of_two_saves_is_refused(runs: Any, kind: str):
 
 
 @pytest.fixture(scope="module")
-def loops(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def loops(others: tuple[Path, list[dict[str, Any]]]) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of accelerate's states, and what the two processes say of them."""
-    folder = tmp_path_factory.mktemp("loops")
-    training.llama().save_pretrained(folder / "base")
-    return folder, launch("deepspeed_worker:loops", folder)
+    return others[0], [each["loops"] for each in others[1]]
 
 
-@pytest.mark.parametrize("kind", worker.KINDS)
+@pytest.mark.parametrize("kind", deepspeed_runs_worker.KINDS)
 def test_accelerate_saves_and_goes_on_from_adapters(
     loops: tuple[Path, list[dict[str, Any]]], kind: str
 ):
@@ -244,3 +253,15 @@ def test_accelerate_saves_and_goes_on_from_adapters(
     _check_states(folder / f"{kind} state" / "pytorch_model")
     assert training.files(folder / f"{kind} model") == ADAPTER
     hf_lora.load(training.llama(), folder / f"{kind} model")
+
+
+def test_a_step_sends_little_else_than_is_planned(others: tuple[Path, list[dict[str, Any]]]):
+    told = others[1][0]["sent"]
+    plan = hf_lora.plan(bytes_worker.model_of(False), world=2, **bytes_worker.LORA)
+    ways = {each.strategy: each for each in plan.per_rank}
+    for name in ("ZeRO-2", "ZeRO-3"):
+        adapter, in_full = (sum(counts.values()) for counts in told[name])
+        assert adapter == pytest.approx(ways[name].sent, rel=0.05)
+        assert in_full == pytest.approx(ways[name].sent_in_full, rel=0.05)
+    # half of the gradients, by each of the two
+    assert told["ZeRO-3"][0]["_reduce_scatter_base_"] == plan.gradient_bytes // 2

@@ -17,8 +17,11 @@ def run(
     config: Path | None,
     revision: str | None,
     gguf_file: str | None,
+    world: int = 1,
 ) -> Result:
     """Plan for a model; ``fields`` are taken instead of what the file ``config`` says.
+
+    ``world`` is the number of processes that a training is to be shared among.
 
     Raises:
         ConfigError: The model's configuration cannot be loaded, or a field is unknown or wrong.
@@ -26,7 +29,7 @@ def run(
     said = {} if config is None else read_mapping(config)
     wanted = LoRAConfig.from_dict({**said, **fields})
     found = load_config(Base(model=model, revision=revision, gguf_file=gguf_file))
-    plan = hf_lora.plan(skeleton(found), config=wanted)
+    plan = hf_lora.plan(skeleton(found), config=wanted, world=world)
     words = [str(plan)]
     if getattr(found, "quantization_config", None) is not None:
         words.append("note: the checkpoint is quantized; the base is counted as if it were not")
