@@ -67,6 +67,8 @@ def table(name: str) -> str:
         )
         cells = (f"{number / GB:,.2f}" if number else "-" for number in numbers)
         lines.append(f"| {each.strategy} | {' | '.join(cells)} |")
+    left_out = [note for note in found.notes if "left out" in note]
+    lines += ["", *(f"{note[0].upper()}{note[1:]}." for note in left_out)] if left_out else []
     return "\n".join(lines)
 
 

@@ -121,7 +121,8 @@ class Plan:
     """What may make an update useless; ``wrap`` warns of it."""
 
     notes: tuple[str, ...]
-    """What is worth knowing: tied weights, experts that no pattern can reach."""
+    """What is worth knowing: tied weights, experts that no pattern can reach, why some way to share
+    the work is not in ``per_rank``."""
 
     vllm: tuple[str, ...]
     """Why vLLM could not serve the adapter; empty when it can."""

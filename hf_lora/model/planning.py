@@ -16,7 +16,7 @@ from hf_lora.layers.trial import host_class
 from hf_lora.layers.unheard import weights_read_by
 from hf_lora.model.matching import match
 from hf_lora.model.matching import output_head as output_head
-from hf_lora.model.per_rank import per_rank, weight_sizes
+from hf_lora.model.per_rank import per_rank
 from hf_lora.model.plan import Plan, Target, Trained
 from hf_lora.model.registry import find
 from hf_lora.partitions import shape_of
@@ -55,8 +55,8 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
     )
     if world == 1:
         return plan
-    shares = per_rank(model, plan, weight_sizes(owners.named()), world)
-    return dataclasses.replace(plan, per_rank=tuple(shares))
+    shares, left_out = per_rank(model, plan, owners.named(), world)
+    return dataclasses.replace(plan, per_rank=tuple(shares), notes=(*plan.notes, *left_out))
 
 
 class Owners:

@@ -16,9 +16,15 @@ import hf_lora
 from tests.distributed.fsdp_worker import shard
 from tests.hf import training
 
-LORA: dict[str, Any] = {"targets": "all-linear", "r": 4}
-SIZES: dict[str, Any] = {"num_key_value_heads": 4, "num_hidden_layers": 3}
-"""Four processes divide every dimension of it, so that nothing is padded."""
+LORA: dict[str, Any] = {"targets": "all-linear", "r": 6}
+SIZES: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "intermediate_size": 50,
+    "attention_bias": True,
+}
+"""Four processes divide neither the rank nor the intermediate size; o_proj is split by its rows and
+has a bias."""
 
 ROWS, TOKENS = 2, 10
 IDS = torch.randint(1, training.VOCABULARY, (ROWS, TOKENS), generator=torch.manual_seed(5))
@@ -85,6 +91,20 @@ def step(model: Any) -> Count:
     return count
 
 
+def held(model: Any) -> list[int]:
+    """The most that a process holds after a step: weights, gradients, Adam's moments."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = _bytes([p.grad for p in trained])
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    moments = [[state["exp_avg"], state["exp_avg_sq"]] for state in optimizer.state.values()]
+    if hasattr(model, "reshard"):
+        model.reshard()
+    found = torch.tensor([_bytes(list(model.parameters())), gradients, _bytes(moments)])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 def ddp(wrapped: bool) -> int:
     """Count by a communication hook: DDP's own collectives are started in C++."""
     model = DistributedDataParallel(model_of(wrapped))
@@ -104,8 +124,8 @@ def ddp(wrapped: bool) -> int:
     return sent[0]
 
 
-def split(folder: Path) -> tuple[int, int, int]:
-    """Count tensor parallelism, with few tokens and with many, and saving it."""
+def split(folder: Path) -> tuple[int, int, int, list[int]]:
+    """Count tensor parallelism, with few tokens and with many, saving it, and what is held."""
     config = DistributedConfig(tp_size=dist.get_world_size())
     model = LlamaForCausalLM.from_pretrained(folder / "base", distributed_config=config)
     hf_lora.wrap(model, **LORA)
@@ -115,7 +135,7 @@ def split(folder: Path) -> tuple[int, int, int]:
         model(input_ids=rows, labels=rows).loss.backward()
     with (saved := Count()):
         hf_lora.save(model, folder / "split")
-    return few, count.total, saved.sent["all_gather_into_tensor"]
+    return few, count.total, saved.sent["all_gather_into_tensor"], held(model)
 
 
 def zero() -> dict[str, Any]:
@@ -151,5 +171,6 @@ def measure(folder: Path) -> dict[str, Any]:
     with (count := Count()):
         hf_lora.save(model, folder / "saved")
     told["FSDP2 saved"] = dict(count.sent)
+    told["FSDP2 held"] = held(model)
     told["tensor parallel"] = split(folder)
     return told

@@ -1,4 +1,4 @@
-"""What a plan says that each process sends, against what 2 and 4 processes hand to the network."""
+"""What a plan says that each process sends and keeps, against what 2 and 4 processes do."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_saving_sends_the_adapter_and_a_sample_of_the_base(measured: Any):
 
 def test_tensor_parallelism_sends_for_every_token(measured: Any):
     plan, told, world = measured
-    few, many, saved = told["tensor parallel"]
+    few, many, saved, _ = told["tensor parallel"]
     tokens = worker.ROWS * worker.TOKENS
     each = (many - few) // tokens
     each_step = few - tokens * each
@@ -56,3 +56,11 @@ def test_tensor_parallelism_sends_for_every_token(measured: Any):
     # q, k and v of the first block read frozen embeddings, which need no gradient
     first = 3 * 2 * 32 * 4 * (world - 1) // world
     assert each == plan["tensor parallel"].sent_per_token - first
+
+
+@pytest.mark.parametrize("strategy", ["FSDP2", "tensor parallel"])
+def test_a_process_keeps_what_is_planned(measured: Any, strategy: str):
+    plan, told, _ = measured
+    found = told["FSDP2 held"] if strategy == "FSDP2" else told["tensor parallel"][-1]
+    each = plan[strategy]
+    assert found == [each.weights, each.gradients, each.optimizer]
