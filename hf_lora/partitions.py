@@ -8,7 +8,7 @@ only if every process takes part.
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ def is_partitioned(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-def has_engine(tensor: Any) -> bool:
-    """Say whether an optimizer of DeepSpeed's steps a tensor, on copies of its own."""
-    return hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping")
+def have_engine(tensors: Iterable[Any]) -> bool:
+    """Say whether an optimizer of DeepSpeed's steps any of the tensors, on copies of its own."""
+    return "deepspeed" in sys.modules and any(
+        hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping") for tensor in tensors
+    )
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from hf_lora.layers.trial import gradient_fault, is_plain, kind
 from hf_lora.model.adapters import check_new_name, freeze
 from hf_lora.model.patch import attach, check_no_engine, detach, unpatch
 from hf_lora.model.registry import Registry, create, find
-from hf_lora.partitions import has_engine
+from hf_lora.partitions import have_engine
 from hf_lora.sharding import all_whole, like, reshard
 from hf_lora.targets import shortest_names
 
@@ -85,7 +85,7 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
         StateError: The model is merged, or DeepSpeed's optimizer has copies of the adapters.
     """
     registry.check_unmerged("restore an adapter")
-    if any(has_engine(tensor) for name in folders for *_, tensor in registry.tensors(name)):
+    if have_engine(tensor for name in folders for *_, tensor in registry.tensors(name)):
         raise StateError(
             "DeepSpeed's optimizer steps copies of these adapters, so values that were put into "
             "the model would be gone at its next step. Load before deepspeed.initialize or "

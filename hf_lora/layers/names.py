@@ -4,6 +4,7 @@ Nothing else in the package spells these names, and nothing parses them: whether
 LoRA's is asked of the registry.
 """
 
+import functools
 import re
 
 from hf_lora.errors import ConfigError
@@ -32,6 +33,7 @@ def check_adapter_name(name: object) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=4096)
 def parameter_name(kind: str, adapter: str) -> str:
     """Return the name of an added parameter: ``lora_A``, or ``lora_A_fr`` for adapter ``fr``."""
     return kind if adapter == DEFAULT else f"{kind}_{adapter}"

@@ -36,7 +36,7 @@ from hf_lora.model.registry import (
     wrapped,
 )
 from hf_lora.model.replicas import spread
-from hf_lora.partitions import has_engine
+from hf_lora.partitions import have_engine
 from hf_lora.sharding import is_spread
 from hf_lora.targets import inside
 
@@ -155,7 +155,7 @@ def tell(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
 
 def check_no_engine(model: nn.Module) -> None:
     """Raise StateError if an optimizer of DeepSpeed's has been made: new adapters are not in it."""
-    if any(has_engine(parameter) for parameter in model.parameters()):
+    if have_engine(model.parameters()):
         raise StateError(
             "DeepSpeed has been set up with this model, and would never train an adapter that is "
             "added now. Add it before deepspeed.initialize, accelerator.prepare or train()."

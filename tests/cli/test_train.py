@@ -155,12 +155,12 @@ def test_what_trainer_evaluated_last_is_not_evaluated_again(
     # the best model is another than the last, and is the one whose loss is told
     best = {**fields, "save_strategy": "steps", "load_best_model_at_end": True}
     best |= {"learning_rate": 1.0, "eval_steps": 1, "save_steps": 1}
-    kept = run("train", recipe(output="best", trainer=best), "--json")
+    kept = run("train", recipe(output="best", trainer=best, lora=lora), "--json")
     lines = [line for line in kept.stderr.splitlines() if "eval_loss" in line]
     losses = [float(line.split("eval_loss ")[1].split(",")[0]) for line in lines]
     told = json.loads(kept.stdout)["best"]["eval_loss"]
     assert told == pytest.approx(min(losses), rel=1e-3)
-    assert told < losses[7]
+    assert told < losses[7], losses
 
 
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(

@@ -22,7 +22,7 @@ from tests import tiny
 from tests.files import edit
 from tests.tiny import Net
 
-SECONDS = 2.0
+SECONDS = 6.0
 MEGABYTES = 500
 LAYERS = 40
 
