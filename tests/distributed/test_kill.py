@@ -10,7 +10,6 @@ from tests.distributed.launch import launch
 from tests.hf import training
 
 
-@pytest.mark.timeout(200)  # two launches
 def test_a_run_goes_on_from_the_checkpoint_before(tmp_path: Path):
     assert launch("kill_worker:trainer_dies", tmp_path, fails=True) == [None, None]
     killed = tmp_path / "killed"

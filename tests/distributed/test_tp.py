@@ -33,7 +33,7 @@ def prepared(folder: Path) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """The folder of what two processes left, and what they say of it."""
     folder = prepared(tmp_path_factory.mktemp("two"))
-    return folder, launch("tp_worker:everything", folder, limit=100)
+    return folder, launch("tp_worker:everything", folder)
 
 
 @pytest.fixture(scope="module")
