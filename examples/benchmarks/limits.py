@@ -24,7 +24,7 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmarks.arms import Work, arm, step
-from examples.benchmarks.train_step import shortest, show
+from examples.benchmarks.train_step import Timed, show, timed
 
 GROUPS = ((1, (1, 1 / 3, 1 / 3)), (1, (1,)), (1, ("ffn", "ffn")), ("ffn", (1,)))
 """Input width and output widths of the groups of a layer, as parts of `hidden`, or `ffn`."""
@@ -116,16 +116,18 @@ def main(
     torch.set_num_threads(1)
     work = Work(hidden, ffn, layers, tokens, getattr(torch, dtype), "all-linear", r, dropout)
     steps = {name: step(arm(name, work), work) for name in ("frozen", "hf_lora")}
-    best = shortest(steps | {"products": products(work)}, rounds)
-    best["limit"] = best["frozen"] + best["products"]
-    show(work, best)
-    apart = {name: where(run, best[name]) for name, run in steps.items()}
+    found = timed(steps | {"products": products(work)}, rounds)
+    frozen, needed = found["frozen"], found["products"]
+    found["limit"] = Timed(frozen.seconds + needed.seconds, 1 + needed.ratio)
+    show(work, found)
+    apart = {name: where(run, found[name].seconds) for name, run in steps.items()}
     for kind in (*KINDS, REST, PYTHON):
-        frozen, ours = (apart[name][kind] for name in ("frozen", "hf_lora"))
-        share = (ours - frozen) / best["frozen"]
-        print(f"  {kind:24s} {frozen * 1e3:8.2f} {ours * 1e3:8.2f} ms  {share:+.3f}")
+        base, ours = (apart[name][kind] for name in ("frozen", "hf_lora"))
+        share = (ours - base) / frozen.seconds
+        print(f"  {kind:24s} {base * 1e3:8.2f} {ours * 1e3:8.2f} ms  {share:+.3f}")
     if out is not None:
-        record = {"work": str(work), "seconds": best, "kinds": apart}
+        arms = {name: one._asdict() for name, one in found.items()}
+        record = {"work": str(work), "arms": arms, "kinds": apart}
         with out.open("a") as file:
             file.write(json.dumps(record) + "\n")
 

@@ -54,8 +54,8 @@ LIMITS = {
 COLORS = {"peft": "tab:orange", "hf_lora": "tab:blue", "hf_lora_fused": "tab:green"}
 """Of the curves; see `loss_curves` for what hf_lora_fused is."""
 
-Times = dict[str, dict[str, float]]
-"""Name of a row, and of an arm or a kind of operation, to seconds."""
+Times = dict[str, dict[str, dict[str, float]]]
+"""Name of a row, and of an arm, to seconds and the ratio; see `train_step.Timed`."""
 
 
 def ran(module: str, arguments: list[str]) -> Any:
@@ -77,12 +77,17 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}{amx}"
 
 
+def least(row: dict[str, dict[str, float]], arm: str) -> float:
+    """Return the ratio of the shortest times."""
+    return row[arm]["seconds"] / row["frozen"]["seconds"]
+
+
 def table(times: Times) -> list[str]:
     """Return the rows of the table of ratios."""
     lines = [f"| work, 512 tokens | {' | '.join(ARMS)} | to reach |", "|---" * 7 + "|"]
     for name, (_, goal) in ROWS.items():
         row = times[name]
-        ratios = " | ".join(f"{row[arm] / row['frozen']:.2f}" for arm in ARMS)
+        ratios = " | ".join(f"{least(row, arm):.2f} ({row[arm]['ratio']:.2f})" for arm in ARMS)
         lines.append(f"| {name} | {ratios} | {f'{goal:.2f}' if goal else ''} |")
     return lines
 
@@ -110,12 +115,11 @@ def limit_table(limits: dict[str, dict[str, Any]]) -> list[str]:
 
     found = list(limits.values())
     for name in ("limit", "hf_lora"):
-        ratios = [one["seconds"][name] / one["seconds"]["frozen"] for one in found]
-        add(f"**{name}**", ratios, ".3f")
+        add(f"**{name}**", [least(one["arms"], name) for one in found], ".3f")
     for kind in found[0]["kinds"]["hf_lora"]:
         parts = [
             (one["kinds"]["hf_lora"].get(kind, 0) - one["kinds"]["frozen"].get(kind, 0))
-            / one["seconds"]["frozen"]
+            / one["arms"]["frozen"]["seconds"]
             for one in found
         ]
         add(kind, parts, "+.3f")
@@ -136,7 +140,7 @@ def draw(times: Times, runs: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     axes = figure.subplots(1, 2 if runs else 1, squeeze=False)[0]
     for i, arm in enumerate(ARMS[1:]):
-        heights = [row[arm] / row["frozen"] for row in times.values()]
+        heights = [row[arm]["ratio"] for row in times.values()]
         axes[0].barh([k - 0.3 + 0.2 * i for k in range(len(heights))], heights, 0.2, label=arm)
     axes[0].set_yticks(range(len(times)), list(times), fontsize=8)
     axes[0].axvline(1, color="black", linewidth=0.8)
@@ -163,7 +167,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     times: Times = {}
     for name, (arguments, _) in ROWS.items():
-        times[name] = ran("train_step", arguments)["seconds"]
+        times[name] = ran("train_step", arguments)["arms"]
         print(name, times[name], flush=True)
     saved = {name: ran("saved_bytes", arguments) for name, arguments in SAVED.items()}
     limits = {name: ran("limits", arguments) for name, arguments in LIMITS.items()}
@@ -179,7 +183,8 @@ def write(out: Path, times: Times, saved: Any, limits: Any, runs: list[dict[str,
         "",
         f"{processor()}, one thread; {versions}. A step is one forward and backward pass of a",
         "Llama; the frozen model, with gradients flowing through it to its input, counts as 1. The",
-        "arms take turns in one process and the shortest of all rounds counts. Made by",
+        "arms take turns in one process. The first number compares the shortest of all rounds, the",
+        "one in brackets is the median of each round's own ratio. Made by",
         "`python -m examples.benchmarks.report`.",
         "",
         *table(times),
@@ -204,7 +209,7 @@ def write(out: Path, times: Times, saved: Any, limits: Any, runs: list[dict[str,
         steps = len(runs[0]["losses"])
         lines += [f"SmolLM2-135M, {steps} steps on the quickstart's words:", "", *curve_table(runs)]
     (out / "README.md").write_text("\n".join(lines) + "\n")
-    record = {"seconds": times, "saved": saved, "limits": limits}
+    record = {"times": times, "saved": saved, "limits": limits}
     (out / "measured.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(times, runs, out / "report.png")
 

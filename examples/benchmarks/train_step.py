@@ -4,15 +4,19 @@
     python -m examples.benchmarks.train_step                         # the row of the README
     python -m examples.benchmarks.train_step --dropout 0.05 --dtype float32 --rounds 40
 
-One thread; the arms take turns in one process, and the shortest of all rounds counts: a machine
-that others use, too, makes a step longer and never shorter.
+One thread; the arms take turns in one process. Others who use the machine make a step longer and
+never shorter, so the shortest of all rounds is the one that tells; but where the machine's own
+speed changes from one second to the next, the steps of a round are what can be compared, and the
+median of their ratios is told, too.
 """
 
 import json
+import operator
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -20,29 +24,45 @@ import typer
 from examples.benchmarks.arms import ARMS, Work, arm, step
 
 
-def measure(work: Work, arms: tuple[str, ...], rounds: int) -> dict[str, float]:
-    """Return the shortest time of each arm's step, in seconds."""
-    return shortest({name: step(arm(name, work), work) for name in arms}, rounds)
+class Timed(NamedTuple):
+    """How long a step takes."""
+
+    seconds: float
+    """The shortest of all rounds."""
+
+    ratio: float
+    """To the frozen model's step of the same round: the median of all rounds."""
 
 
-def shortest(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return the shortest time of each step, in seconds; they take turns."""
-    best = dict.fromkeys(steps, float("inf"))
+def measure(work: Work, arms: tuple[str, ...], rounds: int) -> dict[str, Timed]:
+    """Return how long each arm's step takes."""
+    return timed({name: step(arm(name, work), work) for name in arms}, rounds)
+
+
+def timed(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, Timed]:
+    """Return how long each step takes; they take turns, "frozen" among them."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
     for run in steps.values():
         run()
     for _ in range(rounds):
         for name, run in steps.items():
             start = time.perf_counter()
             run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            taken[name].append(time.perf_counter() - start)
+    floor = taken["frozen"]
+    return {
+        name: Timed(min(own), statistics.median(map(operator.truediv, own, floor)))
+        for name, own in taken.items()
+    }
 
 
-def show(work: Work, best: dict[str, float]) -> None:
-    """Print each time, and its ratio to the frozen model's."""
+def show(work: Work, found: dict[str, Timed]) -> None:
+    """Print each shortest time, its ratio to the frozen model's, and the median of the ratios."""
     print(work)
-    for name, seconds in best.items():
-        print(f"  {name:8s} {seconds * 1e3:9.2f} ms  {seconds / best['frozen']:.3f}", flush=True)
+    frozen = found["frozen"].seconds
+    for name, (seconds, ratio) in found.items():
+        least = f"{seconds * 1e3:9.2f} ms  {seconds / frozen:.3f}"
+        print(f"  {name:8s} {least}  median {ratio:.3f}", flush=True)
 
 
 def main(
@@ -62,11 +82,12 @@ def main(
     """Measure one training step of a Llama."""
     torch.set_num_threads(1)
     work = Work(hidden, ffn, layers, tokens, getattr(torch, dtype), targets, r, dropout, head)
-    best = measure(work, tuple(arms.split(",")), rounds)
-    show(work, best)
+    found = measure(work, tuple(arms.split(",")), rounds)
+    show(work, found)
     if out is not None:
+        record = {name: one._asdict() for name, one in found.items()}
         with out.open("a") as file:
-            file.write(json.dumps({"work": str(work), "seconds": best}) + "\n")
+            file.write(json.dumps({"work": str(work), "arms": record}) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,16 +77,18 @@ TINY_ROW = ["--hidden", "192", "--ffn", "256", "--layers", "1", "--tokens", "8"]
 
 
 def test_a_row_of_the_report_is_measured_in_a_process_of_its_own():
-    times = report.ran("train_step", [*TINY_ROW, "--rounds", "1"])["seconds"]
+    times = report.ran("train_step", [*TINY_ROW, "--rounds", "1"])["arms"]
     assert tuple(times) == ARMS
-    assert all(seconds > 0 for seconds in times.values())
+    for one in times.values():
+        assert one["ratio"] == pytest.approx(one["seconds"] / times["frozen"]["seconds"])
     saved = report.ran("saved_bytes", TINY_ROW)
     assert saved["peft"]["per_token"] > saved["frozen"]["per_token"] > 0
 
 
 def test_a_step_is_taken_apart_into_what_makes_it_up():
     found = report.ran("limits", [*TINY_ROW, "--rounds", "2"])
-    seconds, kinds = found["seconds"], found["kinds"]
+    seconds = {name: one["seconds"] for name, one in found["arms"].items()}
+    kinds = found["kinds"]
     assert seconds["limit"] == pytest.approx(seconds["frozen"] + seconds["products"])
     for name in ("frozen", "hf_lora"):
         assert sum(kinds[name].values()) == pytest.approx(seconds[name])
@@ -94,10 +96,11 @@ def test_a_step_is_taken_apart_into_what_makes_it_up():
 
 
 def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
-    row = {name: 1.0 + i for i, name in enumerate(ARMS)}
-    saved = {name: {"per_token": 1000 * each, "once": 0.0} for name, each in row.items()}
+    row = {name: {"seconds": 1.0 + i, "ratio": 1.5 + i} for i, name in enumerate(ARMS)}
+    saved = {name: {"per_token": 1000.0 * (1 + i), "once": 0.0} for i, name in enumerate(ARMS)}
+    seconds = {"frozen": 2.0, "hf_lora": 2.5, "products": 0.25, "limit": 2.25}
     limit = {
-        "seconds": {"frozen": 2.0, "hf_lora": 2.5, "products": 0.25, "limit": 2.25},
+        "arms": {name: {"seconds": each, "ratio": each / 2} for name, each in seconds.items()},
         "kinds": {"frozen": {"products": 1.5}, "hf_lora": {"products": 1.7, "masks": 0.1}},
     }
     runs = [
@@ -106,7 +109,7 @@ def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
     ]
     report.write(tmp_path, dict.fromkeys(report.ROWS, row), {"bf16": saved}, {"one": limit}, runs)
     text = (tmp_path / "README.md").read_text()
-    assert "| 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 1.15 |" in text
+    assert "| 1.00 (1.50) | 2.00 (2.50) | 3.00 (3.50) | 4.00 (4.50) | 5.00 (5.50) | 1.15 |" in text
     assert "| bf16 | 1,000 | +1,000 | +2,000 | +3,000 | +4,000 |" in text
     assert "| peft | 0 | 1.000 | 0.500 |" in text
     assert (tmp_path / "report.png").stat().st_size > 1000
