@@ -19,6 +19,11 @@ def is_partitioned(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_engine(value: Any) -> bool:
+    """Say whether an object is what DeepSpeed puts around a model."""
+    return any(cls.__name__ == "DeepSpeedEngine" for cls in type(value).__mro__)
+
+
 def have_engine(tensors: Iterable[Any]) -> bool:
     """Say whether an optimizer of DeepSpeed's steps any of the tensors, on copies of its own."""
     return "deepspeed" in sys.modules and any(

@@ -90,11 +90,7 @@ class _Call(NamedTuple):
         bases, factors = tensors[:count], tensors[count:]
         ready = factors_of(spec, factors[: len(spec.updates)], factors[len(spec.updates) :])
         weights = [
-            None
-            if layer.y is not None
-            else base
-            if base.dtype == spec.dtype
-            else base.to(spec.dtype)
+            base.to(spec.dtype) if layer.y is None else None
             for layer, base in zip(self.layers, bases, strict=True)
         ]
         biases = [layer.bias_O for layer in self.layers]

@@ -102,7 +102,7 @@ def factors_of(spec: Spec, a: Tensors, b: Tensors) -> Factors:
     return Factors(
         _stacked(spec, a),
         [_scaled(spec, a, i) for i in spec.apart],
-        [b_OR if b_OR.dtype == spec.dtype else b_OR.to(spec.dtype) for b_OR in b],
+        [b_OR.to(spec.dtype) for b_OR in b],
     )
 
 
@@ -218,7 +218,7 @@ def backward_pass(
     together, a_QI = _live(spec, dys, factors.a_QI)
     x_NI = input_rows() if any(a_wanted) or any(b_wanted) else None
     h = dict(zip(spec.apart, seen.h, strict=True))
-    if x_NI is not None and a_QI is not None:
+    if x_NI is not None and a_QI is not None and any(b_wanted[i] for i in together):
         h.update(zip(together, _parts(spec, torch.mm(x_NI, a_QI.t()), together, 1), strict=True))
     dx_NI: torch.Tensor | None = None
     dh: dict[int, torch.Tensor] = {}

@@ -14,7 +14,7 @@ from hf_lora.hf.optimizer_state import whole_states
 from hf_lora.hf.resuming import restore_checkpoint
 from hf_lora.hf.saving import save_state
 from hf_lora.hf.together import write_together
-from hf_lora.hf.trainer_deepspeed import check_loaded, is_engine, leave_base_out
+from hf_lora.hf.trainer_deepspeed import check_loaded, is_our_engine, leave_base_out
 from hf_lora.model.registry import find
 from hf_lora.sharding import is_spread
 
@@ -76,7 +76,7 @@ def _save_models(accelerator: Any, models: list[nn.Module], weights: list, folde
 def _load_models(accelerator: Any, models: list[nn.Module], folder: str) -> None:
     """Load the adapters of wrapped models, and take these out of what accelerate loads."""
     for index, engine in enumerate(accelerator._models):
-        if is_engine(engine):  # DeepSpeed has loaded it by itself
+        if is_our_engine(engine):  # DeepSpeed has loaded it by itself
             check_loaded(engine, _place(folder, index))
     for index in reversed(range(len(models))):
         if find(models[index]) is not None:
@@ -127,7 +127,7 @@ def _state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs:
     Under DeepSpeed its files stay, without the base.
     """
     for model in accelerator._models:
-        if is_engine(model):
+        if is_our_engine(model):
             leave_base_out(model)
     with contextlib.ExitStack() as stack:
         if accelerator.is_fsdp2 and all(find(model) is not None for model in accelerator._models):

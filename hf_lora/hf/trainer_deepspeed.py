@@ -18,12 +18,12 @@ from hf_lora.hf.loading import check_values
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.resuming import adapters_of_checkpoint
 from hf_lora.model.registry import find, wrapped
+from hf_lora.partitions import is_engine
 
 
-def is_engine(model: Any) -> bool:
+def is_our_engine(model: Any) -> bool:
     """Say whether an object is DeepSpeed's around a model of ours."""
-    named = any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
-    return named and isinstance(model, nn.Module) and find(model) is not None
+    return is_engine(model) and isinstance(model, nn.Module) and find(model) is not None
 
 
 def leave_base_out(engine: Any) -> None:
@@ -46,7 +46,7 @@ def engines_without_base(accelerator: Any) -> Iterator[None]:
     def prepare(*args: Any, **kwargs: Any) -> Any:
         prepared = original(*args, **kwargs)
         for item in prepared if isinstance(prepared, (tuple, list)) else (prepared,):
-            if is_engine(item) and is_pretrained(wrapped(item)[0]):
+            if is_our_engine(item) and is_pretrained(wrapped(item)[0]):
                 leave_base_out(item)
         return prepared
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.partitions import is_partitioned
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -52,7 +54,7 @@ def same_input_groups(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def _is_placed(module: nn.Module) -> bool:
     return "_hf_hook" in vars(module) or any(
-        type(tensor) is not nn.Parameter or hasattr(tensor, "ds_id")  # ZeRO-3's are empty
+        type(tensor) is not nn.Parameter or is_partitioned(tensor)
         for tensor in module._parameters.values()
         if tensor is not None
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hf_lora.model.pieces import Piece, Pieces, pieces
+from hf_lora.model.pieces import Piece, Pieces, pieces, ring
 from hf_lora.model.plan import PerRank, Plan
 from hf_lora.model.tensor_parallel import fault, tensor_parallel
 
@@ -37,8 +37,8 @@ class _Sizes:
         return math.ceil(size / self.world)
 
     def gather(self, size: float) -> int:
-        """Return what a process sends if each has a share, and all get everything."""
-        return math.ceil(size * (self.world - 1) / self.world)
+        """Return what a process sends for an all-gather or a reduce-scatter."""
+        return ring(size, self.world)
 
     def rows(self, tensors: Iterable[Piece]) -> int:
         """Return a process's share of what is cut along dimension 0, as FSDP2 does.

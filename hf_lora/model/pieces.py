@@ -55,6 +55,11 @@ class Pieces:
     """Bytes of such copies' buffers, which are whole in every process."""
 
 
+def ring(size: float, world: int) -> int:
+    """Return what a process sends if each has a share of ``size`` bytes, and all get everything."""
+    return math.ceil(size * (world - 1) / world)
+
+
 def pieces(model: nn.Module, plan: Plan, base: Iterable[tuple[str, torch.Tensor]]) -> Pieces:
     """Return the tensors of ``model`` and of what ``plan`` adds to it.
 

@@ -15,7 +15,7 @@ from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
-from hf_lora.partitions import is_partitioned, shape_of
+from hf_lora.partitions import is_engine, is_partitioned, shape_of
 from hf_lora.sharding import is_sharded
 
 _ATTRIBUTE = "_hf_lora"
@@ -264,8 +264,8 @@ def check_fresh(model: nn.Module) -> None:
             f"This {type(model).__name__} is wrapped already; use hf_lora.add_adapter(model, name) "
             "for another adapter, or hf_lora.unwrap(model) to begin anew."
         )
-    engine = any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
-    if engine or isinstance(model, _OUTSIDE) or _OUTSIDE_CHILDREN & model._modules.keys():
+    outside = isinstance(model, _OUTSIDE) or _OUTSIDE_CHILDREN & model._modules.keys()
+    if outside or is_engine(model):
         raise StateError(
             f"This is a {type(model).__name__} around a model; wrap the model first, so that "
             "its adapters are synchronized and compiled with it."

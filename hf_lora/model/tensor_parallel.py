@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.trial import host_class
-from hf_lora.model.pieces import Piece, Pieces
+from hf_lora.model.pieces import Piece, Pieces, ring
 from hf_lora.model.plan import PerRank, Plan
 
 _COLUMNS, _ROWS = "colwise", "rowwise"
@@ -59,15 +59,11 @@ def tensor_parallel(model: nn.Module, tensors: Pieces, world: int) -> PerRank:
         weights=kept + adapter,
         gradients=adapter,
         optimizer=2 * adapter,
-        sent=2 * _gather(whole, world),
+        sent=2 * ring(whole, world),
         sent_in_full=0,
         sent_per_token=sum(_crossing(model, styles, world)),
         sent_to_save=parts * (world - 1),
     )
-
-
-def _gather(size: int, world: int) -> int:
-    return math.ceil(size * (world - 1) / world)
 
 
 def _heads(model: nn.Module) -> int:
@@ -119,9 +115,9 @@ def _crossing(model: nn.Module, styles: Mapping[str, str], world: int) -> Iterab
         out_features, in_features = weight.shape
         item = weight.element_size()
         if style == _ROWS:  # its output is a sum over the processes
-            yield 2 * _gather(out_features * item, world)
+            yield 2 * ring(out_features * item, world)
             continue
         # an embedding's output is such a sum too, and the gradient of the others' inputs
-        yield 2 * _gather(in_features * item, world)
+        yield 2 * ring(in_features * item, world)
         if style == _GATHERED:
             yield math.ceil(out_features / world) * (world - 1) * item
