@@ -24,7 +24,8 @@ from hf_lora.functional.passes import (
     forward_pass,
     spec_of,
 )
-from hf_lora.functional.rebuild import Recipe, rebuild
+from hf_lora.functional.rebuild import Recipe, rebuilt_rows
+from hf_lora.functional.rows import Rows
 
 
 class Update(NamedTuple):
@@ -129,9 +130,10 @@ class _Fused(torch.autograd.Function):
             ctx.saved_tensors, layers, 1, apart, updates, apart, apart
         )
 
-        def input_rows() -> torch.Tensor:
-            x = kept[0] if ctx.expression is None else rebuild(ctx.expression, kept)
-            return spec.rows(x.reshape(ctx.shape))
+        def input_rows() -> Rows:
+            if ctx.expression is None:
+                return Rows(spec.rows(kept[0]))
+            return rebuilt_rows(ctx.expression, kept, ctx.shape[-1], spec.dtype)
 
         wanted = needs[1], needs[2 + layers : 2 + layers + updates], needs[2 + layers + updates :]
         with _no_autocast(some):

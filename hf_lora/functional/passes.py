@@ -15,12 +15,13 @@ Legend: N rows of input, I input features, O output features, R rank, Q ranks of
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from hf_lora.functional.dropout import keep_mask, masked, masked_, widened
+from hf_lora.functional.dropout import keep_mask, masked, unpacked
+from hf_lora.functional.rows import Rows
 
 Tensors = Sequence[torch.Tensor]
 Perhaps = Sequence[torch.Tensor | None]
@@ -132,7 +133,7 @@ class Seen(NamedTuple):
     """What the updates with dropout saw, for the backward pass."""
 
     masks: Tensors
-    """int8, (N, I): which elements of x were kept."""
+    """Which elements of x were kept; see :func:`hf_lora.functional.dropout.keep_mask`."""
 
     h: Tensors
     """s · x Aᵀ, (N, R), of what was kept of x."""
@@ -157,9 +158,11 @@ def forward_pass(
         h_NQ = torch.mm(x_NI, factors.a_QI.t())
         h.update(zip(spec.together, _parts(spec, h_NQ, spec.together, 1), strict=True))
     masks = []
+    rows, features = x_NI.shape
+    left_NI = torch.empty_like(x_NI) if spec.apart else x_NI
     for i, a_RI in zip(spec.apart, factors.a, strict=True):
-        mask = keep_mask(x_NI.shape, spec.updates[i].dropout, x.device)
-        h[i] = torch.mm(masked(x_NI, widened(mask, x_NI.dtype)), a_RI.t())
+        mask = keep_mask(rows, features, spec.updates[i].dropout, x.device)
+        h[i] = torch.mm(masked(x_NI, unpacked(mask, features), out=left_NI), a_RI.t())
         masks.append(mask)
     outputs = []
     leading = x.shape[:-1]
@@ -195,12 +198,10 @@ def backward_pass(
     weights: Perhaps,
     factors: Factors,
     seen: Seen,
-    input_rows: Callable[[], torch.Tensor],
+    input_rows: Callable[[], Rows],
     wanted: tuple[bool, Sequence[bool], Sequence[bool]],
 ) -> Gradients:
     """Return the gradients of x, of the A's and of the B's.
-
-    All that reads one layer's dy comes one after another, while dy is in the cache.
 
     Args:
         spec: What the forward pass did.
@@ -208,54 +209,96 @@ def backward_pass(
         weights: Each layer's weight, or None where its own output was given.
         factors: The factors that the forward pass had.
         seen: What it returned.
-        input_rows: Returns x as rows; called once, if at all.
+        input_rows: Returns x; called once, if at all.
         wanted: Whether the gradients of x, of each A, and of each B are wanted.
     """
     x_wanted, a_wanted, b_wanted = wanted
-    count = len(spec.updates)
-    da: list[torch.Tensor | None] = [None] * count
-    db: list[torch.Tensor | None] = [None] * count
     together, a_QI = _live(spec, dys, factors.a_QI)
-    x_NI = input_rows() if any(a_wanted) or any(b_wanted) else None
+    x = input_rows() if any(a_wanted) or any(b_wanted) else None
     h = dict(zip(spec.apart, seen.h, strict=True))
-    if x_NI is not None and a_QI is not None and any(b_wanted[i] for i in together):
-        h.update(zip(together, _parts(spec, torch.mm(x_NI, a_QI.t()), together, 1), strict=True))
-    dx_NI: torch.Tensor | None = None
-    dh: dict[int, torch.Tensor] = {}
-    for dy, weight_OI, numbers in zip(dys, weights, spec.numbers, strict=True):
-        if dy is None:
-            continue
-        dy_NO = spec.rows(dy)
-        for i in numbers:
-            dh[i] = torch.mm(dy_NO, factors.b[i])
-            if b_wanted[i]:
-                # the narrow factor first: its product is faster, and the result is small
-                db_OR = torch.mm(h[i].t(), dy_NO).t()
-                db[i] = db_OR.to(spec.updates[i].dtype, memory_format=torch.contiguous_format)
-        if x_wanted and weight_OI is not None:
-            dx_NI = torch.mm(dy_NO, weight_OI) if dx_NI is None else dx_NI.addmm_(dy_NO, weight_OI)
+    if x is not None and a_QI is not None and any(b_wanted[i] for i in together):
+        h.update(zip(together, _parts(spec, x.times(a_QI), together, 1), strict=True))
+    dh, db = _through_b(spec, dys, factors.b, h, b_wanted)
+    da: dict[int, torch.Tensor] = {}
+    dx = _Sum()
+    _through_masks(spec, dh, factors.a, seen.masks, x, (dx if x_wanted else None, a_wanted, da))
+    if x_wanted:
+        for dy, weight_OI in zip(dys, weights, strict=True):
+            if dy is not None and weight_OI is not None:
+                dx.add_product(spec.rows(dy), weight_OI)
     if a_QI is not None:
         parts = [dh[i] for i in together]
         dh_NQ = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if x_wanted:
-            dx_NI = torch.mm(dh_NQ, a_QI) if dx_NI is None else dx_NI.addmm_(dh_NQ, a_QI)
-        if x_NI is not None and any(a_wanted):
-            _unstack(spec, torch.mm(dh_NQ.t(), x_NI), together, da)
-    for i, mask, a_RI in zip(spec.apart, seen.masks, factors.a, strict=True):
+            dx.add_product(dh_NQ, a_QI)
+        if x is not None and any(a_wanted):
+            _unstack(spec, x.under(dh_NQ), together, da)
+    numbers = range(len(spec.updates))
+    return Gradients(
+        dx.total,
+        [da.get(i) if a_wanted[i] else None for i in numbers],
+        [db.get(i) for i in numbers],
+    )
+
+
+class _Sum:
+    """A sum that is computed in the memory of its first term."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+
+    def add(self, term: torch.Tensor) -> None:
+        """Add a tensor, which may become the sum itself."""
+        self.total = term if self.total is None else self.total.add_(term)
+
+    def add_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add the product of two matrices."""
+        if self.total is None:
+            self.total = torch.mm(left, right)
+        else:
+            self.total.addmm_(left, right)
+
+
+def _through_b(
+    spec: Spec, dys: Perhaps, b: Tensors, h: Mapping[int, torch.Tensor], wanted: Sequence[bool]
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """Return dh and dB of each update that a gradient comes to."""
+    dh: dict[int, torch.Tensor] = {}
+    db: dict[int, torch.Tensor] = {}
+    for dy, numbers in zip(dys, spec.numbers, strict=True):
+        if dy is None:
+            continue
+        dy_NO = spec.rows(dy)
+        for i in numbers:
+            dh[i] = torch.mm(dy_NO, b[i])
+            if wanted[i]:
+                # the narrow factor first: its product is faster, and the result is small
+                db_OR = torch.mm(h[i].t(), dy_NO).t()
+                db[i] = db_OR.to(spec.updates[i].dtype, memory_format=torch.contiguous_format)
+    return dh, db
+
+
+def _through_masks(
+    spec: Spec,
+    dh: Mapping[int, torch.Tensor],
+    a: Tensors,
+    masks: Tensors,
+    x: Rows | None,
+    into: tuple[_Sum | None, Sequence[bool], dict[int, torch.Tensor]],
+) -> None:
+    """Add what the updates with dropout give to dx, and put in their dA, where wanted."""
+    dx, a_wanted, da = into
+    left_NI = None if x is None or not spec.apart else torch.empty_like(x.core_NI)
+    for i, mask, a_RI in zip(spec.apart, masks, a, strict=True):
         if i not in dh:
             continue
-        wide = widened(mask, spec.dtype)
-        if x_wanted:
-            part_NI = masked_(torch.mm(dh[i], a_RI), wide)
-            dx_NI = part_NI if dx_NI is None else dx_NI.add_(part_NI)
-        if a_wanted[i] and x_NI is not None:
-            part_RI = torch.mm(dh[i].t(), masked(x_NI, wide))
-            da[i] = part_RI.to(spec.updates[i].dtype).mul_(spec.strengths[i])
-    return Gradients(
-        dx_NI,
-        [found if want else None for found, want in zip(da, a_wanted, strict=True)],
-        db,
-    )
+        keep = unpacked(mask, a_RI.shape[1])
+        if a_wanted[i] and x is not None and left_NI is not None:
+            seen = x._replace(core_NI=masked(x.core_NI, keep, out=left_NI))
+            da[i] = seen.under(dh[i]).to(spec.updates[i].dtype).mul_(spec.strengths[i])
+        if dx is not None:
+            part_NI = torch.mm(dh[i], a_RI)
+            dx.add(masked(part_NI, keep, out=part_NI))
 
 
 def _live(
@@ -271,7 +314,7 @@ def _live(
 
 
 def _unstack(
-    spec: Spec, da_QI: torch.Tensor, chosen: Sequence[int], da: list[torch.Tensor | None]
+    spec: Spec, da_QI: torch.Tensor, chosen: Sequence[int], da: dict[int, torch.Tensor]
 ) -> None:
     """Give each A its share of what the stacked ones got, times s, in its own type."""
     s = _common(spec, chosen)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_lora.functional.rows import Rows
+
 _DEPTH = 6
 """How many operations are followed back; a norm has four."""
 
@@ -162,3 +164,45 @@ def _multiplied(left: Expression, right: Expression, kept: Sequence[torch.Tensor
         ):
             return own.mul_(other)
     return torch.mul(a, b)
+
+
+def rebuilt_rows(
+    expression: Expression, kept: Sequence[torch.Tensor], features: int, dtype: torch.dtype
+) -> Rows:
+    """Compute a tensor as rows of ``dtype``, with scales of whole rows and columns left apart.
+
+    In float16 nothing is left apart, as what a norm has not scaled yet may be too large for it.
+    """
+    if dtype != torch.float16:
+        core, *scales = _peeled(expression, kept, features)
+        if core is not None:
+            core_NI = core.reshape(-1, features).to(dtype)
+            return Rows(core_NI, *scales)
+    return Rows(rebuild(expression, kept).reshape(-1, features).to(dtype))
+
+
+def _peeled(
+    expression: Expression, kept: Sequence[torch.Tensor], features: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return a kept tensor, a scale of its rows and one of its columns, whose product it is.
+
+    The first is None where an expression is not such a product.
+    """
+    match expression:
+        case ("kept", index) if kept[index].shape[-1:] == (features,) and kept[index].dim() > 1:
+            return kept[index], None, None
+        case ("to", _, inner):
+            return _peeled(inner, kept, features)
+        case ("mul", left, right):
+            for inner, scale in ((left, right), (right, left)):
+                if scale[0] != "kept":
+                    continue
+                by = kept[scale[1]]
+                core, by_row, by_column = _peeled(inner, kept, features)
+                if core is None:
+                    continue
+                if by.shape == (*core.shape[:-1], 1) and by_row is None:
+                    return core, by.reshape(-1, 1), by_column
+                if by.shape == (features,) and by_column is None:
+                    return core, by_row, by
+    return None, None, None

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lora.functional.dropout import keep_mask
+from hf_lora.functional.dropout import keep_mask, unpacked
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.sharding import is_sharded
 
@@ -156,10 +156,10 @@ def dropped(layer: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
         return F.dropout(x, p)
     size, rank, whole = split.mesh.size(), split.mesh.get_local_rank(), int(layer.in_features)  # type: ignore[arg-type]
     rows = x.numel() // x.shape[-1]
-    mask = keep_mask(torch.Size((rows, whole)), p, x.device)
+    keep = unpacked(keep_mask(rows, whole, p, x.device), whole)
     each = -(-whole // size)
-    own = mask[:, each * rank : each * rank + x.shape[-1]].view_as(x)
-    return x * own.to(x.dtype).neg_().div_(1 - p)
+    own = keep[:, each * rank : each * rank + x.shape[-1]].view_as(x)
+    return x * own.to(x.dtype).div_(1 - p)
 
 
 def _is_theirs(forward: Any) -> bool:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_lora.functional.dropout import keep_mask, masked, masked_, widened
+from hf_lora.functional.dropout import keep_mask, masked, unpacked
 from hf_lora.functional.fused import Layer, Update, fused
 
 CPU = torch.device("cpu")
@@ -15,19 +15,24 @@ SIGMAS = 5
 """One false alarm in two million."""
 
 
+def drawn(p: float) -> torch.Tensor:
+    return unpacked(keep_mask(*SHAPE, p, CPU), SHAPE[1])
+
+
 def dropped(p: float) -> torch.Tensor:
-    return keep_mask(SHAPE, p, CPU) == 0
+    return ~drawn(p)
 
 
-@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.502, 1 / 256, 0.0001, 0.999])
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.25, 0.5, 0.502, 1 / 256, 0.0001, 1e-17, 0.999])
 def test_the_share_that_is_dropped(p: float):
     torch.manual_seed(0)
-    spread = SIGMAS * math.sqrt(p * (1 - p) / COUNT)
+    # and a few where p is so small that none is the rule
+    spread = SIGMAS * math.sqrt(p * (1 - p) / COUNT) + 5 / COUNT * (p * COUNT < 1)
     for _ in range(3):
         assert abs(dropped(p).double().mean() - p) < spread
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.37, 0.5])
 def test_rows_columns_and_neighbours_are_as_those_of_a_fair_draw(p: float):
     torch.manual_seed(1)
     drop = dropped(p).double()
@@ -36,8 +41,8 @@ def test_rows_columns_and_neighbours_are_as_those_of_a_fair_draw(p: float):
         assert z.abs().max() < SIGMAS
         assert abs(z.std() - 1) < 0.12
     flat = drop.flatten() - p
-    # 4096 apart are those that share a threshold, in all blocks but the last
-    for lag in (1, 2, 8, SHAPE[1], 4096, 1 << 18):
+    # words that share what is left after the digits are 64 words apart, in all blocks but the last
+    for lag in (1, 2, 8, 64, SHAPE[1], 4096, 8192, 1 << 18):
         z = (flat[:-lag] * flat[lag:]).mean() / (p * (1 - p)) * math.sqrt(COUNT - lag)
         assert abs(z) < SIGMAS
 
@@ -52,28 +57,39 @@ def test_two_draws_have_nothing_in_common():
 def test_the_same_seed_gives_the_same_masks():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first = [keep_mask(SHAPE, 0.3, CPU) for _ in range(2)]
+    first = [drawn(0.3) for _ in range(2)]
     torch.set_rng_state(state)
-    second = [keep_mask(SHAPE, 0.3, CPU) for _ in range(2)]
+    second = [drawn(0.3) for _ in range(2)]
     assert all(map(torch.equal, first, second))
     assert not torch.equal(*first)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 0), (2, 3, 5)])
-def test_any_shape(shape: tuple[int, ...]):
-    mask = keep_mask(torch.Size(shape), 0.5, CPU)
-    assert mask.shape == shape
-    assert set(mask.flatten().tolist()) <= {0, -1}
+@pytest.mark.parametrize("shape", [(0, 0), (0, 8), (1, 1), (1, 7), (3, 0), (5, 64), (700, 1001)])
+def test_any_shape(shape: tuple[int, int]):
+    mask = keep_mask(*shape, 0.5, CPU)
+    assert mask.numel() == shape[0] * -(-shape[1] // 8)  # a bit an element
+    keep = unpacked(mask, shape[1])
+    assert keep.shape == shape
+    assert keep.dtype == torch.bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_is_kept_keeps_every_bit(dtype: torch.dtype):
     x = torch.randn(50, 20).to(dtype).t()
-    mask = keep_mask(x.shape, 0.4, CPU)
-    wanted = torch.where(mask.bool(), x, torch.zeros((), dtype=dtype))
-    wide = widened(mask, dtype)
-    assert torch.equal(masked(x, wide), wanted)
-    assert torch.equal(masked_(x.clone(), wide), wanted)
+    x[0, :3] = torch.tensor([math.inf, -0.0, math.nan])
+    keep = unpacked(keep_mask(*x.shape, 0.4, CPU), x.shape[1])
+    wanted = torch.where(keep, x, torch.zeros((), dtype=dtype)).contiguous().view(torch.uint8)
+    result = masked(x, keep, out=torch.empty_like(x))
+    assert torch.equal(result.contiguous().view(torch.uint8), wanted)
+    assert masked(x, keep, out=x) is x
+    assert torch.equal(x.contiguous().view(torch.uint8), wanted)
+
+
+def test_on_other_devices_a_mask_is_made_there():
+    x = torch.empty(3, 5, device="meta")
+    keep = unpacked(keep_mask(3, 5, 0.1, x.device), 5)
+    assert (keep.shape, keep.dtype, keep.device.type) == (x.shape, torch.bool, "meta")
+    assert masked(x, keep, out=x) is x
 
 
 def test_layers_of_a_group_and_adapters_of_a_layer_have_masks_of_their_own():

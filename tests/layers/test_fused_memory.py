@@ -37,7 +37,7 @@ def test_no_more_is_kept_than_by_the_frozen_model(dtype: torch.dtype, dropout: f
     for each in (model, frozen):
         kept(each, 200)  # what is rebuilt is tried first
     layers, width, inner, r = 2, 32, 48, 4
-    masks = (6 * width + inner) + 7 * r * dtype.itemsize if dropout else 0
+    masks = (6 * width + inner) // 8 + 7 * r * dtype.itemsize if dropout else 0  # and h
     short, long = (kept(model, tokens) - kept(frozen, tokens) for tokens in (200, 400))
     assert long - short <= 200 * layers * masks
     # and the factors in the type that is computed in, once
