@@ -5,17 +5,19 @@
 First the limit: in turns with the frozen model and hf_lora, the products that any exact LoRA needs
 (forward h = x Aᵀ and y += h Bᵀ, backward dh = dy B, dB = hᵀ dy, dA = dhᵀ x and dx += dh A, those
 of layers that read one tensor in one product where that is possible), on buffers that are not in
-the cache, as in a model; no autograd, no Python around them, nothing computed again. Frozen plus
-that is the limit for PyTorch's own operations.
+the cache, as in a model; no autograd, no Python around them, nothing computed again. With dropout
+also what masks need: bits drawn, and three passes that apply them. Frozen plus that is the limit
+for these operations.
 
 Then where the difference lies: what each kind of operation takes in a step of either, as PyTorch's
-profiler counts it, and what is left for Python and autograd's bookkeeping in the step that the
-profiler does not slow down.
+profiler counts it, and what is left in the step that the profiler does not slow down: Python,
+autograd's bookkeeping, and masks, which NumPy draws and applies.
 """
 
 import json
+import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +26,8 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmarks.arms import Work, arm, step
-from examples.benchmarks.train_step import Timed, show, timed
+from examples.benchmarks.train_step import Timed, seconds_of, show, timed
+from hf_lora.functional.dropout import keep_mask, masked, unpacked
 
 GROUPS = ((1, (1, 1 / 3, 1 / 3)), (1, (1,)), (1, ("ffn", "ffn")), ("ffn", (1,)))
 """Input width and output widths of the groups of a layer, as parts of `hidden`, or `ffn`."""
@@ -33,49 +36,91 @@ KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
     "attention": ("aten::_scaled_dot_product",),
     "casts and copies": ("aten::copy_", "aten::_to_copy", "aten::to", "aten::cat", "aten::clone"),
-    "masks": ("aten::bitwise_and",),
     "other elementwise": ("aten::mul", "aten::add", "aten::silu", "aten::pow", "aten::div"),
 }
 """What the operations of a kind are called, or begin with."""
 
 REST = "all other operations"
-PYTHON = "Python and bookkeeping"
+PYTHON = "Python, NumPy and bookkeeping"
 
 
 def products(work: Work) -> Callable[[], None]:
-    """Return a function that computes the products of all updates of the model."""
-
-    def width(part: float | str) -> int:
-        return work.ffn if part == "ffn" else round(work.hidden * float(part))
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=work.dtype)
-
-    n, r = work.tokens, work.r
-    groups = []
-    for _ in range(work.layers):
-        for inner, outs in GROUPS:
-            i, os = width(inner), [width(out) for out in outs]
-            layers = [(new(n, o), new(n, o), new(o, r)) for o in os]
-            groups.append((new(n, i), new(n, i), new(r * len(os), i), layers))
+    """Return a function that computes the products of all updates of the model, and their masks."""
+    groups = [
+        Group(work, width(work, inner), [width(work, out) for out in outs])
+        for _ in range(work.layers)
+        for inner, outs in GROUPS
+    ]
+    forward, backward = (
+        (Group.forward_masked, Group.backward_masked)
+        if work.dropout
+        else (Group.forward, Group.backward)
+    )
 
     def run() -> None:
-        kept = []
-        for x, _, a, layers in groups:
-            h = torch.mm(x, a.t()).split(r, dim=1)
-            for h_i, (y, _, b) in zip(h, layers, strict=True):
-                y.addmm_(h_i, b.t())
-            kept.append(h)
-        for (x, dx, a, layers), h in zip(reversed(groups), reversed(kept), strict=True):
-            dh = []
-            for h_i, (_, dy, b) in zip(h, layers, strict=True):
-                dh.append(torch.mm(dy, b))
-                torch.mm(h_i.t(), dy)
-            together = torch.cat(dh, dim=1)
-            torch.mm(together.t(), x)
-            dx.addmm_(together, a)
+        kept = [forward(group) for group in groups]
+        for group, one in zip(reversed(groups), reversed(kept), strict=True):
+            backward(group, one)
 
     return run
+
+
+def width(work: Work, part: float | str) -> int:
+    """Return a width of GROUPS as a number."""
+    return work.ffn if part == "ffn" else round(work.hidden * float(part))
+
+
+class Group:
+    """The buffers of layers that read one tensor, and the products of their updates on them."""
+
+    def __init__(self, work: Work, inner: int, outs: list[int]):
+        def new(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, dtype=work.dtype)
+
+        n, self.r, self.p = work.tokens, work.r, work.dropout
+        self.x, self.dx, self.a = new(n, inner), new(n, inner), new(self.r * len(outs), inner)
+        self.layers = [(new(n, out), new(n, out), new(out, self.r)) for out in outs]
+        self.left = new(n, inner)
+
+    def forward(self) -> Sequence[torch.Tensor]:
+        """Compute h and add to y."""
+        h = torch.mm(self.x, self.a.t()).split(self.r, dim=1)
+        for h_i, (y, _, b) in zip(h, self.layers, strict=True):
+            y.addmm_(h_i, b.t())
+        return h
+
+    def backward(self, h: Sequence[torch.Tensor]) -> None:
+        """Compute dh, dB and dA and add to dx."""
+        dh = torch.cat(self.through_b(h), dim=1)
+        torch.mm(dh.t(), self.x)
+        self.dx.addmm_(dh, self.a)
+
+    def through_b(self, h: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute dh, which is returned, and dB."""
+        dh = []
+        for h_i, (_, dy, b) in zip(h, self.layers, strict=True):
+            dh.append(torch.mm(dy, b))
+            torch.mm(h_i.t(), dy)
+        return dh
+
+    def forward_masked(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Do as :meth:`forward` does, with a mask for each layer; return masks and h."""
+        (rows, features), kept = self.x.shape, []
+        for a, (y, _, b) in zip(self.a.split(self.r), self.layers, strict=True):
+            mask = keep_mask(rows, features, self.p, self.x.device)
+            h = torch.mm(masked(self.x, unpacked(mask, features), out=self.left), a.t())
+            y.addmm_(h, b.t())
+            kept.append((mask, h))
+        return kept
+
+    def backward_masked(self, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Do as :meth:`backward` does, through each layer's mask."""
+        dh = self.through_b([h for _, h in kept])
+        for dh_i, a, (mask, _) in zip(dh, self.a.split(self.r), kept, strict=True):
+            keep = unpacked(mask, self.x.shape[1])
+            torch.mm(dh_i.t(), masked(self.x, keep, out=self.left))
+            part = torch.mm(dh_i, a)
+            self.dx.add_(masked(part, keep, out=part))
 
 
 def kind_of(operation: str) -> str:
@@ -85,20 +130,36 @@ def kind_of(operation: str) -> str:
     return next(exact, None) or next(begun, REST)
 
 
-def where(run: Callable[[], None], seconds: float, steps: int = 8) -> Counter[str]:
-    """Return the seconds that each kind of operation takes in a step that takes ``seconds``."""
-    least: Counter[str] = Counter()
-    for _ in range(steps):
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            run()
-        found: Counter[str] = Counter()
-        for event in seen.key_averages():
-            if event.key.startswith("aten::"):
-                found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-        if not least or found.total() < least.total():
-            least = found
-    least[PYTHON] = seconds - least.total()
-    return least
+def where(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+    """Return what each kind of operation takes in each step, as parts of the frozen step.
+
+    The steps take turns, each once as it is and once under the profiler, and a round's times are
+    compared with each other only; told is the median of all rounds.
+    """
+    parts: dict[str, list[Counter[str]]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        taken = {name: seconds_of(run) for name, run in steps.items()}
+        for name, run in steps.items():
+            found = profiled(run)
+            found[PYTHON] = taken[name] - found.total()
+            scaled = {kind: seconds / taken["frozen"] for kind, seconds in found.items()}
+            parts[name].append(Counter(scaled))
+    kinds = (*KINDS, REST, PYTHON)
+    return {
+        name: {kind: statistics.median(one[kind] for one in own) for kind in kinds}
+        for name, own in parts.items()
+    }
+
+
+def profiled(run: Callable[[], None]) -> Counter[str]:
+    """Return the seconds that each kind of operation takes in a step."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    found: Counter[str] = Counter()
+    for event in seen.key_averages():
+        if event.key.startswith("aten::"):
+            found[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    return found
 
 
 def main(
@@ -120,11 +181,10 @@ def main(
     frozen, needed = found["frozen"], found["products"]
     found["limit"] = Timed(frozen.seconds + needed.seconds, 1 + needed.ratio)
     show(work, found)
-    apart = {name: where(run, found[name].seconds) for name, run in steps.items()}
-    for kind in (*KINDS, REST, PYTHON):
+    apart = where(steps, max(rounds // 2, 1))
+    for kind in apart["frozen"]:
         base, ours = (apart[name][kind] for name in ("frozen", "hf_lora"))
-        share = (ours - base) / frozen.seconds
-        print(f"  {kind:24s} {base * 1e3:8.2f} {ours * 1e3:8.2f} ms  {share:+.3f}")
+        print(f"  {kind:30s} {base:6.3f} {ours:6.3f}  {ours - base:+.3f}")
     if out is not None:
         arms = {name: one._asdict() for name, one in found.items()}
         record = {"work": str(work), "arms": arms, "kinds": apart}

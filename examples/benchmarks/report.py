@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,19 +111,16 @@ def limit_table(limits: dict[str, dict[str, Any]]) -> list[str]:
         "|---" * (len(limits) + 1) + "|",
     ]
 
-    def add(name: str, values: list[float], form: str) -> None:
-        lines.append(f"| {name} | {' | '.join(format(value, form) for value in values)} |")
+    def add(name: str, values: Iterable[str]) -> None:
+        lines.append(f"| {name} | {' | '.join(values)} |")
 
     found = list(limits.values())
     for name in ("limit", "hf_lora"):
-        add(f"**{name}**", [least(one["arms"], name) for one in found], ".3f")
+        arms = [one["arms"] for one in found]
+        add(f"**{name}**", (f"{least(row, name):.3f} ({row[name]['ratio']:.3f})" for row in arms))
     for kind in found[0]["kinds"]["hf_lora"]:
-        parts = [
-            (one["kinds"]["hf_lora"].get(kind, 0) - one["kinds"]["frozen"].get(kind, 0))
-            / one["arms"]["frozen"]["seconds"]
-            for one in found
-        ]
-        add(kind, parts, "+.3f")
+        parts = (one["kinds"]["hf_lora"][kind] - one["kinds"]["frozen"][kind] for one in found)
+        add(kind, (f"{part:+.3f}" for part in parts))
     return lines
 
 

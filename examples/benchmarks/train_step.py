@@ -46,14 +46,19 @@ def timed(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, Timed]
         run()
     for _ in range(rounds):
         for name, run in steps.items():
-            start = time.perf_counter()
-            run()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(seconds_of(run))
     floor = taken["frozen"]
     return {
         name: Timed(min(own), statistics.median(map(operator.truediv, own, floor)))
         for name, own in taken.items()
     }
+
+
+def seconds_of(run: Callable[[], None]) -> float:
+    """Return how long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def show(work: Work, found: dict[str, Timed]) -> None:

@@ -89,9 +89,10 @@ def test_a_step_is_taken_apart_into_what_makes_it_up():
     found = report.ran("limits", [*TINY_ROW, "--rounds", "2"])
     seconds = {name: one["seconds"] for name, one in found["arms"].items()}
     kinds = found["kinds"]
+    assert kinds["frozen"].keys() == kinds["hf_lora"].keys()
     assert seconds["limit"] == pytest.approx(seconds["frozen"] + seconds["products"])
-    for name in ("frozen", "hf_lora"):
-        assert sum(kinds[name].values()) == pytest.approx(seconds[name])
+    # of one round, as with --rounds 2; medians of several need not add up
+    assert sum(kinds["frozen"].values()) == pytest.approx(1)
     assert kinds["hf_lora"]["products"] > 0
 
 
@@ -101,7 +102,10 @@ def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
     seconds = {"frozen": 2.0, "hf_lora": 2.5, "products": 0.25, "limit": 2.25}
     limit = {
         "arms": {name: {"seconds": each, "ratio": each / 2} for name, each in seconds.items()},
-        "kinds": {"frozen": {"products": 1.5}, "hf_lora": {"products": 1.7, "masks": 0.1}},
+        "kinds": {
+            "frozen": {"products": 0.75, "rest": 0.25},
+            "hf_lora": {"products": 0.85, "rest": 0.3},
+        },
     }
     runs = [
         {"library": name, "seed": 0, "held_out": 0.5, "losses": [1.0] * 60}
@@ -113,6 +117,6 @@ def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
     assert "| bf16 | 1,000 | +1,000 | +2,000 | +3,000 | +4,000 |" in text
     assert "| peft | 0 | 1.000 | 0.500 |" in text
     assert (tmp_path / "report.png").stat().st_size > 1000
-    assert "| **limit** | 1.125 |" in text
+    assert "| **limit** | 1.125 (1.125) |" in text
     assert "| products | +0.100 |" in text
-    assert "| masks | +0.050 |" in text
+    assert "| rest | +0.050 |" in text
