@@ -13,19 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from hf_lora.functional.passes import (
-    Factors,
-    Facts,
-    Perhaps,
-    Seen,
-    Spec,
-    backward_pass,
-    factors_of,
-    forward_pass,
-    spec_of,
-)
+from hf_lora.functional.passes import Seen, backward_pass, forward_pass
 from hf_lora.functional.rebuild import Recipe, rebuilt_rows
 from hf_lora.functional.rows import Rows
+from hf_lora.functional.spec import Factors, Facts, Perhaps, Spec, factors_of, spec_of
 
 
 class Update(NamedTuple):

@@ -5,16 +5,9 @@ products of an update (two forward, four back) are added in place into what the 
 ones gave; the A's of all layers are one matrix, so that ``x`` is read once for all of them.
 Formulas: arXiv 2106.09685, differentiated by hand.
 
-Where a call is short, what stands around the products costs as much as they do: what does not
-depend on the numbers is worked out once (:class:`Spec`), and the factors are scaled, stacked and
-cast once for both passes (:class:`Factors`).
-
 Legend: N rows of input, I input features, O output features, R rank, Q ranks of several updates.
 """
 
-import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,111 +15,7 @@ import torch
 
 from hf_lora.functional.dropout import keep_mask, masked, unpacked
 from hf_lora.functional.rows import Rows
-
-Tensors = Sequence[torch.Tensor]
-Perhaps = Sequence[torch.Tensor | None]
-
-
-class Facts(NamedTuple):
-    """What one update is, without its numbers."""
-
-    r: int
-    s: float
-    dropout: float
-    dtype: torch.dtype
-    """Of its factors, and so of their gradients."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Spec:
-    """What a call does, without any tensor: made once for each kind of call."""
-
-    dtype: torch.dtype
-    """What is computed in."""
-
-    updates: tuple[Facts, ...]
-    """Of all layers, in order; an update's number is its place here."""
-
-    numbers: tuple[range, ...]
-    """Each layer's updates, by their numbers."""
-
-    strengths: tuple[float, ...]
-    """Each update's s; what dropout leaves counts for what it drops."""
-
-    together: tuple[int, ...]
-    """The updates that see all of x: their A's are one matrix."""
-
-    apart: tuple[int, ...]
-    """The updates with dropout, each of which sees an x of its own."""
-
-    def ranks(self, chosen: Sequence[int]) -> list[int]:
-        """Return the ranks of the chosen updates."""
-        return [self.updates[i].r for i in chosen]
-
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x as rows, in the type that is computed in."""
-        if x.dtype != self.dtype:
-            x = x.to(self.dtype)
-        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-@functools.lru_cache(maxsize=4096)
-def spec_of(dtype: torch.dtype, layers: tuple[tuple[Facts, ...], ...]) -> Spec:
-    """Return the spec of a call on layers with these updates."""
-    updates = tuple(itertools.chain(*layers))
-    ends = list(itertools.accumulate(len(layer) for layer in layers))
-    return Spec(
-        dtype,
-        updates,
-        tuple(range(end - len(layer), end) for layer, end in zip(layers, ends, strict=True)),
-        tuple(facts.s / (1 - facts.dropout) for facts in updates),
-        tuple(i for i, facts in enumerate(updates) if not facts.dropout),
-        tuple(i for i, facts in enumerate(updates) if facts.dropout),
-    )
-
-
-class Factors(NamedTuple):
-    """The factors as both passes use them: in the type that is computed in, s inside of A."""
-
-    a_QI: torch.Tensor | None
-    """The A's of all updates without dropout, one below the other."""
-
-    a: Tensors
-    """The A's of the updates with dropout."""
-
-    b: Tensors
-    """All B's."""
-
-
-def factors_of(spec: Spec, a: Tensors, b: Tensors) -> Factors:
-    """Return the factors ready for use."""
-    return Factors(
-        _stacked(spec, a),
-        [_scaled(spec, a, i) for i in spec.apart],
-        [b_OR.to(spec.dtype) for b_OR in b],
-    )
-
-
-def _stacked(spec: Spec, a: Tensors) -> torch.Tensor | None:
-    chosen = spec.together
-    if not chosen:
-        return None
-    if len(chosen) == 1:
-        return _scaled(spec, a, chosen[0])
-    s = _common(spec, chosen)
-    if s is None:
-        return torch.cat([_scaled(spec, a, i) for i in chosen])
-    return torch.cat([a[i] for i in chosen]).mul_(s).to(spec.dtype)
-
-
-def _scaled(spec: Spec, a: Tensors, i: int) -> torch.Tensor:
-    return torch.mul(a[i], spec.strengths[i]).to(spec.dtype)
-
-
-def _common(spec: Spec, chosen: Sequence[int]) -> float | None:
-    """Return the s that all chosen updates have, or None."""
-    first = spec.strengths[chosen[0]]
-    return first if all(spec.strengths[i] == first for i in chosen) else None
+from hf_lora.functional.spec import Factors, Perhaps, Spec, Tensors
 
 
 class Seen(NamedTuple):
@@ -156,7 +45,7 @@ def forward_pass(
     h: dict[int, torch.Tensor] = {}
     if factors.a_QI is not None:
         h_NQ = torch.mm(x_NI, factors.a_QI.t())
-        h.update(zip(spec.together, _parts(spec, h_NQ, spec.together, 1), strict=True))
+        h.update(zip(spec.together, spec.parts(h_NQ, spec.together, 1), strict=True))
     masks = []
     rows, features = x_NI.shape
     left_NI = torch.empty_like(x_NI) if spec.apart else x_NI
@@ -177,11 +66,6 @@ def forward_pass(
             y_NO.addmm_(h[i], factors.b[i].t())
         outputs.append(y_NO.view(*leading, y_NO.shape[-1]))
     return outputs, Seen(masks, [h[i] for i in spec.apart])
-
-
-def _parts(spec: Spec, q: torch.Tensor, chosen: Sequence[int], dim: int) -> Tensors:
-    """Return the chosen updates' shares of something that has Q along ``dim``."""
-    return [q] if len(chosen) == 1 else q.split(spec.ranks(chosen), dim=dim)
 
 
 class Gradients(NamedTuple):
@@ -217,7 +101,7 @@ def backward_pass(
     x = input_rows() if any(a_wanted) or any(b_wanted) else None
     h = dict(zip(spec.apart, seen.h, strict=True))
     if x is not None and a_QI is not None and any(b_wanted[i] for i in together):
-        h.update(zip(together, _parts(spec, x.times(a_QI), together, 1), strict=True))
+        h.update(zip(together, spec.parts(x.times(a_QI), together, 1), strict=True))
     dh, db = _through_b(spec, dys, factors.b, h, b_wanted)
     da: dict[int, torch.Tensor] = {}
     dx = _Sum()
@@ -307,7 +191,7 @@ def _live(
     """Return the updates without dropout that a gradient comes to, and their share of ``a_QI``."""
     if a_QI is None or all(dy is not None for dy in dys):
         return spec.together, a_QI
-    parts = dict(zip(spec.together, _parts(spec, a_QI, spec.together, 0), strict=True))
+    parts = dict(zip(spec.together, spec.parts(a_QI, spec.together, 0), strict=True))
     layers = zip(dys, spec.numbers, strict=True)
     live = [i for dy, numbers in layers if dy is not None for i in numbers if i in parts]
     return live, torch.cat([parts[i] for i in live]) if live else None
@@ -317,11 +201,11 @@ def _unstack(
     spec: Spec, da_QI: torch.Tensor, chosen: Sequence[int], da: dict[int, torch.Tensor]
 ) -> None:
     """Give each A its share of what the stacked ones got, times s, in its own type."""
-    s = _common(spec, chosen)
+    s = spec.common(chosen)
     dtypes = {spec.updates[i].dtype for i in chosen}
     if s is not None and len(dtypes) == 1:
         da_QI = da_QI.to(dtypes.pop()).mul_(s)
-    for i, part in zip(chosen, _parts(spec, da_QI, chosen, 0), strict=True):
+    for i, part in zip(chosen, spec.parts(da_QI, chosen, 0), strict=True):
         facts = spec.updates[i]
         if s is None or part.dtype != facts.dtype:
             part = torch.mul(part.to(facts.dtype), spec.strengths[i])
