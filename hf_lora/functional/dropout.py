@@ -101,8 +101,13 @@ def masked(x: torch.Tensor, keep: torch.Tensor, out: torch.Tensor) -> torch.Tens
     """
     if x.device.type != "cpu":
         return torch.where(keep, x, x.new_zeros(()), out=out)
-    # Multiplied as integers, elements keep their bits. NumPy widens the mask piece by piece, in the
-    # cache; PyTorch would write it out as wide as x.
+    # Multiplied as integers, elements keep their bits.
     kind = _BITS[x.dtype.itemsize]
-    np.multiply(x.view(kind).numpy(), keep.view(torch.uint8).numpy(), out=out.view(kind).numpy())
+    bits, numbers, into = x.view(kind), keep.view(torch.uint8), out.view(kind)
+    if torch.get_num_threads() > 1:
+        torch.mul(bits, numbers, out=into)
+    else:
+        # NumPy widens the mask piece by piece in the cache, PyTorch writes it out as wide as x:
+        # that is slower on one thread, but PyTorch has several.
+        np.multiply(bits.numpy(), numbers.numpy(), out=into.numpy())
     return out

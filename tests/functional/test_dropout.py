@@ -73,8 +73,12 @@ def test_any_shape(shape: tuple[int, int]):
     assert keep.dtype == torch.bool
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_what_is_kept_keeps_every_bit(dtype: torch.dtype):
+def test_what_is_kept_keeps_every_bit(
+    dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = torch.randn(50, 20).to(dtype).t()
     x[0, :3] = torch.tensor([math.inf, -0.0, math.nan])
     keep = unpacked(keep_mask(*x.shape, 0.4, CPU), x.shape[1])
