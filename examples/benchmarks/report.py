@@ -115,7 +115,7 @@ def limit_table(limits: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(values)} |")
 
     found = list(limits.values())
-    for name in ("limit", "hf_lora"):
+    for name in ("limit", "limit of hf_lora", "hf_lora"):
         arms = [one["arms"] for one in found]
         add(f"**{name}**", (f"{least(row, name):.3f} ({row[name]['ratio']:.3f})" for row in arms))
     for kind in found[0]["kinds"]["hf_lora"]:
@@ -200,16 +200,16 @@ def write(out: Path, times: Times, saved: Any, limits: Any, runs: list[dict[str,
         "",
         "The limit is the frozen step plus the products that any exact LoRA needs, with dropout",
         "its masks too, on buffers that are not in the cache, with nothing around them (`limits`).",
-        "Below it is what each kind of operation takes more in a step with hf_lora, by PyTorch's",
-        "profiler. The arms are two there, the frozen model and hf_lora.",
+        "The limit of hf_lora has in addition what its promises need: x and h are computed again,",
+        "so that nothing is kept, and factors and their gradients are float32. Below them is what",
+        "each kind of operation takes more in a step with hf_lora, by PyTorch's profiler.",
         "",
         *limit_table(limits),
         "",
         "An update's products are narrow, so they are bound by memory and not by arithmetic: with",
         "h576 r16 they are a fifteenth of the multiplications of the base's own products, and take",
         "a third of their time or more. A goal below the limit cannot be reached with PyTorch's",
-        "operations on this processor. What is above the limit are casts of float32 factors and",
-        "their gradients, the input that is computed again so that it need not be kept, and calls.",
+        "operations on this processor, and one below the limit of hf_lora not without more memory.",
         "",
         "## Memory",
         "",

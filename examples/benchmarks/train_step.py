@@ -67,7 +67,7 @@ def show(work: Work, found: dict[str, Timed]) -> None:
     frozen = found["frozen"].seconds
     for name, (seconds, ratio) in found.items():
         least = f"{seconds * 1e3:9.2f} ms  {seconds / frozen:.3f}"
-        print(f"  {name:8s} {least}  median {ratio:.3f}", flush=True)
+        print(f"  {name:16s} {least}  median {ratio:.3f}", flush=True)
 
 
 def main(

@@ -91,6 +91,7 @@ def test_a_step_is_taken_apart_into_what_makes_it_up():
     kinds = found["kinds"]
     assert kinds["frozen"].keys() == kinds["hf_lora"].keys()
     assert seconds["limit"] == pytest.approx(seconds["frozen"] + seconds["products"])
+    assert seconds["limit of hf_lora"] == pytest.approx(seconds["limit"] + seconds["promises"])
     # of one round, as with --rounds 2; medians of several need not add up
     assert sum(kinds["frozen"].values()) == pytest.approx(1)
     assert kinds["hf_lora"]["products"] > 0
@@ -99,7 +100,7 @@ def test_a_step_is_taken_apart_into_what_makes_it_up():
 def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
     row = {name: {"seconds": 1.0 + i, "ratio": 1.5 + i} for i, name in enumerate(ARMS)}
     saved = {name: {"per_token": 1000.0 * (1 + i), "once": 0.0} for i, name in enumerate(ARMS)}
-    seconds = {"frozen": 2.0, "hf_lora": 2.5, "products": 0.25, "limit": 2.25}
+    seconds = {"frozen": 2.0, "hf_lora": 2.5, "limit": 2.25, "limit of hf_lora": 2.4}
     limit = {
         "arms": {name: {"seconds": each, "ratio": each / 2} for name, each in seconds.items()},
         "kinds": {
@@ -118,5 +119,6 @@ def test_the_report_is_written_from_what_was_measured(tmp_path: Path):
     assert "| peft | 0 | 1.000 | 0.500 |" in text
     assert (tmp_path / "report.png").stat().st_size > 1000
     assert "| **limit** | 1.125 (1.125) |" in text
+    assert "| **limit of hf_lora** | 1.200 (1.200) |" in text
     assert "| products | +0.100 |" in text
     assert "| rest | +0.050 |" in text
