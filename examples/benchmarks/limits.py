@@ -58,11 +58,7 @@ PYTHON = "Python, NumPy and bookkeeping"
 
 def products(work: Work) -> Callable[[], None]:
     """Return a function that computes the products of all updates of the model, and their masks."""
-    groups = [
-        Group(work, width(work, inner), [width(work, out) for out in outs])
-        for _ in range(work.layers)
-        for inner, outs, _ in GROUPS
-    ]
+    groups = [Group(work, inner, outs) for inner, outs, _ in groups_of(work)]
     forward, backward = (
         (Group.forward_masked, Group.backward_masked)
         if work.dropout
@@ -84,15 +80,13 @@ def promises(work: Work) -> Callable[[], None]:
         return torch.randn(*shape, dtype=dtype)
 
     groups = []
-    for _ in range(work.layers):
-        for inner, outs, origin in GROUPS:
-            n, i, q = work.tokens, width(work, inner), work.r * len(outs)
-            # a norm keeps float32; a product is made of two; attention's output is kept anyway
-            dtype = torch.float32 if origin == "norm" else work.dtype
-            made_of = [new(n, i, dtype=dtype) for _ in range(1 + (origin == "product"))]
-            sizes = [(q, i), *((width(work, out), work.r) for out in outs)]
-            factors = [new(*size, dtype=torch.float32) for size in sizes]
-            groups.append((made_of, factors, [new(*size) for size in sizes]))
+    for inner, outs, origin in groups_of(work):
+        # a norm keeps float32; a product is made of two; attention's output is kept anyway
+        dtype = torch.float32 if origin == "norm" else work.dtype
+        made_of = [new(work.tokens, inner, dtype=dtype) for _ in range(1 + (origin == "product"))]
+        sizes = [(work.r * len(outs), inner), *((out, work.r) for out in outs)]
+        factors = [new(*size, dtype=torch.float32) for size in sizes]
+        groups.append((made_of, factors, [new(*size) for size in sizes]))
 
     def run() -> None:
         for made_of, factors, gradients in groups:
@@ -106,9 +100,14 @@ def promises(work: Work) -> Callable[[], None]:
     return run
 
 
-def width(work: Work, part: float | str) -> int:
-    """Return a width of GROUPS as a number."""
-    return work.ffn if part == "ffn" else round(work.hidden * float(part))
+def groups_of(work: Work) -> list[tuple[int, list[int], str]]:
+    """Return GROUPS with numbers for widths, of all layers of the model."""
+
+    def width(part: float | str) -> int:
+        return work.ffn if part == "ffn" else round(work.hidden * float(part))
+
+    one = [(width(inner), [width(out) for out in outs], origin) for inner, outs, origin in GROUPS]
+    return one * work.layers
 
 
 class Group:

@@ -103,9 +103,8 @@ def backward_pass(
     if x is not None and a_QI is not None and any(b_wanted[i] for i in together):
         h.update(zip(together, spec.parts(x.times(a_QI), together, 1), strict=True))
     dh, db = _through_b(spec, dys, factors.b, h, b_wanted)
-    da: dict[int, torch.Tensor] = {}
     dx = _Sum()
-    _through_masks(spec, dh, factors.a, seen.masks, x, (dx if x_wanted else None, a_wanted, da))
+    da = _through_masks(spec, dh, factors, seen, x, dx if x_wanted else None, a_wanted)
     if x_wanted:
         for dy, weight_OI in zip(dys, weights, strict=True):
             if dy is not None and weight_OI is not None:
@@ -116,7 +115,7 @@ def backward_pass(
         if x_wanted:
             dx.add_product(dh_NQ, a_QI)
         if x is not None and any(a_wanted):
-            _unstack(spec, x.under(dh_NQ), together, da)
+            da |= _unstacked(spec, x.under(dh_NQ), together)
     numbers = range(len(spec.updates))
     return Gradients(
         dx.total,
@@ -165,24 +164,26 @@ def _through_b(
 def _through_masks(
     spec: Spec,
     dh: Mapping[int, torch.Tensor],
-    a: Tensors,
-    masks: Tensors,
+    factors: Factors,
+    seen: Seen,
     x: Rows | None,
-    into: tuple[_Sum | None, Sequence[bool], dict[int, torch.Tensor]],
-) -> None:
-    """Add what the updates with dropout give to dx, and put in their dA, where wanted."""
-    dx, a_wanted, da = into
+    dx: _Sum | None,
+    wanted: Sequence[bool],
+) -> dict[int, torch.Tensor]:
+    """Add to dx what the updates with dropout give, and return each dA that is wanted."""
+    da: dict[int, torch.Tensor] = {}
     left_NI = None if x is None or not spec.apart else torch.empty_like(x.core_NI)
-    for i, mask, a_RI in zip(spec.apart, masks, a, strict=True):
+    for i, mask, a_RI in zip(spec.apart, seen.masks, factors.a, strict=True):
         if i not in dh:
             continue
         keep = unpacked(mask, a_RI.shape[1])
-        if a_wanted[i] and x is not None and left_NI is not None:
-            seen = x._replace(core_NI=masked(x.core_NI, keep, out=left_NI))
-            da[i] = seen.under(dh[i]).to(spec.updates[i].dtype).mul_(spec.strengths[i])
+        if wanted[i] and x is not None and left_NI is not None:
+            left = x._replace(core_NI=masked(x.core_NI, keep, out=left_NI))
+            da[i] = left.under(dh[i]).to(spec.updates[i].dtype).mul_(spec.strengths[i])
         if dx is not None:
             part_NI = torch.mm(dh[i], a_RI)
             dx.add(masked(part_NI, keep, out=part_NI))
+    return da
 
 
 def _live(
@@ -197,10 +198,9 @@ def _live(
     return live, torch.cat([parts[i] for i in live]) if live else None
 
 
-def _unstack(
-    spec: Spec, da_QI: torch.Tensor, chosen: Sequence[int], da: dict[int, torch.Tensor]
-) -> None:
-    """Give each A its share of what the stacked ones got, times s, in its own type."""
+def _unstacked(spec: Spec, da_QI: torch.Tensor, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Return each A's share of what the stacked ones got, times s, in its own type."""
+    da: dict[int, torch.Tensor] = {}
     s = spec.common(chosen)
     dtypes = {spec.updates[i].dtype for i in chosen}
     if s is not None and len(dtypes) == 1:
@@ -210,3 +210,4 @@ def _unstack(
         if s is None or part.dtype != facts.dtype:
             part = torch.mul(part.to(facts.dtype), spec.strengths[i])
         da[i] = part
+    return da
