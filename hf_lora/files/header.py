@@ -3,22 +3,40 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterError
+from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Content
 from hf_lora.files.json_text import is_number, parse_json, show
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.layers.base import Slot
+from hf_lora.version import __version__
 
 FORMAT = 1
 HEADER_KEY = "hf_lora"
 ADAPTER_CONFIG = "adapter_config"
 """The entry that repeats ``adapter_config.json``."""
 
+_ENTRIES = {ADAPTER_CONFIG, "config", "fingerprint", "format", "requires", "slots", "trained"}
+"""What a reader of this version knows; else an entry is told and ignored, unless it is required."""
+
+_FEATURES: dict[str, Callable[[Content], bool]] = {
+    "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
+    "trained": lambda content: bool(content.trained),
+}
+"""What changes an adapter's outputs, to whether an adapter has it: ``requires`` in the header.
+
+A reader that does not know one of them would compute something else, and has to refuse the file.
+"""
+
+_CONFIG = {field.name for field in dataclasses.fields(LoRAConfig)}
+_SLOT = {"r": None, "alpha": None, "dropout": 0.0, "rslora": False}
+"""The numbers of a slot, to what they are if the header does not say."""
+
+_MOST_SHOWN = 5
 _MOST_SPECIAL = 20_000
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z-]*i")
 _ESCAPE = re.compile(r"\\[xuUN0-7]")
@@ -37,6 +55,9 @@ class OwnHeader:
     raw: dict[str, Any]
     """All of it, as parsed."""
 
+    told: list[str]
+    """What a newer hf_lora wrote and this one ignores, a line each."""
+
 
 def make_header(content: Content, fields: Mapping[str, Any]) -> str:
     """Return our part of the header, ``fields`` being what ``adapter_config.json`` says."""
@@ -45,6 +66,7 @@ def make_header(content: Content, fields: Mapping[str, Any]) -> str:
         "config": content.config.to_dict(),
         "fingerprint": content.fingerprint,
         "format": FORMAT,
+        "requires": sorted(name for name, used in _FEATURES.items() if used(content)),
         "slots": {path: dataclasses.asdict(slot) for path, slot in content.slots.items()},
         "trained": list(content.trained),
     }
@@ -54,8 +76,11 @@ def make_header(content: Content, fields: Mapping[str, Any]) -> str:
 def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
     """Read our part of a header; None if the file was made elsewhere.
 
+    The header may grow: what an older hf_lora did not write has its default, and what a newer one
+    writes beyond this one's knowledge is told, unless ``requires`` says that it cannot be ignored.
+
     Raises:
-        UnsupportedAdapterError: It was written by a newer hf_lora.
+        UnsupportedAdapterError: It was written by a newer hf_lora, and needs that.
         AdapterFileError: It is damaged.
     """
     text = metadata.get(HEADER_KEY)
@@ -68,17 +93,20 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         raise UnsupportedAdapterError(
             f"{path} has format {show(version)}; this hf_lora reads up to {FORMAT}. Upgrade it."
         )
-    fields, config, slots, trained = (
-        raw.get(name) for name in (ADAPTER_CONFIG, "config", "slots", "trained")
-    )
     damaged = f"{path}: hf_lora's part of the header is damaged"
+    _check_required(raw.get("requires", []), path, damaged)
+    fields, config, slots = (raw.get(name) for name in (ADAPTER_CONFIG, "config", "slots"))
+    trained = raw.get("trained", [])
     if not isinstance(fields, dict) or not isinstance(slots, dict) or not slots:
         raise AdapterFileError(damaged)
     if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
         raise AdapterFileError(damaged)
+    if not isinstance(config, dict):
+        raise AdapterFileError(damaged)
     _check_patterns(config, damaged)
+    known = {name: value for name, value in config.items() if name in _CONFIG}
     try:
-        checked = LoRAConfig.from_dict(config)  # type: ignore[arg-type]
+        checked = LoRAConfig.from_dict(known)
     except (ConfigError, TypeError, OverflowError) as error:
         raise AdapterFileError(f"{path}: the configuration in the header: {error}") from error
     return OwnHeader(
@@ -87,6 +115,7 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         slots={name: _slot(entry, f"{damaged}: {show(name)}") for name, entry in slots.items()},
         trained=trained,
         raw=raw,
+        told=_unknown(raw, config, slots),
     )
 
 
@@ -120,14 +149,41 @@ def contradictions(
     return problems
 
 
-def _check_patterns(config: Any, damaged: str) -> None:
+def _check_required(required: Any, path: Path, damaged: str) -> None:
+    """Refuse what cannot be computed here, by the names that a newer hf_lora gave it."""
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise AdapterFileError(damaged)
+    unknown = [show(name) for name in required if name not in _FEATURES]
+    if unknown:
+        raise UnsupportedAdapterError(
+            listing(
+                f"{path} needs what this hf_lora ({__version__}) does not know",
+                unknown,
+                "Upgrade hf_lora.",
+            )
+        )
+
+
+def _unknown(raw: dict[str, Any], config: dict[str, Any], slots: dict[str, Any]) -> list[str]:
+    """Return one line about the entries that a newer hf_lora wrote, none if there are none."""
+    names = [
+        *(name for name in raw if name not in _ENTRIES),
+        *(f"config.{name}" for name in config if name not in _CONFIG),
+        *{f"slots.{name}": None for slot in slots.values() for name in slot if name not in _SLOT},
+    ]
+    if not names:
+        return []
+    shown = ", ".join(map(show, names[:_MOST_SHOWN]))
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return [f"entries of the header that this hf_lora does not know were ignored: {shown}{more}"]
+
+
+def _check_patterns(config: dict[str, Any], damaged: str) -> None:
     """Refuse patterns that would take long to compile, which a configuration does with all.
 
     Plain names cost little. Sets of characters cost thousands of times their length, and millions
     where case is ignored.
     """
-    if not isinstance(config, dict):
-        raise AdapterFileError(damaged)
     texts = [text for text in config.values() if isinstance(text, str)]
     for value in config.values():
         if isinstance(value, (list, dict)):
@@ -141,10 +197,9 @@ def _check_patterns(config: Any, damaged: str) -> None:
 
 
 def _slot(entry: Any, damaged: str) -> Slot:
-    names = {field.name for field in dataclasses.fields(Slot)}
-    if not isinstance(entry, dict) or entry.keys() != names:
+    if not isinstance(entry, dict):
         raise AdapterFileError(damaged)
-    r, alpha, dropout, rslora = (entry[name] for name in ("r", "alpha", "dropout", "rslora"))
+    r, alpha, dropout, rslora = (entry.get(name, default) for name, default in _SLOT.items())
     sound = (
         isinstance(r, int)
         and all(is_number(value) for value in (r, alpha, dropout))

@@ -109,6 +109,7 @@ def read_folder(directory: Path) -> AdapterFolder:
     slots = read_slots(fields, {path: f.r for path, f in factors.items()}, source, patience)
     trained_names = read_trained_names(fields, source)
     if own is not None:
+        told += own.told
         problems = contradictions(own, fields, slots, trained_names)
         if problems:
             raise AdapterFileError(
