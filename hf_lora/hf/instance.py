@@ -1,14 +1,16 @@
 """The methods of a transformers model that are replaced on a wrapped instance.
 
 The class stays as it is; the instance answers ``save_pretrained``, ``push_to_hub`` and the adapter
-methods of transformers' own PEFT mixin itself. They are partials of plain functions, so that
-copying and pickling the model carries them along, bound to the copy: a bound method would be
-pickled by its name, and come back as the method of the class.
+methods of transformers' own PEFT mixin itself. They are plain functions, bound by objects of ours,
+so that copying and pickling the model carries them along, bound to the copy: a bound method would
+be pickled by its name, and come back as the method of the class. And it would hold the model that
+holds it, so that ``del model`` would free nothing before the next collection.
 """
 
-import functools
+import inspect
 import os
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,68 @@ from hf_lora.sharding import is_spread
 _FLAG = "_hf_peft_config_loaded"
 
 
-class Bound(functools.partial):
-    """A partial that brings hf_lora's patches along when a pickled model is loaded."""
+class _Owner:
+    """A model that the methods on it do not keep alive.
 
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+    ``build().save_pretrained(folder)`` drops the model before the call: then a stand-in answers,
+    which has all that the model had.
+    """
+
+    def __init__(self, model: nn.Module):
+        fields = {key: value for key, value in vars(model).items() if not isinstance(value, Bound)}
+        self.__setstate__((model, type(model), fields))
+
+    def __setstate__(self, state: tuple[nn.Module | None, type[nn.Module], dict[str, Any]]) -> None:
+        model, self._kind, self._fields = state
+        self._model = None if model is None else weakref.ref(model)
+
+    def __getstate__(self) -> tuple[nn.Module | None, type[nn.Module], dict[str, Any]]:
+        # the fields are copied as the model's own are: its copy and this one's share them
+        return self._alive(), self._kind, self._fields
+
+    def _alive(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+    def model(self) -> nn.Module:
+        """Return the model, or what stands in for it if nobody else has it any more."""
+        model = self._alive()
+        if model is None:
+            model = object.__new__(self._kind)
+            vars(model).update(self._fields)
+        return model
+
+
+class Bound:
+    """A function as a method of one model; it brings hf_lora's patches along in a pickle."""
+
+    def __init__(self, function: Callable[..., Any], owner: _Owner):
+        self.function = function
+        self.owner = owner
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
         trainer_patch.install()
         peft_guard.install()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.function)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the model."""
+        return self.function(self.owner.model(), *args, **kwargs)
 
 
 def install(model: nn.Module) -> None:
     """Replace the methods on this instance, if it is a transformers model."""
     if not is_pretrained(model):
         return
-    for name, function in _METHODS.items():
-        model.__dict__[name] = Bound(function, model)
     # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
     model.__dict__[_FLAG] = True
+    owner = _Owner(model)
+    for name, function in _METHODS.items():
+        model.__dict__[name] = Bound(function, owner)
 
 
 def uninstall(model: nn.Module) -> None:

@@ -80,18 +80,24 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
             groups.append([layer])
         seen.add(layer)
 
-    for path, module in twin.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            module.register_forward_pre_hook(
-                lambda module, inputs, named, path=path: note(module, inputs, named, path),
-                with_kwargs=True,
-            )
+    notes = [
+        module.register_forward_pre_hook(
+            lambda module, inputs, named, path=path: note(module, inputs, named, path),
+            with_kwargs=True,
+        )
+        for path, module in twin.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
     # also where dropout is off, a model may draw random numbers
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cpu"
     indices = [device.index or 0 for device in devices] if kind != "cpu" else []
-    with torch.random.fork_rng(indices, device_type=kind if indices else "cuda"):
-        twin.eval()(*args, **kwargs)
+    try:
+        with torch.random.fork_rng(indices, device_type=kind if indices else "cuda"):
+            twin.eval()(*args, **kwargs)
+    finally:
+        for each in notes:  # a twin that holds itself would hold the model through them
+            each.remove()
     return [group for group in groups if len(group) > 1]
 
 
