@@ -23,7 +23,7 @@ _BLOCK = 1 << 20
 
 def put_note(directory: Path, weights: Path, text: bytes) -> None:
     """Note in ``directory`` that the JSON ``text`` belongs to the file ``weights``."""
-    note = as_json({_FIELDS: json.loads(text), _DIGEST: _digest(weights)})
+    note = as_json({_FIELDS: json.loads(text), _DIGEST: file_digest(weights)})
     pending = directory / PENDING_FILE
     with staged(pending, lambda file: file.write(note)) as new_note:
         os.replace(new_note, pending)
@@ -45,14 +45,15 @@ def noted_fields(directory: Path) -> dict[str, Any] | None:
     try:
         note = read_json(pending)
         fields = note.get(_FIELDS)
-        if isinstance(fields, dict) and note.get(_DIGEST) == _digest(directory / WEIGHTS_FILE):
+        if isinstance(fields, dict) and note.get(_DIGEST) == file_digest(directory / WEIGHTS_FILE):
             return fields
     except (AdapterFileError, OSError):
         pass  # a note that cannot be read says nothing
     return None
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, read piece by piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):

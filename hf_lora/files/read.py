@@ -15,6 +15,7 @@ from hf_lora.files.matching import Patience
 from hf_lora.files.peft_format import check_supported, check_tying, read_slots, read_trained_names
 from hf_lora.files.pending import noted_fields
 from hf_lora.files.safetensors_io import TensorFile
+from hf_lora.files.set_note import mixture
 from hf_lora.layers.base import Slot
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -101,6 +102,8 @@ def read_folder(directory: Path) -> AdapterFolder:
     file.check_digest()
     own = read_header(file.metadata, weights)
     fields, told = _configuration(directory, own)
+    mixed = mixture(directory)
+    told += [mixed] if mixed else []
     source = str(directory / CONFIG_FILE)
     told += [f"the field {n!r} is unknown and was ignored" for n in check_supported(fields, source)]
     factors, others, renamed = sort_keys(file)

@@ -1,8 +1,9 @@
-"""Writing an adapter folder."""
+"""Writing adapter folders."""
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from hf_lora.files.peft_format import to_peft
 from hf_lora.files.pending import put_note, take_note_away
 from hf_lora.files.read import read_folder
 from hf_lora.files.safetensors_io import serialize
+from hf_lora.files.set_note import (
+    has_set_note,
+    leave_set,
+    put_set_note,
+    take_set_note_away,
+    tops,
+)
+
+Weights = Callable[[Any], None]
+"""What writes an adapter's weights into an open file."""
 
 
 def write_folder(directory: Path, content: Content) -> None:
@@ -24,9 +35,28 @@ def write_folder(directory: Path, content: Content) -> None:
     Raises:
         SaveError: The folder cannot be written; it is as it was.
     """
-    fields = to_peft(content)
-    metadata = {"format": "pt", HEADER_KEY: make_header(content, fields)}
-    _write(directory, serialize(content.tensors, metadata), as_json(fields))
+    write_folders(directory, {directory: content})
+
+
+def write_folders(top: Path, contents: Mapping[Path, Content]) -> None:
+    """Write several adapters that belong together, each as :func:`write_folder` does.
+
+    Killed at any moment, this leaves all as they were, or all new, or a note in ``top`` that makes
+    whoever loads one of them hear that they are of different saves.
+
+    Args:
+        top: The folder in which, or right below which, the adapters are.
+        contents: Folder to what shall be in it.
+
+    Raises:
+        SaveError: A folder cannot be written.
+    """
+    new = {}
+    for folder, content in contents.items():
+        fields = to_peft(content)
+        metadata = {"format": "pt", HEADER_KEY: make_header(content, fields)}
+        new[folder] = serialize(content.tensors, metadata), as_json(fields)
+    _write(top, new)
 
 
 def copy_folder(source: Path, directory: Path) -> None:
@@ -37,29 +67,76 @@ def copy_folder(source: Path, directory: Path) -> None:
     Raises:
         SaveError: A file cannot be read, or the folder cannot be written; it is as it was.
     """
-    try:
+    copy_folders(directory, {directory: source})
+
+
+def copy_folders(top: Path, sources: Mapping[Path, Path]) -> None:
+    """Copy several adapters that belong together, replacing as :func:`write_folders` does.
+
+    Args:
+        top: The folder in which, or right below which, the copies are.
+        sources: Folder to the one that it becomes a copy of.
+
+    Raises:
+        SaveError: A file cannot be read, or a folder cannot be written.
+    """
+    new = {folder: _copied(source) for folder, source in sources.items()}
+    _write(top, new)
+
+
+def _copied(source: Path) -> tuple[Weights, bytes]:
+    def write(file: Any) -> None:
+        with _reading(source), open(source / WEIGHTS_FILE, "rb") as weights:
+            shutil.copyfileobj(weights, file)
+
+    with _reading(source):
         if os.path.lexists(source / CONFIG_FILE):
-            text = (source / CONFIG_FILE).read_bytes()
-        else:
-            text = as_json(read_folder(source).fields)
-        with open(source / WEIGHTS_FILE, "rb") as weights:
-            _write(directory, lambda file: shutil.copyfileobj(weights, file), text)
+            return write, (source / CONFIG_FILE).read_bytes()
+    return write, as_json(read_folder(source).fields)
+
+
+@contextlib.contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        if isinstance(error, SaveError):
-            raise
         raise SaveError(f"{source} cannot be copied: {error}") from error
 
 
-def _write(directory: Path, write_weights: Callable[[Any], None], text: bytes) -> None:
-    weights, config = directory / WEIGHTS_FILE, directory / CONFIG_FILE
-    with (
-        made_folder(directory),
-        staged(weights, write_weights) as new_weights,
-        staged(config, lambda file: file.write(text)) as new_config,
-        alone_in(directory),
-    ):
-        _replace(directory, new_weights, new_config, text)
-        take_note_away(directory)
+def _write(top: Path, new: Mapping[Path, tuple[Weights, bytes]]) -> None:
+    with contextlib.ExitStack() as stack:
+        files = {}
+        # all is on the disk before the first is replaced: what cannot be written is found out here
+        for folder, (write_weights, text) in new.items():
+            stack.enter_context(made_folder(folder))
+            weights = stack.enter_context(staged(folder / WEIGHTS_FILE, write_weights))
+            config = stack.enter_context(
+                staged(folder / CONFIG_FILE, lambda file, text=text: file.write(text))
+            )
+            files[folder] = weights, config, text
+        together = len(files) > 1
+        above = (
+            [top] if together else [f for folder in files for f in tops(folder) if has_set_note(f)]
+        )
+        # from above to below, as all do, so that no two wait for each other, and each once
+        for folder in sorted({os.path.realpath(folder) for folder in (*above, *files)}):
+            stack.enter_context(alone_in(Path(folder)))
+        if together:
+            put_set_note(top, {folder: (w, text) for folder, (w, _, text) in files.items()})
+        try:
+            for folder, (weights, config, text) in files.items():
+                _replace(folder, weights, config, text)
+                take_note_away(folder)
+        except BaseException:
+            if together:
+                take_set_note_away(top, unless_mixed=True)
+            raise
+        if together:
+            take_set_note_away(top)
+        else:
+            for folder in files:
+                for noted in above:
+                    leave_set(noted, folder)
 
 
 def _replace(directory: Path, new_weights: Path, new_config: Path, text: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hf_lora.errors import AdapterFileError, HfLoRAWarning
 from hf_lora.files.base_name import copy_naming
 from hf_lora.files.read import is_adapter_folder, read_folder
+from hf_lora.files.set_note import mixture
 from hf_lora.hf.base_on_hub import base_license, hub_id
 from hf_lora.hf.card import CARD_FILE, folder_card
 from hf_lora.hf.card_facts import Training
@@ -72,6 +73,8 @@ def push_adapter_folder(
         HubError: The Hub refused or went away; nothing has been committed.
     """
     adapters = {name: read_folder(folder) for name, folder in _folders(directory).items()}
+    for line in dict.fromkeys(filter(None, map(mixture, (a.directory for a in adapters.values())))):
+        warnings.warn(line, HfLoRAWarning, stacklevel=2)
     named = base or _nameable(next(iter(adapters.values())).base, directory)
     with tempfile.TemporaryDirectory() as stage:
         root = Path(stage)

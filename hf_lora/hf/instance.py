@@ -139,14 +139,13 @@ def _save_pretrained(
     if not is_main_process and (state_dict is not None or not _all_come(model)):
         return
     gathered = None if state_dict is None else _without_wrappers(state_dict, model)
-    for name in selected_adapters or (None,):
-        save_state(
-            model,
-            Path(save_directory),
-            adapter=name,
-            state_dict=gathered,
-            writes=is_main_process,
-        )
+    save_state(
+        model,
+        Path(save_directory),
+        adapter=list(selected_adapters or ()) or None,
+        state_dict=gathered,
+        writes=is_main_process,
+    )
     if push_to_hub and is_main_process:
         repo_id = hub_options.pop("repo_id", None) or Path(save_directory).name
         push(model, repo_id, token=token, **hub_options)

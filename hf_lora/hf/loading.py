@@ -18,6 +18,7 @@ from hf_lora.errors import (
 )
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
+from hf_lora.files.set_note import mixture
 from hf_lora.hf.match import Match, Place, match_folder
 from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import adapter_dtype
@@ -81,7 +82,7 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
     All folders are checked before the first value changes.
 
     Raises:
-        AdapterFileError: Unsound, or not the same layers, ranks and strengths.
+        AdapterFileError: Unsound, of different saves, or not the same layers, ranks and strengths.
         StateError: The model is merged, or DeepSpeed's optimizer has copies of the adapters.
     """
     registry.check_unmerged("restore an adapter")
@@ -91,6 +92,9 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
             "the model would be gone at its next step. Load before deepspeed.initialize or "
             "accelerator.prepare, or let DeepSpeed load a checkpoint of its own."
         )
+    mixed = [line for folder in folders.values() if (line := mixture(folder))]
+    if mixed:
+        raise AdapterFileError(listing("This is the state of no training", dict.fromkeys(mixed)))
     reshard(model)
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
     for name, found in values.items():

@@ -13,7 +13,7 @@ from hf_lora.files.content import Content
 from hf_lora.files.fingerprint import Reader, take
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
-from hf_lora.files.write import write_folder
+from hf_lora.files.write import write_folders
 from hf_lora.hf.base_weights import base_reader
 from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
 from hf_lora.hf.together import is_first, write_together
@@ -49,7 +49,8 @@ def save(
     """Save adapters, and nothing else of the model, in PEFT's format.
 
     The adapter called ``default`` goes into ``directory`` itself, every other into a folder of its
-    name inside, as PEFT does. Saving is atomic and reproducible to the byte.
+    name inside, as PEFT does. Saving is atomic and reproducible to the byte. Of several whose save
+    was cut short between two of them, each load says so.
 
     If the model's parameters are spread over several processes (FSDP2, DeepSpeed ZeRO-3), all of
     them must call this: each gives its part, the first writes, and all return when that is done.
@@ -73,7 +74,7 @@ def save_state(
     model: nn.Module,
     directory: str | Path,
     *,
-    adapter: str | None = None,
+    adapter: str | Iterable[str] | None = None,
     dtype: str | torch.dtype | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     base: str | bool | None = True,
@@ -83,6 +84,7 @@ def save_state(
     """Save adapters as :func:`save` does, taking the tensors from ``state_dict`` if one is given.
 
     Args:
+        adapter: Save this one or these only; by default all.
         state_dict: A gathered state dict of the whole model; never empty.
         base: What to name as the base model; True: what the model's configuration says.
         writes: Whether this process writes if several save together; by default the first does.
@@ -94,7 +96,7 @@ def save_state(
     """
     model, registry = wrapped(model)
     registry.check_in_place(model)
-    names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
+    names = registry.adapters if adapter is None else registry.select(adapter)
     to = as_dtype(dtype)
     reshard(model)
     together = together and state_dict is None and is_spread(model)
@@ -107,8 +109,7 @@ def save_state(
     }
 
     def write() -> None:
-        for folder, content in contents.items():
-            write_folder(folder, content)
+        write_folders(Path(directory), contents)
 
     if together:
         write_together(write, here=is_first() if writes is None else writes)

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_lora.files.base_name import copy_naming
 from hf_lora.files.read import is_adapter_folder, read_folder
-from hf_lora.files.write import copy_folder
+from hf_lora.files.write import copy_folders
 from hf_lora.hf.base_on_hub import hub_id
 from hf_lora.hf.saving import adapter_folder, base_name
 from hf_lora.model.registry import Registry
@@ -18,10 +18,10 @@ def bring_adapters(registry: Registry, checkpoint: Path, output: Path) -> None:
     Raises:
         SaveError: A file cannot be read or written.
     """
-    for name in registry.adapters:
-        source = adapter_folder(checkpoint, name)
-        if is_adapter_folder(source):
-            copy_folder(source, adapter_folder(output, name))
+    folders = {adapter_folder(output, n): adapter_folder(checkpoint, n) for n in registry.adapters}
+    copy_folders(
+        output, {to: source for to, source in folders.items() if is_adapter_folder(source)}
+    )
 
 
 def name_for_others(

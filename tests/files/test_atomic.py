@@ -22,48 +22,12 @@ from hf_lora.files.pending import PENDING_FILE
 from hf_lora.files.write import copy_folder
 from tests import tiny
 from tests.files import edit
-
-STEPS = ("open", "fsync", "replace", "unlink", "rmdir", "mkdir")
-"""The functions of ``os`` through which a save changes what is on the disk."""
+from tests.files.killing import die_before, in_child, was_killed
 
 
 def loaded(folder: Path) -> torch.Tensor:
     """Load the adapter there, whatever it is, and return what the model answers."""
     return tiny.answers(hf_lora.load(tiny.Net(), folder))
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked child and return its process id; the child never comes back."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
-
-
-def die_before(step: int) -> None:
-    """Make this process kill itself before its ``step``-th change of the disk."""
-    left = step
-
-    def counted(original: Callable) -> Callable:
-        def call(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in STEPS:
-        setattr(os, name, counted(getattr(os, name)))
-
-
-def was_killed(pid: int) -> bool:
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 def leftovers(folder: Path) -> set[str]:
