@@ -9,6 +9,7 @@ HfLoRAError
 │   ├── UnsupportedAdapterError         sound, but of a kind that hf_lora does not implement
 │   └── AdapterMismatchError            sound, but made for another model
 │       └── BaseMismatchError           same shapes, other weights
+├── BaseLoadError (OSError)             the base model that an adapter asks for cannot be loaded
 ├── SaveError (OSError)                 an adapter could not be written
 ├── GradientError (RuntimeError)        training would change nothing
 └── HubError (ConnectionError)          the Hub said no, or nothing at all
@@ -54,6 +55,10 @@ class AdapterMismatchError(AdapterFileError):
 
 class BaseMismatchError(AdapterMismatchError):
     """The adapter fits the shapes, but was trained on other base weights."""
+
+
+class BaseLoadError(HfLoRAError, OSError):
+    """The base model that an adapter asks for is not there, or cannot be loaded."""
 
 
 class SaveError(HfLoRAError, OSError):

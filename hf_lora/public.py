@@ -4,6 +4,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import (
     AdapterFileError,
     AdapterMismatchError,
+    BaseLoadError,
     BaseMismatchError,
     ConfigError,
     GradientError,
@@ -44,6 +45,7 @@ from hf_lora.version import __version__
 __all__ = [
     "AdapterFileError",
     "AdapterMismatchError",
+    "BaseLoadError",
     "BaseMismatchError",
     "ConfigError",
     "GradientError",

@@ -52,5 +52,10 @@ class Content:
 
     revision: str | None
     task: str | None
+    """PEFT's word for what the model does, if it has one."""
+
+    auto_mapping: dict[str, str] | None
+    """Its class and where that is, in PEFT's notation, where there is no such word."""
+
     fan_in_fan_out: bool
     fingerprint: dict[str, Any] | None

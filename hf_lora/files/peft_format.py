@@ -46,29 +46,39 @@ _KNOWN = {
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
+ORIGIN_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
+"""The fields that say what an adapter was made for."""
+
+
 def to_peft(content: Content) -> dict[str, Any]:
-    """Return the fields of ``adapter_config.json``: what readers require and what differs."""
+    """Return the fields of ``adapter_config.json``: what readers ask for, and what differs.
+
+    What is at its default is left out: PEFT before 0.9 stops at the first field that it does not
+    know. The exceptions are in all of its versions, and readers fail without them.
+    """
     r = _most_common(slot.r for slot in content.slots.values())
     alpha = _most_common(slot.alpha for slot in content.slots.values())
-    return {
-        "alpha_pattern": _exceptions({p: s.alpha for p, s in content.slots.items()}, alpha),
+    asked_for = {
         "base_model_name_or_path": content.base,
         "bias": "none",
         "fan_in_fan_out": content.fan_in_fan_out,
         "inference_mode": True,
-        "init_lora_weights": True,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": content.config.dropout,
-        "modules_to_save": content.trained_names or None,
         "peft_type": "LORA",
         "r": r,
+        "target_modules": content.target_names,
+    }
+    different = {
+        "alpha_pattern": _exceptions({p: s.alpha for p, s in content.slots.items()}, alpha),
+        "auto_mapping": content.auto_mapping,
+        "lora_dropout": content.config.dropout,
+        "modules_to_save": content.trained_names,
         "rank_pattern": _exceptions({p: s.r for p, s in content.slots.items()}, r),
         "revision": content.revision,
-        "target_modules": content.target_names,
         "task_type": content.task,
-        "use_dora": False,
         "use_rslora": content.config.rslora,
     }
+    return asked_for | {name: value for name, value in different.items() if value}
 
 
 def check_supported(fields: Mapping[str, Any], source: str) -> list[str]:

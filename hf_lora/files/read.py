@@ -12,7 +12,13 @@ from hf_lora.files.header import OwnHeader, contradictions, read_header
 from hf_lora.files.json_text import read_json
 from hf_lora.files.keys import sort_keys
 from hf_lora.files.matching import Patience
-from hf_lora.files.peft_format import check_supported, check_tying, read_slots, read_trained_names
+from hf_lora.files.peft_format import (
+    ORIGIN_FIELDS,
+    check_supported,
+    check_tying,
+    read_slots,
+    read_trained_names,
+)
 from hf_lora.files.pending import noted_fields
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.files.set_note import mixture
@@ -62,6 +68,11 @@ class AdapterFolder:
     def config(self) -> LoRAConfig | None:
         """The configuration in that header."""
         return None if self.own is None else self.own.config
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the adapter says of its base, its task and its class."""
+        return {name: self.fields.get(name) for name in ORIGIN_FIELDS}
 
     @property
     def base(self) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lora.files.read import AdapterFolder
+from hf_lora.hf.tasks import BY_PEFT, class_by_name, task_by_name, task_of
 from hf_lora.layers.base import Slot
 from hf_lora.model.registry import Registry
 
@@ -80,34 +81,9 @@ class ModelFacts:
     """The classes that it tells apart, where they are its own and not the base's."""
 
 
-# Ends of class names, what loads such a model, and the Hub's word for what it does.
-_CLASSES = (
-    ("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
-    ("LMHeadModel", "AutoModelForCausalLM", "text-generation"),
-    ("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
-    ("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
-    ("ForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
-    ("ForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
-    ("ForImageClassification", "AutoModelForImageClassification", "image-classification"),
-    ("ForSemanticSegmentation", "AutoModelForSemanticSegmentation", "image-segmentation"),
-    ("ForObjectDetection", "AutoModelForObjectDetection", "object-detection"),
-    ("ForAudioClassification", "AutoModelForAudioClassification", "audio-classification"),
-    ("ForCTC", "AutoModelForCTC", "automatic-speech-recognition"),
-    ("ForSpeechSeq2Seq", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
-)
-# PEFT's words for tasks, what hf_lora.from_pretrained loads for them, and the Hub's word.
-_TASKS = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
-    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
-}
-
 # The last weight of a head that classifies.
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-# What hf_lora.from_pretrained loads of itself, because PEFT's file names the task.
+# What writes text after a text.
 _GENERATING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
@@ -148,21 +124,18 @@ def model_facts(model: nn.Module, registry: Registry, names: Iterable[str]) -> M
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers."):
         return ModelFacts(name)
-    # a class of transformers loads itself where none of the auto classes is sure to
-    found = next((row for row in _CLASSES if name.endswith(row[0])), (name, name, None))
-    _, loader, task = found
+    task = task_of(type(model), model.config)
+    # a class of transformers loads itself where no auto class makes it
+    loader = task.loader if task is not None else name
     reads = getattr(model, "main_input_name", None)
-    if getattr(model.config, "is_encoder_decoder", False) and reads == "input_ids":
-        loader = "AutoModelForSeq2SeqLM" if name.endswith("ForConditionalGeneration") else loader
     own_head = any(registry.adapter(adapter).trained for adapter in names)
     labels = getattr(model.config, "id2label", None)
-    default = loader in _GENERATING
     return ModelFacts(
         name=name,
         loader=loader,
-        default_loader=default,
-        task=task,
-        generates=default and reads == "input_ids",
+        default_loader=True,
+        task=task and task.on_hub,
+        generates=loader in _GENERATING and reads == "input_ids",
         reads=reads,
         labels=tuple(str(labels[key]) for key in sorted(labels))
         if labels and own_head and "Classification" in name
@@ -172,15 +145,23 @@ def model_facts(model: nn.Module, registry: Registry, names: Iterable[str]) -> M
 
 def folder_model_facts(folder: AdapterFolder) -> ModelFacts:
     """Return the facts of the model that an adapter folder is for, as far as the files tell."""
-    loader, task = _TASKS.get(str(folder.fields.get("task_type")), (None, None))
-    classifies = task is not None and task.endswith("classification")
+    task = BY_PEFT.get(str(folder.fields.get("task_type")))
+    named = folder.fields.get("auto_mapping")
+    kind = class_by_name(named.get("base_model_class")) if isinstance(named, dict) else None
+    if task is None and kind is not None:
+        task = task_by_name(kind.__name__)
+        reads = getattr(kind, "main_input_name", None)
+    else:
+        reads = "input_ids" if task is not None else None
+    loader = task.loader if task is not None else kind and kind.__name__
+    classifies = task is not None and "Classification" in task.loader
     return ModelFacts(
-        name="base model",
+        name="base model" if kind is None else kind.__name__,
         loader=loader,
         default_loader=loader is not None,
-        task=task,
-        generates=loader in _GENERATING,
-        reads="input_ids" if loader else None,
+        task=task and task.on_hub if reads == "input_ids" else None,
+        generates=loader in _GENERATING and reads == "input_ids",
+        reads=reads,
         labels=_nameless_labels(folder) if classifies else (),
     )
 

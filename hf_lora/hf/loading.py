@@ -62,6 +62,7 @@ def load_folder(
         if found is None:
             registry.repacked = keep_gradients(model)
         attach(model, registry, adapter, _config(match, model), match.slots, match.trained, dtypes)
+        registry.adapter(adapter).origin = match.folder.origin
         fill(registry, adapter, values)
     except BaseException:
         if found is None:

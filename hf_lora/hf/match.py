@@ -15,6 +15,7 @@ from hf_lora.files.peft_targets import TARGET_FIELDS, promised_layers, says_all_
 from hf_lora.files.read import AdapterFolder
 from hf_lora.hf.base_weights import base_reader
 from hf_lora.hf.resolve import Resolution, resolve
+from hf_lora.hf.tasks import HEADS
 from hf_lora.hf.together import is_first
 from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import features, rank_fault, why_not
@@ -28,9 +29,6 @@ from hf_lora.sharding import whole
 
 Place = tuple[str, str]
 """(path in the model, role): the role is lora_A, lora_B or the name of a base tensor."""
-
-# PEFT names these in every adapter for such a task, whether or not the model has them.
-_USUAL_HEADS = {"classifier", "score", "qa_outputs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +146,7 @@ class _Matching:
                 used |= found
         self.problems += [
             f"modules_to_save names {name!r}, which is neither in the file nor in the model"
-            for name in sorted(names - used - _USUAL_HEADS)
+            for name in sorted(names - used - HEADS)
         ]
         return meant
 

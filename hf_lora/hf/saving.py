@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,27 +17,13 @@ from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
 from hf_lora.hf.base_weights import base_reader
 from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
+from hf_lora.hf.tasks import auto_mapping, peft_task
 from hf_lora.hf.together import is_first, write_together
 from hf_lora.layers.names import DEFAULT
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.sharding import all_whole, is_spread, reshard
 from hf_lora.targets import shortest_names
-
-_TASKS = (
-    ("ForCausalLM", "CAUSAL_LM"),
-    ("LMHeadModel", "CAUSAL_LM"),
-    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
-)
-# How the modules end that PEFT trains in full for a task without being told.
-_HEADS = {
-    "SEQ_CLS": {"classifier", "score"},
-    "TOKEN_CLS": {"classifier", "score"},
-    "QUESTION_ANS": {"qa_outputs"},
-}
 
 
 def save(
@@ -180,12 +167,33 @@ def collect(
         tensors={key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()},
         target_names=_target_names(modules, slots, trained),
         trained_names=trained_names,
-        base=base_name(model) if base is True else base or None,
-        revision=None,
-        task=_task(model, modules, trained_names),
+        **_purpose(model, adapter.origin, base, trained_names),
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
         fingerprint=take(slots, _clean(base_reader(model, together=together), adapter.slots)),
     )
+
+
+def _purpose(
+    model: nn.Module,
+    origin: Mapping[str, Any],
+    base: str | bool | None,
+    trained_names: Collection[str],
+) -> dict[str, Any]:
+    """Return what an adapter is for: base and revision, task, or the class where it has no task.
+
+    What the file said that it was loaded from is kept.
+    """
+    named = base_name(model) if base is True else base or None
+    same = named is not None and named == origin.get("base_model_name_or_path")
+    task = origin.get("task_type")
+    if task is None and origin.get("auto_mapping") is None:
+        task = peft_task(model, trained_names)
+    return {
+        "base": named,
+        "revision": origin.get("revision") if same else None,
+        "task": task,
+        "auto_mapping": auto_mapping(model) if task is None else None,
+    }
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -248,25 +256,6 @@ def _repeated(
                     key = ".".join(filter(None, (path, without_wrappers(below), role)))
                     found[f"{PREFIX}{key}"] = tensor
     return found
-
-
-def _task(model: nn.Module, modules: Collection[str], trained_names: Collection[str]) -> str | None:
-    """Return PEFT's word for what the model does, where it has one that fits.
-
-    Its class for SEQ_2_SEQ_LM hands on ``input_ids`` and ``decoder_input_ids`` only, which neither
-    a speech model nor a vision-language model can be called with. Its classes for classifiers
-    expect the head in the file.
-    """
-    name = type(model).__name__
-    task = next((task for ending, task in _TASKS if name.endswith(ending)), None)
-    if task == "SEQ_2_SEQ_LM":
-        config = getattr(model, "config", None)
-        reads_text = getattr(model, "main_input_name", None) == "input_ids"
-        return task if reads_text and getattr(config, "is_encoder_decoder", False) else None
-    heads = _HEADS.get(task or "", set())
-    meant = [path for path in modules if endings(path, heads)]
-    saved = set(trained_names)
-    return task if all(endings(path, saved) for path in meant) else None
 
 
 def _is_inside(path: str, tops: Collection[str]) -> bool:

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import AdapterFileError, ConfigError
+from hf_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError
 from hf_lora.files.read import read_folder
 from hf_lora.hf import instance, peft_guard, trainer_patch
 from hf_lora.hf.after_import import when_imported
+from hf_lora.hf.base_loading import load_base, other_class
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.together import folder_for_all
@@ -187,6 +187,7 @@ def load(
 def from_pretrained(
     source: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     model_class: Any = None,
     trainable: bool = False,
     revision: str | None = None,
@@ -199,9 +200,11 @@ def from_pretrained(
 
     Args:
         source: A folder, or the id of a repo on the Hub.
+        base: The base model, instead of the one that the adapter names: a folder, an id on the Hub,
+            or a model that is loaded already.
         model_class: What loads the base, such as ``AutoModelForSequenceClassification``; by default
-            the auto class for the adapter's task, or, if it names none, the class that the base was
-            saved from.
+            the auto class for the adapter's task if it has one for this base, or the class that the
+            adapter names, or the class that the base was saved from.
         trainable, revision, subfolder, token, check_base: As for :func:`load`.
         **model_kwargs: Handed to ``model_class.from_pretrained``, for instance ``dtype`` or
             ``device_map``.
@@ -210,24 +213,36 @@ def from_pretrained(
         The base model with the adapter attached and active.
 
     Raises:
-        AdapterFileError: As for :func:`load`, or the adapter names no base.
+        AdapterFileError: As for :func:`load`, or the adapter names no base, or no class for it is
+            known.
+        BaseLoadError: The base cannot be found or loaded.
+        ConfigError: A loaded base together with what would load one.
         HubError, BaseMismatchError, AdapterMismatchError: As for :func:`load`.
-        OSError: transformers cannot load the base.
     """
     folder = locate(source, revision=revision, subfolder=subfolder, token=token)
+    if isinstance(base, nn.Module):
+        given = [*(["model_class"] if model_class is not None else []), *model_kwargs]
+        if given:
+            raise ConfigError(f"The base is loaded already, so {', '.join(given)} cannot be used.")
+        return load(base, folder, trainable=trainable, check_base=check_base)
     content = read_folder(folder)
-    if content.base is None:
+    asked = content.base if base is None else os.fspath(base)
+    if asked is None:
         raise AdapterFileError(
-            f"{folder} names no base model (base_model_name_or_path); load the base yourself and "
-            "call hf_lora.load(model, source)."
+            f"{folder} names no base model (base_model_name_or_path); name it: "
+            "hf_lora.from_pretrained(source, base=...) takes a folder, an id or a model."
         )
-    if content.revision is not None:
+    if content.revision is not None and asked == content.base:
         model_kwargs.setdefault("revision", content.revision)
     if token is not None:
         model_kwargs.setdefault("token", token)
-    loader = model_class or _class_for(content.fields.get("task_type"), content.base, model_kwargs)
-    model = loader.from_pretrained(content.base, **model_kwargs)
-    return load(model, folder, trainable=trainable, check_base=check_base)
+    model, why = load_base(content, asked, model_class, model_kwargs)
+    try:
+        return load(model, folder, trainable=trainable, check_base=check_base)
+    except BaseMismatchError:
+        raise
+    except AdapterMismatchError as error:
+        raise other_class(error, model, why) from error
 
 
 def push_to_hub(
@@ -282,29 +297,3 @@ def _hook(model: nn.Module) -> None:
     trainer_patch.install()
     peft_guard.install()
     when_imported("accelerate.hooks", guard_new_hooks)
-
-
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-_CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "gguf_file")
-
-
-def _class_for(task: Any, base: str, model_kwargs: dict[str, Any]) -> Any:
-    """Return the class of transformers that loads the base for an adapter's task."""
-    if task in _CLASSES:
-        return getattr(transformers, _CLASSES[task])
-    kwargs = {name: model_kwargs[name] for name in _CONFIG_KWARGS if name in model_kwargs}
-    saved_from = transformers.AutoConfig.from_pretrained(base, **kwargs).architectures or [""]
-    found = getattr(transformers, saved_from[0], None)
-    if found is None:
-        raise AdapterFileError(
-            f"The adapter names no task that hf_lora knows ({task!r}), and its base {base} was "
-            f"saved from {saved_from[0] or 'a class that it does not name'}; pass model_class=..."
-        )
-    return found

@@ -1,7 +1,7 @@
 """What hf_lora knows about a wrapped model: one object, kept as an attribute of that model."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Adapter:
 
     trained: tuple[str, ...]
     """Paths of the modules that are trained in full, each with everything below it."""
+
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the file that it was loaded from says of base, task and class, to be saved again."""
 
     training: Any = None
     """What is known of its last training here, for the model card."""

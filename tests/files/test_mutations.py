@@ -167,7 +167,8 @@ def change_both(folder: Path, random_: random.Random) -> None:
     factor = random_.choice([2, 3, 0.5])
     config = edit.read_config(folder)
     config["lora_alpha"] *= factor
-    config["alpha_pattern"] = {name: v * factor for name, v in config["alpha_pattern"].items()}
+    patterns = config.get("alpha_pattern", {})
+    config["alpha_pattern"] = {name: v * factor for name, v in patterns.items()}
     for slot in ours["slots"].values():
         slot["alpha"] *= factor
     ours["adapter_config"] = config

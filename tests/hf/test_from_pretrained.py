@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import hf_lora
+from tests.files import edit
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 LAYERS = {"num_hidden_layers": 2}
@@ -78,6 +79,8 @@ def test_an_unknown_class_of_the_base_is_told(tmp_path: Path):
     config.write_text(config.read_text().replace("ViTForImageClassification", "TheirOwnModel"))
     model = ViTForImageClassification.from_pretrained(tmp_path / "base")
     hf_lora.wrap(model, r=2).save_pretrained(tmp_path / "adapter")
+    assert type(hf_lora.from_pretrained(tmp_path / "adapter")) is ViTForImageClassification
+    edit.change_config(tmp_path / "adapter", auto_mapping=...)
     with pytest.raises(hf_lora.AdapterFileError, match=r"TheirOwnModel; pass model_class="):
         hf_lora.from_pretrained(tmp_path / "adapter")
     again = hf_lora.from_pretrained(tmp_path / "adapter", model_class=ViTForImageClassification)
