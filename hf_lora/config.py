@@ -149,7 +149,7 @@ class LoRAConfig:
             text = json.dumps(self.to_dict(), indent=2) + "\n"
         try:
             path.write_text(text, encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise ConfigError(f"{path} cannot be written: {error}") from error
 
 

@@ -18,11 +18,16 @@ HfLoRAWarning (UserWarning)             something was resolved or left out, and 
 
 from collections.abc import Iterable
 
+from hf_lora.text import printable
+
 _MOST_LINES = 20
 
 
 class HfLoRAError(Exception):
-    """Base of every error that hf_lora raises on purpose."""
+    """Base of every error that hf_lora raises on purpose. Its message fits a screen."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(HfLoRAError, ValueError):
@@ -62,7 +67,7 @@ class BaseLoadError(HfLoRAError, OSError):
 
 
 class SaveError(HfLoRAError, OSError):
-    """An adapter could not be written; what was there before is still there."""
+    """An adapter could not be written. The folder has the old one or the new one, whole."""
 
 
 class GradientError(HfLoRAError, RuntimeError):
@@ -75,6 +80,9 @@ class HubError(HfLoRAError, ConnectionError):
 
 class HfLoRAWarning(UserWarning):
     """Something was resolved or left out that the user should know about."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 def listing(headline: str, problems: Iterable[str], advice: str = "") -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Bottom first. A module may import from the rows below its own and from its own unit, no others.
 LAYERS = (
-    ("errors", "config", "version"),
+    ("errors", "config", "text", "version"),
     ("functional", "targets", "devices", "sharding", "partitions"),
     ("layers",),
     ("model", "files"),
@@ -25,7 +25,12 @@ LAYERS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Units of one row do not know each other, except for these.
-NEIGHBOURS = {("config", "errors"), ("cli", "report"), ("sharding", "partitions")}
+NEIGHBOURS = {
+    ("config", "errors"),
+    ("errors", "text"),
+    ("cli", "report"),
+    ("sharding", "partitions"),
+}
 
 # The only imports that may stand inside a function, each with what importing it early would cost.
 LAZY = {

@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from hf_lora.errors import HfLoRAError, HfLoRAWarning
+from hf_lora.text import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +56,16 @@ def execute(command: Callable[[], Result], *, as_json: bool) -> None:
         if as_json:
             _write(stdout, result.data)
         else:
-            print(result.text, file=stdout)
+            print(printable(result.text, longest=None), file=stdout)
     if result.refused:
         raise typer.Exit(1)
 
 
 def tell(text: str, style: str | None = None) -> None:
     """Say something on stderr, as it stands: no markup, no line breaks of ours."""
-    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        printable(text), style=style, markup=False, highlight=False, soft_wrap=True
+    )
 
 
 @contextlib.contextmanager

@@ -5,17 +5,30 @@ import json
 import os
 import re
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_lora.errors import SaveError
+from hf_lora.errors import HfLoRAError, SaveError
+from hf_lora.text import show
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
+
+
+@contextlib.contextmanager
+def refused_as_save_error(what: str) -> Iterator[None]:
+    """Turn what the disk refuses in the block into a SaveError that begins with ``what``."""
+    try:
+        yield
+    except HfLoRAError:
+        raise
+    except OSError as error:
+        raise SaveError(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -31,20 +44,28 @@ def staged(path: Path, write: Callable[[Any], None]) -> Iterator[Path]:
     remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{_owner()}.tmp")
     try:
-        # never through a link that somebody put there
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        with open(os.open(temporary, flags, 0o666), "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    except OSError as error:
-        if isinstance(error, SaveError):
-            raise
-        raise SaveError(f"{path} could not be written: {error}") from error
+        with refused_as_save_error(f"{path} could not be written"):
+            # never through a link that somebody put there
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+            with open(os.open(temporary, flags, 0o666), "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """Hand out a new folder that is gone after the block.
+
+    Raises:
+        SaveError: The disk refuses something, here or in the block; it begins with ``what``.
+    """
+    with refused_as_save_error(what), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -61,9 +82,9 @@ def made_folder(directory: Path) -> Iterator[None]:
         missing.append(folder)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         _remove_empty(missing)
-        raise SaveError(f"{directory} cannot be a folder: {error}") from error
+        raise SaveError(f"{show(str(directory))} cannot be a folder: {error}") from error
     try:
         yield
     except BaseException:
@@ -142,5 +163,5 @@ def _at_work(pid: int, thread: int) -> bool:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             folder.rmdir()

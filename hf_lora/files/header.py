@@ -10,9 +10,10 @@ from typing import Any
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Content
-from hf_lora.files.json_text import is_number, parse_json, show
+from hf_lora.files.json_text import is_number, parse_json
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.layers.base import Slot
+from hf_lora.text import show, some
 from hf_lora.version import __version__
 
 FORMAT = 1
@@ -36,7 +37,6 @@ _CONFIG = {field.name for field in dataclasses.fields(LoRAConfig)}
 _SLOT = {"r": None, "alpha": None, "dropout": 0.0, "rslora": False}
 """The numbers of a slot, to what they are if the header does not say."""
 
-_MOST_SHOWN = 5
 _MOST_SPECIAL = 20_000
 _IGNORES_CASE = re.compile(r"\(\?[a-zA-Z-]*i")
 _ESCAPE = re.compile(r"\\[xuUN0-7]")
@@ -109,10 +109,14 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         checked = LoRAConfig.from_dict(known)
     except (ConfigError, TypeError, OverflowError) as error:
         raise AdapterFileError(f"{path}: the configuration in the header: {error}") from error
+    numbers = {name: _slot(entry, f"{damaged}: {show(name)}") for name, entry in slots.items()}
+    torn = [name for name, slot in numbers.items() if slot.rslora != checked.rslora]
+    if torn:  # a save writes the one and the other, and nothing could load that
+        raise AdapterFileError(f"{damaged}: rslora is {checked.rslora}, but not of {some(torn)}")
     return OwnHeader(
         fields=fields,
         config=checked,
-        slots={name: _slot(entry, f"{damaged}: {show(name)}") for name, entry in slots.items()},
+        slots=numbers,
         trained=trained,
         raw=raw,
         told=_unknown(raw, config, slots),
@@ -173,9 +177,7 @@ def _unknown(raw: dict[str, Any], config: dict[str, Any], slots: dict[str, Any])
     ]
     if not names:
         return []
-    shown = ", ".join(map(show, names[:_MOST_SHOWN]))
-    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return [f"entries of the header that this hf_lora does not know were ignored: {shown}{more}"]
+    return [f"entries of the header that this hf_lora does not know were ignored: {some(names)}"]
 
 
 def _check_patterns(config: dict[str, Any], damaged: str) -> None:

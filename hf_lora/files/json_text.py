@@ -1,4 +1,4 @@
-"""JSON that a stranger may have written: bounded, without duplicate names, and shown in short."""
+"""JSON that a stranger may have written: bounded, and without duplicate names."""
 
 import collections
 import json
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.errors import AdapterFileError
+from hf_lora.files.opened import opened
+from hf_lora.text import show
 
 _LARGEST = 16_000_000
 _MOST_VALUES = 1_500_000
 _VALUE = re.compile(rb"[\[{,]")
 _DEEPEST = 50
-_LONGEST_SHOWN = 120
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,18 +23,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: Missing, no ordinary file, too large, not JSON, or not a mapping.
     """
-    if not os.path.isfile(path):
-        # also what blocks or never ends when it is read: pipes and devices
-        raise AdapterFileError(
-            f"{path} is missing or no ordinary file; an adapter has one beside its weights"
-        )
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_LARGEST + 1)
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from error
-    if len(text) > _LARGEST:
-        raise AdapterFileError(f"{path} is larger than {_LARGEST} bytes")
+    if not os.path.lexists(path):
+        raise AdapterFileError(f"{path} is missing; an adapter has one beside its weights")
+    with opened(path) as (file, size):
+        if size > _LARGEST:
+            raise AdapterFileError(f"{path} is larger than {_LARGEST} bytes")
+        text = file.read(size)
     return parse_json(text, str(path))
 
 
@@ -58,12 +53,6 @@ def parse_json(text: bytes, source: str) -> dict[str, Any]:
     if _deeper_than(content, _DEEPEST):
         raise AdapterFileError(f"{source} is nested more than {_DEEPEST} deep")
     return content
-
-
-def show(value: Any) -> str:
-    """Return ``value`` as an error message shows it: escaped, and at most a line long."""
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from hf_lora.errors import AdapterFileError
-from hf_lora.files.json_text import show
+from hf_lora.text import show
 
 Step = Callable[["Text", int], int]
 """From the positions where a match may begin to those where it may end."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Content
-from hf_lora.files.json_text import is_number, show
+from hf_lora.files.json_text import is_number
 from hf_lora.files.matching import Patience
 from hf_lora.files.patterns import SPECIAL, PatternMap, tails
 from hf_lora.layers.base import Slot
+from hf_lora.text import show
 
 # Fields that change the mathematics and that hf_lora does not implement, with the values for off.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {

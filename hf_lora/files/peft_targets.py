@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from hf_lora.errors import AdapterFileError
-from hf_lora.files.json_text import show
 from hf_lora.files.matching import Patience, Pattern, Text
 from hf_lora.files.patterns import LayerIndex, TailIndex
 from hf_lora.files.peft_format import read_names
+from hf_lora.text import show
 
 _ALL_LINEAR = "all-linear"
 TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

@@ -11,19 +11,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_lora.errors import AdapterFileError
+from hf_lora.errors import AdapterFileError, SaveError
 from hf_lora.files.atomic import as_json, remove_abandoned, staged, sync_directory
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
 from hf_lora.files.json_text import read_json
+from hf_lora.files.opened import blocks, opened
 
 PENDING_FILE = f".{CONFIG_FILE}.pending"
 _FIELDS, _DIGEST = "adapter_config", "weights_sha256"
-_BLOCK = 1 << 20
 
 
 def put_note(directory: Path, weights: Path, text: bytes) -> None:
     """Note in ``directory`` that the JSON ``text`` belongs to the file ``weights``."""
-    note = as_json({_FIELDS: json.loads(text), _DIGEST: file_digest(weights)})
+    try:
+        digest = file_digest(weights)
+    except AdapterFileError as error:  # which was written a moment ago: the disk refuses
+        raise SaveError(f"{error}") from error
+    note = as_json({_FIELDS: json.loads(text), _DIGEST: digest})
     pending = directory / PENDING_FILE
     with staged(pending, lambda file: file.write(note)) as new_note:
         os.replace(new_note, pending)
@@ -55,7 +59,7 @@ def noted_fields(directory: Path) -> dict[str, Any] | None:
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file, read piece by piece."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
+    with opened(path) as (file, size):
+        for block in blocks(file, 0, size):
             digest.update(block)
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from hf_lora.files.pending import noted_fields
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.files.set_note import mixture
 from hf_lora.layers.base import Slot
+from hf_lora.text import some
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _MOST_NAMES = 10
@@ -116,7 +117,9 @@ def read_folder(directory: Path) -> AdapterFolder:
     mixed = mixture(directory)
     told += [mixed] if mixed else []
     source = str(directory / CONFIG_FILE)
-    told += [f"the field {n!r} is unknown and was ignored" for n in check_supported(fields, source)]
+    unknown = check_supported(fields, source)
+    if unknown:
+        told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
     factors, others, renamed = sort_keys(file)
     check_tying(fields, [*factors, *others], source)
     patience = Patience(source)
@@ -170,11 +173,10 @@ def _what_is_there(directory: Path) -> str:
             f"{directory} holds its weights as a pickle, which can run code when it is read; "
             f"convert it to {WEIGHTS_FILE} where you trust it (in PEFT: save_pretrained)"
         )
-    inside = [repr(name) for name in names if is_adapter_folder(directory / name)]
+    inside = [name for name in names if is_adapter_folder(directory / name)]
     if inside:
         return (
-            f"{directory} holds no adapter itself, but its folders do: "
-            f"{', '.join(inside[:_MOST_NAMES])}"
+            f"{directory} holds no adapter itself, but its folders do: {some(inside, _MOST_NAMES)}"
         )
-    found = ", ".join(map(repr, names[:_MOST_NAMES])) or "nothing"
+    found = some(names, _MOST_NAMES) or "nothing"
     return f"{directory} holds no {WEIGHTS_FILE}; it has: {found}"

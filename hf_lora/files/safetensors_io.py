@@ -22,7 +22,9 @@ from typing import Any, BinaryIO
 import torch
 
 from hf_lora.errors import AdapterFileError, SaveError
-from hf_lora.files.json_text import parse_json, show
+from hf_lora.files.json_text import parse_json
+from hf_lora.files.opened import blocks, opened
+from hf_lora.text import show
 
 DIGEST_KEY = "hf_lora_sha256"
 """The entry of the metadata that holds the digest of everything else in the file."""
@@ -52,7 +54,6 @@ _MOST_TENSORS = 100_000
 _LONGEST_NAME = 512
 _MOST_DOTS = 64
 _MOST_DIMENSIONS = 8
-_BLOCK = 1 << 20
 
 
 def serialize(
@@ -118,13 +119,9 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with open(path, "rb") as file:
-                self._identity = _identity(file)
-                self._header = _read_header(file, path)
-                size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise AdapterFileError(f"{path} cannot be read: {error}") from error
+        with opened(path) as (file, size):
+            self._identity = _identity(file)
+            self._header = _read_header(file, size, path)
         fields = parse_json(self._header, f"{path}: the safetensors header")
         self.metadata = _metadata(fields.pop("__metadata__", None), path)
         self._start = 8 + len(self._header)
@@ -144,9 +141,8 @@ class TensorFile:
         sealed = f'"{DIGEST_KEY}":"{recorded}"'.encode()
         blank = f'"{DIGEST_KEY}":"{_NO_DIGEST}"'.encode()
         digest = hashlib.sha256(self._header.replace(sealed, blank))
-        with self._open() as file:
-            file.seek(self._start)
-            while block := file.read(_BLOCK):
+        with self._open() as (file, size):
+            for block in blocks(file, self._start, size):
                 digest.update(block)
         if digest.hexdigest() != recorded:
             raise AdapterFileError(
@@ -160,28 +156,25 @@ class TensorFile:
         Raises:
             AdapterFileError: The file has changed or cannot be read.
         """
-        with self._open() as file:
+        with self._open() as (file, _):
             for name in names:
                 entry = self._entries[name]
                 file.seek(self._start + entry.start)
                 data = bytearray(entry.end - entry.start)
-                if file.readinto(data) != len(data):
+                if file.readinto(data) != len(data):  # type: ignore[attr-defined]
                     raise AdapterFileError(f"{self.path} became shorter while it was read")
                 flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0)
                 tensor = flat.view(entry.dtype) if data else flat.to(entry.dtype)
                 yield name, tensor.reshape(entry.shape)
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            with open(self.path, "rb") as file:
-                if _identity(file) != self._identity:
-                    raise AdapterFileError(
-                        f"{self.path} was replaced while it was being read; load it again"
-                    )
-                yield file
-        except OSError as error:
-            raise AdapterFileError(f"{self.path} cannot be read: {error}") from error
+    def _open(self) -> Iterator[tuple[BinaryIO, int]]:
+        with opened(self.path) as (file, size):
+            if _identity(file) != self._identity:
+                raise AdapterFileError(
+                    f"{self.path} was replaced while it was being read; load it again"
+                )
+            yield file, size
 
 
 def _identity(file: BinaryIO) -> tuple[int, int, int, int]:
@@ -189,9 +182,8 @@ def _identity(file: BinaryIO) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read_header(file: BinaryIO, path: Path) -> bytes:
-    size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
+def _read_header(file: BinaryIO, size: int, path: Path) -> bytes:
+    start = file.read(8) if size >= 8 else b""
     if len(start) < 8:
         raise AdapterFileError(f"{path} is truncated or no safetensors file: {size} bytes")
     (length,) = struct.unpack("<Q", start)

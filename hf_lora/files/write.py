@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from hf_lora.errors import SaveError
 from hf_lora.files.atomic import alone_in, as_json, made_folder, staged, sync_directory
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Content
 from hf_lora.files.header import HEADER_KEY, make_header
+from hf_lora.files.json_text import parse_json
+from hf_lora.files.opened import content, copy_into
 from hf_lora.files.peft_format import to_peft
 from hf_lora.files.pending import put_note, take_note_away
 from hf_lora.files.read import read_folder
-from hf_lora.files.safetensors_io import serialize
+from hf_lora.files.safetensors_io import TensorFile, serialize
 from hf_lora.files.set_note import (
     has_set_note,
     leave_set,
@@ -27,15 +28,15 @@ Weights = Callable[[Any], None]
 """What writes an adapter's weights into an open file."""
 
 
-def write_folder(directory: Path, content: Content) -> None:
+def write_folder(directory: Path, adapter: Content) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, replacing older ones.
 
     Killed at any moment, this leaves the old adapter or the new one.
 
     Raises:
-        SaveError: The folder cannot be written; it is as it was.
+        SaveError: The folder cannot be written; it holds the old adapter or the new one.
     """
-    write_folders(directory, {directory: content})
+    write_folders(directory, {directory: adapter})
 
 
 def write_folders(top: Path, contents: Mapping[Path, Content]) -> None:
@@ -52,10 +53,10 @@ def write_folders(top: Path, contents: Mapping[Path, Content]) -> None:
         SaveError: A folder cannot be written.
     """
     new = {}
-    for folder, content in contents.items():
-        fields = to_peft(content)
-        metadata = {"format": "pt", HEADER_KEY: make_header(content, fields)}
-        new[folder] = serialize(content.tensors, metadata), as_json(fields)
+    for folder, adapter in contents.items():
+        fields = to_peft(adapter)
+        metadata = {"format": "pt", HEADER_KEY: make_header(adapter, fields)}
+        new[folder] = serialize(adapter.tensors, metadata), as_json(fields)
     _write(top, new)
 
 
@@ -65,7 +66,8 @@ def copy_folder(source: Path, directory: Path) -> None:
     Where there are only weights, ``adapter_config.json`` is written from what their header says.
 
     Raises:
-        SaveError: A file cannot be read, or the folder cannot be written; it is as it was.
+        AdapterFileError: A file cannot be read, or is not what its name says.
+        SaveError: The folder cannot be written; it holds the old adapter or the new one.
     """
     copy_folders(directory, {directory: source})
 
@@ -78,29 +80,21 @@ def copy_folders(top: Path, sources: Mapping[Path, Path]) -> None:
         sources: Folder to the one that it becomes a copy of.
 
     Raises:
-        SaveError: A file cannot be read, or a folder cannot be written.
+        AdapterFileError: A file cannot be read, or is not what its name says.
+        SaveError: A folder cannot be written.
     """
     new = {folder: _copied(source) for folder, source in sources.items()}
     _write(top, new)
 
 
 def _copied(source: Path) -> tuple[Weights, bytes]:
-    def write(file: Any) -> None:
-        with _reading(source), open(source / WEIGHTS_FILE, "rb") as weights:
-            shutil.copyfileobj(weights, file)
-
-    with _reading(source):
-        if os.path.lexists(source / CONFIG_FILE):
-            return write, (source / CONFIG_FILE).read_bytes()
-    return write, as_json(read_folder(source).fields)
-
-
-@contextlib.contextmanager
-def _reading(source: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"{source} cannot be copied: {error}") from error
+    if os.path.lexists(source / CONFIG_FILE):
+        text = content(source / CONFIG_FILE)
+        parse_json(text, str(source / CONFIG_FILE))
+    else:
+        text = as_json(read_folder(source).fields)
+    TensorFile(source / WEIGHTS_FILE)  # nothing takes an adapter's place that is none
+    return lambda file: copy_into(file, source / WEIGHTS_FILE), text
 
 
 def _write(top: Path, new: Mapping[Path, tuple[Weights, bytes]]) -> None:

@@ -11,6 +11,7 @@ from hf_lora.errors import listing
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.model.plan import size
 from hf_lora.model.summary import update_norm
+from hf_lora.text import printable
 
 _BAR = 24
 
@@ -93,7 +94,7 @@ class Description:
 
     def __str__(self) -> str:
         """Return what it is, what its size is due to, and each layer with its norm."""
-        return "\n".join(_lines(self))
+        return printable("\n".join(_lines(self)), longest=None)
 
 
 def describe(

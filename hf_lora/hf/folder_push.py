@@ -2,13 +2,14 @@
 
 import dataclasses
 import fnmatch
+import os
 import re
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
 from hf_lora.errors import AdapterFileError, HfLoRAWarning
+from hf_lora.files.atomic import temporary_folder
 from hf_lora.files.base_name import copy_naming
 from hf_lora.files.read import is_adapter_folder, read_folder
 from hf_lora.files.set_note import mixture
@@ -76,8 +77,7 @@ def push_adapter_folder(
     for line in dict.fromkeys(filter(None, map(mixture, (a.directory for a in adapters.values())))):
         warnings.warn(line, HfLoRAWarning, stacklevel=2)
     named = base or _nameable(next(iter(adapters.values())).base, directory)
-    with tempfile.TemporaryDirectory() as stage:
-        root = Path(stage)
+    with temporary_folder(f"What is to be pushed to {repo_id} could not be written") as root:
         for name, adapter in adapters.items():
             copy_naming(adapter, adapter_folder(root, name), named)
         beside = [entry for entry in directory.iterdir() if entry.is_file() and _belongs(entry)]
@@ -110,7 +110,7 @@ def push_adapter_folder(
 def _folders(directory: Path) -> dict[str, Path]:
     """Return the adapter folders in ``directory`` by name: its own, and those of other names."""
     found = {DEFAULT: directory} if is_adapter_folder(directory) else {}
-    if directory.is_dir():
+    if os.path.isdir(directory):
         for entry in sorted(directory.iterdir()):
             if is_adapter_folder(entry) and not _CHECKPOINT.fullmatch(entry.name):
                 found[entry.name] = entry

@@ -7,7 +7,6 @@ the user calls push.
 import dataclasses
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -32,6 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from hf_lora.errors import AdapterFileError, ConfigError, HfLoRAWarning, HubError
+from hf_lora.files.atomic import temporary_folder
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
 from hf_lora.files.read import is_own, read_folder
 from hf_lora.files.write import copy_folder
@@ -66,7 +66,7 @@ def locate(
     """
     check_subfolder(subfolder)
     folder = Path(source)
-    if isinstance(source, os.PathLike) or folder.exists():
+    if isinstance(source, os.PathLike) or os.path.exists(folder):
         return folder / subfolder if subfolder else folder
     return _fetch(source, revision=revision, subfolder=subfolder, token=token)
 
@@ -85,7 +85,7 @@ def pull(
 
     Raises:
         AdapterFileError, HubError: As for :func:`locate`, or the adapter is not sound.
-        SaveError: The folder cannot be written; what was there before still is.
+        SaveError: The folder cannot be written; it holds the old adapter or the new one.
     """
     check_subfolder(subfolder)
     found = _fetch(repo_id, revision=revision, subfolder=subfolder, token=token)
@@ -112,7 +112,7 @@ def push(
     inner, registry = wrapped(model)
     base = hub_base(base_name(inner))
     names = list(registry.adapters) if adapter is None else [registry.adapter(adapter).name]
-    with tempfile.TemporaryDirectory() as directory:
+    with temporary_folder(f"What is to be pushed to {repo_id} could not be written") as directory:
         # one process may push alone, so nothing here waits for the others
         save_state(inner, directory, adapter=adapter, dtype=dtype, base=base, together=False)
         with writing(repo_id, create_pr):
@@ -130,10 +130,10 @@ def push(
             dtype=as_dtype(dtype),
             others=[name for name in there if name not in described],
         )
-        Path(directory, CARD_FILE).write_text(card, encoding="utf-8")
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
         message = commit_message or f"Upload {', '.join(names)} with hf_lora"
         with writing(repo_id, create_pr):
-            return _commit(repo, Path(directory), message, commit_description)
+            return _commit(repo, directory, message, commit_description)
 
 
 def _told(registry: Registry, names: Sequence[str], given: Mapping[str, Any]) -> Training:

@@ -55,8 +55,10 @@ def load_folder(
     if trainable:
         check_no_engine(model)
         _check_gradients(model, list(match.slots))
-    for line in match.told:  # before anything changes: a filter may turn it into an error
-        warnings.warn(f"{directory}: {line}", HfLoRAWarning, stacklevel=3)
+    if match.told:  # before anything changes: a filter may turn it into an error
+        one = len(match.told) == 1
+        words = f"{directory}: {match.told[0]}" if one else listing(str(directory), match.told)
+        warnings.warn(words, HfLoRAWarning, stacklevel=3)
     registry = registry or create(model)
     try:
         if found is None:

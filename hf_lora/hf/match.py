@@ -26,6 +26,7 @@ from hf_lora.model.patch import check_present
 from hf_lora.model.planning import output_head
 from hf_lora.partitions import shape_of
 from hf_lora.sharding import whole
+from hf_lora.text import show
 
 Place = tuple[str, str]
 """(path in the model, role): the role is lora_A, lora_B or the name of a base tensor."""
@@ -145,7 +146,7 @@ class _Matching:
                 meant.add(path)
                 used |= found
         self.problems += [
-            f"modules_to_save names {name!r}, which is neither in the file nor in the model"
+            f"modules_to_save names {show(name)}, which is neither in the file nor in the model"
             for name in sorted(names - used - HEADS)
         ]
         return meant

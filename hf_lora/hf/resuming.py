@@ -36,7 +36,7 @@ def adapters_of_checkpoint(
         AdapterMismatchError: The checkpoint holds others, or fewer, or more.
     """
     directory = Path(checkpoint)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise AdapterMismatchError(f"{directory} is not a folder, so it is no checkpoint.")
     there = _adapters_in(directory)
     here = {name: adapter_folder(directory, name) for name in registry.adapters}

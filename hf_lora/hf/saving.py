@@ -52,7 +52,7 @@ def save(
         StateError: The model is not wrapped, or its layers were replaced since.
         UnknownAdapterError: There is no such adapter.
         ConfigError: ``dtype`` is not a floating-point type of at most 32 bits.
-        SaveError: The folder cannot be written; what was there before still is.
+        SaveError: The folder cannot be written; it holds the old adapter or the new one.
     """
     save_state(model, directory, adapter=adapter, dtype=dtype)
 

@@ -4,7 +4,6 @@ A model that is not spread is never waited for: each process saves and loads it 
 """
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from hf_lora.errors import HfLoRAError, SaveError
+from hf_lora.files.atomic import temporary_folder
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.opened import content
 from hf_lora.files.pending import PENDING_FILE
 from hf_lora.sharding import is_spread
 
@@ -77,17 +78,17 @@ def folder_for_all(model: nn.Module, find: Callable[[], Path]) -> Iterator[Path]
     source = have.index(True)
     if dist.get_rank() == source:
         assert folder is not None
-        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).exists()}
+        files = {name: content(folder / name) for name in _FILES if (folder / name).exists()}
     sent = [files]
     dist.broadcast_object_list(sent, src=source)
     if have[dist.get_rank()]:
         assert folder is not None
         yield folder
         return
-    with tempfile.TemporaryDirectory() as copy:
+    with temporary_folder("The adapter's files, sent by another process, found no room") as copy:
         for name, data in (sent[0] or {}).items():
-            Path(copy, name).write_bytes(data)
-        yield Path(copy)
+            (copy / name).write_bytes(data)
+        yield copy
 
 
 def _from_all(value: Any) -> list[Any]:

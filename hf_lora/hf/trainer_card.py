@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lora.files.atomic import refused_as_save_error
 from hf_lora.hf.base_on_hub import base_license, hub_base, hub_id
 from hf_lora.hf.card import CARD_FILE, adapter_card
 from hf_lora.hf.saving import base_name
@@ -45,7 +46,8 @@ def create_model_card(
         repo_id=trainer.hub_model_id or directory.resolve().name,
         training=run_of(trainer).told({**licence, **given}, processor=processor),
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+    with refused_as_save_error(f"{directory / CARD_FILE} could not be written"):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
     if pushed:
         name_for_others(model, registry, directory, base)

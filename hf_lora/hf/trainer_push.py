@@ -16,7 +16,7 @@ def bring_adapters(registry: Registry, checkpoint: Path, output: Path) -> None:
     """Copy a checkpoint's adapters to where Trainer pushes from: without PEFT it leaves them.
 
     Raises:
-        SaveError: A file cannot be read or written.
+        AdapterFileError, SaveError: A file cannot be read or written.
     """
     folders = {adapter_folder(output, n): adapter_folder(checkpoint, n) for n in registry.adapters}
     copy_folders(

@@ -300,6 +300,10 @@ def outcome(folder: Path, expected: torch.Tensor) -> str | None:
         assert time.process_time() - start < 2
         assert files_in(folder) == files
     assert torch.equal(tiny.answers(model), expected)
+    # what loads can be saved, and loads again as it was
+    hf_lora.save(model, folder.with_name("again"))
+    again = hf_lora.load(tiny.Net(), folder.with_name("again"))
+    assert torch.equal(tiny.answers(again), expected)
     assert tree.same_values(hf_lora.unwrap(model))
     return None
 
