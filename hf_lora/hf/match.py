@@ -18,12 +18,12 @@ from hf_lora.hf.resolve import Resolution, resolve
 from hf_lora.hf.tasks import HEADS
 from hf_lora.hf.together import is_first
 from hf_lora.layers.base import Slot
-from hf_lora.layers.hosts import features, rank_fault, why_not
+from hf_lora.layers.hosts import features, why_not
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.unheard import unheard
+from hf_lora.model.heads import beside_backbone, output_head
 from hf_lora.model.patch import check_present
-from hf_lora.model.planning import output_head
 from hf_lora.partitions import shape_of
 from hf_lora.sharding import whole
 from hf_lora.text import show
@@ -201,7 +201,9 @@ class _Matching:
         source = str(self.folder.directory / CONFIG_FILE)
         promised = promised_layers(fields, names.keys(), source, self.folder.patience)
         meant = {names[name] for name in promised}
-        optional = output_head(self.model) if says_all_linear(fields) else set()
+        optional: set[str] = set()
+        if says_all_linear(fields):  # PEFT leaves out heads, by rules of its own
+            optional = output_head(self.model) | beside_backbone(self.model).keys()
         self.problems += [
             f"{path} is a target, but has no tensors"
             for path in sorted(meant - optional - self.slots.keys())
@@ -272,7 +274,7 @@ def _factor_fault(module: nn.Module | None, factors: Factors) -> str | None:
     if sizes != (factors.in_features, factors.out_features):
         given = (factors.in_features, factors.out_features)
         return f"the adapter is for in, out = {given}, the layer has {sizes}"
-    return rank_fault(module, factors.r)
+    return None
 
 
 def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:

@@ -58,7 +58,7 @@ def how_computed(layer: LoRALayer, grouped: Set[nn.Module]) -> str:
     """
     if layer.lora_routing.plain:
         return "plain"
-    if not _multiplies(layer.lora_host) or not all(map(_is_frozen, (layer.weight, layer.bias))):
+    if not multiplies(layer.lora_host) or not all(map(_is_frozen, (layer.weight, layer.bias))):
         return "on top"
     return "together" if layer in grouped and not _is_apart(layer) else "alone"
 
@@ -128,7 +128,7 @@ def _with_weight(
     layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor, dtype: torch.dtype
 ) -> Layer | None:
     """Return the layer as one product with its weight, if that is all that its host does."""
-    if not _multiplies(layer.lora_host) or not _same_device(updates, x):
+    if not multiplies(layer.lora_host) or not _same_device(updates, x):
         return None
     weight, bias = layer.weight, layer.bias
     for tensor in (weight, bias):
@@ -177,9 +177,10 @@ def _is_apart(layer: nn.Module) -> bool:
 
 
 @functools.cache
-def _multiplies(host: type[nn.Module]) -> bool:
+def multiplies(host: type[nn.Module]) -> bool:
     """Say whether a host's forward is the plain product with its weight."""
-    return host.forward in (nn.Linear.forward, Conv1D.forward)
+    # TorchScript's classes have none
+    return getattr(host, "forward", None) in (nn.Linear.forward, Conv1D.forward)
 
 
 def _recipe(layer: LoRALayer, x: torch.Tensor) -> Recipe | None:

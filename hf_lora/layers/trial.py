@@ -6,14 +6,15 @@ class of somebody's own does with its weight what a linear layer does.
 
 import contextlib
 import copy
+import inspect
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from transformers.pytorch_utils import Conv1D
 
-from hf_lora.devices import execution_device, present
+from hf_lora.devices import execution_device, is_on_meta, present
 from hf_lora.layers.base import Patched, host_view, parameter_of
+from hf_lora.layers.fused import multiplies
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import own_state
 
@@ -29,9 +30,8 @@ def host_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Say whether a layer is PyTorch's or transformers' own with an ordinary weight."""
-    known = host_class(module).__module__.startswith(("torch.nn.", "transformers."))
-    return known and has_float_weight(module)
+    """Say whether a layer needs no trial: an unchanged forward with an ordinary weight."""
+    return multiplies(host_class(module)) and has_float_weight(module)
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -45,7 +45,10 @@ def kind(module: nn.Module) -> tuple:
     """Return what layers have in common that behave alike in a trial."""
     weight = parameter_of(module, "weight")
     details = getattr(weight, "__tensor_flatten__", tuple)()  # what a quantized tensor is made with
-    return host_class(module), type(weight), getattr(weight, "dtype", None), str(details)
+    host = host_class(module)
+    # a forward of somebody's own may do this or that for its sizes
+    sizes = None if multiplies(host) else features(module)
+    return host, sizes, type(weight), getattr(weight, "dtype", None), str(details)
 
 
 def gradient_fault(module: nn.Module, *, certain: bool = False) -> str | None:
@@ -60,16 +63,24 @@ def gradient_fault(module: nn.Module, *, certain: bool = False) -> str | None:
     """
     sizes = features(module)
     assert sizes is not None
-    with torch.inference_mode(False), torch.enable_grad():
+    # its random state: a question must not move the user's
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         x = _as_input(module, torch.ones(1, sizes[0])).requires_grad_()
         try:
             y = _stand_in(module, training=True)(x)
             return _output_fault(y, sizes[1]) or _backward_fault(x, y)
         except Exception as error:  # whatever a stranger's forward raises
-            if certain or has_float_weight(module):
+            if certain or (has_float_weight(module) and _wants_more(module)):
                 return None
             first = (str(error).splitlines() or [""])[0]
             return f"a trial run fails with {type(error).__name__}: {first}"
+
+
+def _wants_more(module: nn.Module) -> bool:
+    """Say whether the host's forward cannot be called with its input alone."""
+    parameters = list(inspect.signature(host_class(module).forward).parameters.values())
+    given = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in given for p in parameters[2:])
 
 
 def _output_fault(y: object, out_features: int) -> str | None:
@@ -93,8 +104,7 @@ def is_linear_in_its_weight(module: nn.Module) -> bool:
 
     Known of PyTorch's linear layer and of Conv1D; a forward of somebody's own is tried.
     """
-    host = host_class(module)
-    if host.forward in (nn.Linear.forward, Conv1D.forward):
+    if multiplies(host_class(module)):
         return True
     weight = module._parameters["weight"]
     sizes = features(module)
@@ -118,7 +128,9 @@ def is_linear_in_its_weight(module: nn.Module) -> bool:
 
 
 def _as_input(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    return rows.to(execution_device(module), _input_dtype(module))
+    # without data, shapes alone can be tried
+    device = torch.device("meta") if is_on_meta(module) else execution_device(module)
+    return rows.to(device, _input_dtype(module))
 
 
 def _stand_in(module: nn.Module, *, training: bool) -> nn.Module:

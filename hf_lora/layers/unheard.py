@@ -46,11 +46,29 @@ def _below(module: nn.Module) -> list[str]:
     return [path for path, _ in module.named_modules() if path]
 
 
+def reader_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+    """Return the class whose code reads a layer's weight without calling it, and its name there.
+
+    Args:
+        path: The layer's.
+        modules: Path to module, for all of the model.
+    """
+    above, below = path, ""
+    while above:
+        above, _, name = above.rpartition(".")
+        below = f"{name}.{below}" if below else name
+        parent = type(modules[above])
+        if below in weights_read_by(parent):
+            return parent.__name__, below
+    return None
+
+
 @functools.cache
 def weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
-    """Return the children whose ``weight`` the class's own code reads, as far as its source says.
+    """Return what lies below and has its ``weight`` read by the class's own code, by dotted paths.
 
-    Reading a property of it (``self.wo.weight.dtype``) or asking for its type does not count.
+    As far as its source says. Reading a property of it (``self.wo.weight.dtype``) or asking for its
+    type does not count.
     """
     names: set[str] = set()
     for cls in parent.__mro__:
@@ -76,12 +94,10 @@ def _reads(function: Callable) -> Iterator[str]:
             harmless.update(node.args)
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(
-                attr="weight",
-                ctx=ast.Load(),
-                value=ast.Attribute(attr=child, value=ast.Name(id="self")),
-            ) if node not in harmless:
-                yield child
+            case ast.Attribute(attr="weight", ctx=ast.Load(), value=owner) if node not in harmless:
+                path = ast.unparse(owner)
+                if path.startswith("self."):
+                    yield path.removeprefix("self.")
 
 
 _FACTS = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_grad", "is_meta"}

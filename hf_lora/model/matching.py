@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.config import ALL_LINEAR, LoRAConfig
-from hf_lora.layers.hosts import features, why_not
+from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
-from hf_lora.layers.unheard import unheard
+from hf_lora.layers.trial import gradient_fault, is_packed, is_plain, kind
+from hf_lora.layers.unheard import reader_of, unheard
+from hf_lora.model.heads import output_head
+from hf_lora.model.stacked import Stack, meant_stacks, stacks
 from hf_lora.targets import compile_target, inside, nearest
 
 _MOST_NAMES = 8
@@ -33,6 +36,12 @@ class Matches:
     left_out: dict[str, str]
     """Path of a module that a pattern means but that is not adapted, to the reason."""
 
+    unfit: tuple[str, ...]
+    """Those of them that ``"all-linear"`` leaves out because they cannot do with an update."""
+
+    stacks: tuple[Stack, ...]
+    """The stacked parameters that a pattern means, and that no update reaches."""
+
     overrides: dict[str, str]
     """Path of a chosen layer to the text of the override that holds for it."""
 
@@ -47,15 +56,20 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
     meant = tree.targets(config, problems)
     left_out: dict[str, str] = {}
     taken: set[str] = set()
+    unfit: list[str] = []
+    everything = config.targets == ALL_LINEAR
     for path in dict.fromkeys(path for paths in meant.values() for path in paths):
+        reason = None
         if path in excluded:
             reason = f"excluded by {excluded[path]!r}"
         elif inside(path, trained):
             reason = "trained in full"
-        elif config.targets == ALL_LINEAR and path in tree.head:
+        elif everything and path in tree.head:
             reason = "output head"
-        else:
-            reason = tree.reason(path)
+        elif everything:
+            reason = tree.unfit(path, config)
+            unfit += [path] if reason else []
+        reason = reason or tree.reason(path)
         if reason is None:
             taken.add(path)
         elif tree.is_layer(path):
@@ -72,6 +86,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
         trained=tuple(trained),
         counts=counts,
         left_out=left_out,
+        unfit=tuple(unfit),
+        stacks=tuple(tree.missed_stacks(config, {**excluded, **trained})),
         overrides=tree.overrides(config, chosen, problems),
         notes=(
             *(
@@ -100,15 +116,51 @@ class Tree:
         """A further name of a module that stands in several places, to its first."""
         self.head = output_head(model)
         self.unheard = unheard(self.modules)
+        self.stacks = list(stacks(self.modules))
+        self._meant: dict[str, list[str]] = {}
+        self._trials: dict[tuple, str | None] = {}
 
     def meant(self, text: str) -> list[str]:
         """Return the paths of the modules that a pattern means by any of their names."""
-        pattern = compile_target(text)
-        return list(dict.fromkeys(path for name, path in self.names if pattern.fullmatch(name)))
+        if text not in self._meant:
+            pattern = compile_target(text)
+            found = dict.fromkeys(path for name, path in self.names if pattern.fullmatch(name))
+            self._meant[text] = list(found)
+        return self._meant[text]
 
     def reason(self, path: str) -> str | None:
         """Return why the module at ``path`` cannot be adapted, or None."""
         return self.unheard.get(path) or why_not(self.modules[path])
+
+    def missed_stacks(self, config: LoRAConfig, settled: Collection[str]) -> list[Stack]:
+        """Return the stacked parameters that the targets mean, outside of what is settled."""
+        means_all = config.targets == ALL_LINEAR
+        meant = self.stacks if means_all else meant_stacks(self.stacks, config.targets)
+        spared = meant_stacks(meant, config.exclude)
+        return [s for s in meant if s not in spared and not inside(s.path, settled)]
+
+    def unfit(self, path: str, config: LoRAConfig) -> str | None:
+        """Return why ``"all-linear"`` leaves a layer out, also one that may be named, or None."""
+        module = self.modules[path]
+        reason = self.reason(path)
+        if reason is not None:
+            return reason
+        reader = reader_of(path, self.modules)
+        if reader is not None:
+            return f"{reader[0]}'s own code reads {reader[1]}.weight, past the layer"
+        # what is packed is tried when it is wrapped, once it is no longer packed for inference
+        tried = not is_plain(module) and not is_packed(module)
+        fault = self._trial(module) if tried else None
+        said = (fields for text, fields in config.overrides.items() if path in self.meant(text))
+        if fault is None and "r" not in next(said, {}) and rank_fault(module, config.r):
+            return f"smaller than r={config.r}"
+        return fault
+
+    def _trial(self, module: nn.Module) -> str | None:
+        same = kind(module)
+        if same not in self._trials:
+            self._trials[same] = gradient_fault(module)
+        return self._trials[same]
 
     def is_layer(self, path: str) -> bool:
         """Say whether a module has something of its own to adapt, and is not a mere container."""
@@ -126,7 +178,11 @@ class Tree:
                 problems.append(f"{ALL_LINEAR!r} matches nothing: the model has no linear layer")
             return {ALL_LINEAR: self.linear}
         meant = {text: self.meant(text) for text in config.targets}
+        some = any(meant.values())
         for text, paths in meant.items():
+            # until experts can be adapted, a name of theirs beside others is told, and no typo
+            if not paths and some and meant_stacks(self.stacks, [text]):
+                continue
             if not paths:
                 problems.append(self._no_match(text))
             elif all(self.reason(path) for path in paths):
@@ -205,24 +261,6 @@ class Tree:
         if not near:
             return "the model has no linear layer at all"
         return f"near: {', '.join(near[:_MOST_NAMES])}"
-
-
-def output_head(model: nn.Module) -> set[str]:
-    """Return the paths of the layers that make up the output head.
-
-    That is the output embedding, and whatever lies beside the backbone in a transformers model.
-    """
-    getter = getattr(model, "get_output_embeddings", None)
-    embedding = getter() if callable(getter) else None
-    backbone = getattr(model, "base_model", model)
-    prefix = getattr(model, "base_model_prefix", "")
-    beside = isinstance(backbone, nn.Module) and backbone is not model and bool(prefix)
-    head = set()
-    for path, module in model.named_modules():
-        outside = beside and path and path != prefix and not path.startswith(f"{prefix}.")
-        if module is embedding or outside:
-            head.add(path)
-    return head
 
 
 def _first(left_out: dict[str, str]) -> str:

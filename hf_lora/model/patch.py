@@ -147,6 +147,7 @@ def tell(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
     """Warn of what is not wrong, but may make a training useless."""
     for headline, lines in (
         ("Updates of these layers may not be seen", plan.warnings),
+        ("The targets mean more of this model than gets an update", plan.missed),
         ("Nothing below these layers, which are no targets, would train", untrainable),
     ):
         if lines:

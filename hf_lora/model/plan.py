@@ -5,7 +5,7 @@ exactly this plan, or refuses with all its problems at once.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -120,6 +120,10 @@ class Plan:
     warnings: tuple[str, ...]
     """What may make an update useless; ``wrap`` warns of it."""
 
+    missed: tuple[str, ...]
+    """What the targets mean and no update reaches: experts, and layers that ``"all-linear"`` leaves
+    out because they cannot do with one; ``wrap`` warns of it."""
+
     notes: tuple[str, ...]
     """What is worth knowing: tied weights, experts that no pattern can reach, why some way to share
     the work is not in ``per_rank``."""
@@ -199,9 +203,9 @@ def _lines(plan: Plan) -> Iterable[str]:
     reasons: dict[str, list[str]] = {}
     for path, reason in plan.left_out.items():
         reasons.setdefault(reason, []).append(path)
-    for reason, paths in reasons.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        yield f"left out: {paths[0] or 'the model itself'}{more} ({reason})"
+    lines = [left_out_line(paths, reason) for reason, paths in reasons.items()]
+    yield from (f"left out: {line}" for line in lines)
+    yield from (f"warning: {line}" for line in plan.missed if line not in lines)
     yield from (f"warning: {warning}" for warning in plan.warnings)
     yield from (f"note: {note}" for note in plan.notes)
     if plan.vllm:
@@ -210,6 +214,12 @@ def _lines(plan: Plan) -> Iterable[str]:
         highest = max((target.slot.r for target in plan.targets), default=0)
         yield f"vLLM can serve it, started with --max-lora-rank {highest} or more"
     yield from (f"PROBLEM: {problem}" for problem in plan.problems)
+
+
+def left_out_line(paths: Sequence[str], reason: str) -> str:
+    """Return a line about layers that are left out for one reason."""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{paths[0] or 'the model itself'}{more} ({reason})"
 
 
 def _shares(plan: Plan) -> Iterable[str]:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.base import Slot, parameter_of
@@ -13,13 +12,12 @@ from hf_lora.layers.hosts import adapter_dtype, features, rank_fault
 from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.layers.trial import host_class
-from hf_lora.layers.unheard import weights_read_by
-from hf_lora.model.matching import match
-from hf_lora.model.matching import output_head as output_head
+from hf_lora.layers.unheard import reader_of
+from hf_lora.model.matching import Matches, match
 from hf_lora.model.per_rank import per_rank
-from hf_lora.model.plan import Plan, Target, Trained
+from hf_lora.model.plan import Plan, Target, Trained, left_out_line
 from hf_lora.model.registry import find
-from hf_lora.partitions import shape_of
+from hf_lora.model.stacked import stacks
 from hf_lora.targets import inside
 
 _VLLM_HEADS = ("classifier", "score")
@@ -37,6 +35,7 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         for path in matches.chosen
     )
     trained = tuple(_trained(path, modules[path], owners) for path in matches.trained)
+    size = sum(map(numel, owners.tensors()))
     problems += _conflicts(model, matches.chosen, matches.trained)
     plan = Plan(
         model=host_class(model).__name__,
@@ -47,9 +46,10 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         left_out=matches.left_out,
         problems=tuple(problems),
         warnings=tuple(_unseen(modules, matches.chosen)),
-        notes=(*matches.notes, *_notes(modules, (*targets, *trained))),
+        missed=tuple(_missed(matches, size)),
+        notes=(*matches.notes, *_notes(modules, (*targets, *trained), matches)),
         vllm=tuple(_vllm(targets, trained)),
-        base_parameters=sum(map(numel, owners.tensors())),
+        base_parameters=size,
         base_bytes=sum(map(stored_bytes, owners.tensors())),
         world=world,
     )
@@ -170,10 +170,9 @@ def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator
     """Yield a line for each class whose code uses a targeted layer's weight without calling it."""
     found: dict[tuple[str, str], list[str]] = {}
     for path in chosen:
-        parent_path, _, child = path.rpartition(".")
-        if not path or child not in weights_read_by(type(modules[parent_path])):
-            continue
-        found.setdefault((type(modules[parent_path]).__name__, child), []).append(path)
+        reader = reader_of(path, modules)
+        if reader is not None:
+            found.setdefault(reader, []).append(path)
     for (parent, child), paths in found.items():
         yield (
             f"{paths[0]} ({len(paths)} in all): {parent}'s own code reads {child}.weight; where it "
@@ -181,21 +180,36 @@ def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator
         )
 
 
-def _notes(modules: Mapping[str, nn.Module], items: Iterable[Target | Trained]) -> Iterator[str]:
+def _missed(matches: Matches, size: int) -> Iterator[str]:
+    """Yield a line for each reason why something stays as it is that the targets mean."""
+    if matches.stacks:
+        share = 100 * sum(numel(stack.tensor) for stack in matches.stacks) / max(size, 1)
+        yield (
+            f"{len(matches.stacks)} stacked parameters, as experts have them, {share:.1f} % of the "
+            f"model's: no pattern reaches them (first: {matches.stacks[0].full_name})"
+        )
+    reasons: dict[str, list[str]] = {}
+    for path in matches.unfit:
+        reasons.setdefault(matches.left_out[path], []).append(path)
+    yield from (left_out_line(paths, reason) for reason, paths in reasons.items())
+
+
+def _notes(
+    modules: Mapping[str, nn.Module], items: Iterable[Target | Trained], matches: Matches
+) -> Iterator[str]:
     for item in items:
         if item.tied_to:
             yield f"{item.path} shares its weight with {', '.join(item.tied_to)}; merging unties it"
+    trained = set(matches.trained)
     stacked = [
-        f"{path}.{name}"
-        for path, module in modules.items()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for name, tensor in own_parameters(module)
-        if not is_lazy(tensor) and len(shape_of(tensor)) == 3 and shape_of(tensor)[0] > 1
+        stack
+        for stack in stacks(modules)
+        if stack not in matches.stacks and not inside(stack.path, trained)
     ]
     if stacked:
         yield (
             f"{len(stacked)} stacked parameters, as experts have them, stay frozen: no pattern "
-            f"reaches them (first: {stacked[0]})"
+            f"reaches them (first: {stacked[0].full_name})"
         )
 
 

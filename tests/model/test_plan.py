@@ -312,9 +312,10 @@ def test_stacked_experts_and_routers_are_told():
         num_experts_per_tok=2,
     )
     model = Qwen3MoeForCausalLM(config)
-    plan = hf_lora.plan(model, r=4)
-    assert any("4 stacked parameters, as experts have them, stay frozen" in n for n in plan.notes)
+    plan = hf_lora.plan(model, "q_proj", r=4)
+    assert "4 stacked parameters, as experts have them, stay frozen" in plan.notes[0]
     assert "gate_up_proj" in plan.notes[0] or "down_proj" in plan.notes[0]
+    assert not plan.missed
     problem = hf_lora.plan(model, ["q_proj", "experts.gate_up_proj"], r=4).problems[0]
     assert "means the parameter model.layers.0.mlp.experts.gate_up_proj of shape (4," in problem
     problem = hf_lora.plan(model, "mlp.experts", r=4).problems[0]
