@@ -61,19 +61,29 @@ def gradient_fault(module: nn.Module, *, certain: bool = False) -> str | None:
         certain: Give the benefit of the doubt to a layer that cannot be run on a row of ones, as an
             ordinary weight behind a call that needs more arguments has it in any case.
     """
-    sizes = features(module)
-    assert sizes is not None
     # its random state: a question must not move the user's
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        x = _as_input(module, torch.ones(1, sizes[0])).requires_grad_()
-        try:
-            y = _stand_in(module, training=True)(x)
-            return _output_fault(y, sizes[1]) or _backward_fault(x, y)
-        except Exception as error:  # whatever a stranger's forward raises
-            if certain or (has_float_weight(module) and _wants_more(module)):
-                return None
-            first = (str(error).splitlines() or [""])[0]
-            return f"a trial run fails with {type(error).__name__}: {first}"
+        fault = ""
+        for training in (True, False):  # in training, normalizations want more rows than one
+            try:
+                return _run_fault(module, training=training)
+            except Exception as error:  # whatever a stranger's forward raises
+                first = (str(error).splitlines() or [""])[0]
+                fault = fault or f"a trial run fails with {type(error).__name__}: {first}"
+    doubt = certain or (has_float_weight(module) and _wants_more(module))
+    return None if doubt else fault
+
+
+def _run_fault(module: nn.Module, *, training: bool) -> str | None:
+    sizes = features(module)
+    assert sizes is not None
+    x = _as_input(module, torch.ones(1, sizes[0])).requires_grad_()
+    view = _stand_in(module, training=training)
+    for name, part in view._modules.items():
+        if part is not None and not training and part is not module._modules[name]:
+            part.eval()
+    y = view(x)
+    return _output_fault(y, sizes[1]) or _backward_fault(x, y)
 
 
 def _wants_more(module: nn.Module) -> bool:

@@ -120,10 +120,6 @@ class Plan:
     warnings: tuple[str, ...]
     """What may make an update useless; ``wrap`` warns of it."""
 
-    missed: tuple[str, ...]
-    """What the targets mean and no update reaches: experts, and layers that ``"all-linear"`` leaves
-    out because they cannot do with one; ``wrap`` warns of it."""
-
     notes: tuple[str, ...]
     """What is worth knowing: tied weights, experts that no pattern can reach, why some way to share
     the work is not in ``per_rank``."""
@@ -139,6 +135,10 @@ class Plan:
 
     per_rank: tuple[PerRank, ...] = ()
     """What each of them keeps and sends, for each way to share it; empty for one process."""
+
+    missed: tuple[str, ...] = ()
+    """What the targets mean and no update reaches: experts, and layers that ``"all-linear"`` leaves
+    out because they cannot do with one; ``wrap`` warns of it."""
 
     @property
     def parameters(self) -> int:
