@@ -4,12 +4,12 @@ import os
 import re
 import warnings
 
-import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_lora.errors import HfLoRAWarning
+from hf_lora.hf.hub_errors import asked
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
@@ -53,9 +53,6 @@ def base_license(base: str, token: str | bool | None) -> dict[str, str]:
 
     Nothing, if the Hub cannot be asked: a card without it is better than no push.
     """
-    try:
-        card = HfApi(token=token).model_info(base).card_data
-    except (HfHubHTTPError, httpx2.HTTPError, OSError):
-        return {}
+    card = asked(lambda: HfApi(token=token).model_info(base).card_data, None)
     found = {name: card.get(name) for name in LICENSE_FIELDS} if card else {}
     return {name: value for name, value in found.items() if isinstance(value, str)}

@@ -8,11 +8,10 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import httpx2
 import torch
 from huggingface_hub import (
     _CACHED_NO_EXIST,
@@ -23,7 +22,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
 )
@@ -37,9 +35,9 @@ from hf_lora.files.read import is_own, read_folder
 from hf_lora.files.write import copy_folder
 from hf_lora.hf.base_on_hub import base_license, hub_base
 from hf_lora.hf.card import CARD_FILE, LIBRARY, Training, adapter_card, is_untouched
-from hf_lora.hf.hub_errors import reading, what_is_there, writing
+from hf_lora.hf.hub_errors import asked, expected, reading, what_is_there, writing
 from hf_lora.hf.saving import as_dtype, base_name, save_state
-from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.names import DEFAULT, is_adapter_name
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.version import __version__
 
@@ -187,7 +185,10 @@ class _Repo:
         folders = [PurePosixPath(f).parent for f in self.files if f.endswith(f"/{WEIGHTS_FILE}")]
         named = [folder.name for folder in folders if len(folder.parts) == 1]
         own = [DEFAULT] if WEIGHTS_FILE in self.files else []
-        return own + [name for name in named if not _CHECKPOINT.fullmatch(name)]
+        # a name that no adapter can have was not made by us, and might lead elsewhere
+        return own + [
+            name for name in named if is_adapter_name(name) and not _CHECKPOINT.fullmatch(name)
+        ]
 
 
 def _open(
@@ -204,7 +205,8 @@ def _open(
             "another branch; give one of the two."
         )
     api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    made = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = expected(str, made.repo_id, "the repo's name")
     if private and not api.repo_info(repo_id).private:
         raise HubError(
             f"{repo_id} exists and is public, and private=True cannot change that. Nothing was "
@@ -214,8 +216,8 @@ def _open(
     branch = revision if revision is not None and not revision.startswith("refs/") else None
     if branch is not None and not api.revision_exists(repo_id, branch):
         api.create_branch(repo_id, branch=branch)
-    files = tuple(api.list_repo_files(repo_id, revision=revision))
-    return _Repo(api, repo_id, revision, create_pr, files)
+    files = _names(api.list_repo_files(repo_id, revision=revision))
+    return _Repo(api, repo_id, revision, create_pr, tuple(files))
 
 
 def _commit(repo: _Repo, directory: Path, message: str, description: str | None) -> str:
@@ -232,7 +234,7 @@ def _commit(repo: _Repo, directory: Path, message: str, description: str | None)
         revision=repo.revision,
         create_pr=repo.create_pr,
     )
-    return commit.pr_url or commit.commit_url
+    return expected(str, commit.pr_url or commit.commit_url, "the commit's address")
 
 
 def _has_edited_card(repo: _Repo) -> bool:
@@ -306,7 +308,14 @@ def _download(
 
 def _files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
     """Return what a repo holds, for an error message only: nothing, if that cannot be said."""
-    try:
-        return HfApi(token=token).list_repo_files(repo_id, revision=revision)
-    except (HfHubHTTPError, httpx2.HTTPError, OSError):
-        return []
+    api = HfApi(token=token)
+    return asked(lambda: _names(api.list_repo_files(repo_id, revision=revision)), [])
+
+
+def _names(listed: Iterable[object]) -> list[str]:
+    """Return a listing as names.
+
+    Raises:
+        HubError: Something in it is none.
+    """
+    return [expected(str, name, "a file's name") for name in listed]

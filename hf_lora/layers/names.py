@@ -6,6 +6,7 @@ LoRA's is asked of the registry.
 
 import functools
 import re
+from typing import TypeGuard
 
 from hf_lora.errors import ConfigError
 
@@ -18,6 +19,11 @@ LORA_B = "lora_B"
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+def is_adapter_name(name: object) -> TypeGuard[str]:
+    """Say whether an adapter may be called so; see :func:`check_adapter_name`."""
+    return isinstance(name, str) and _ADAPTER_NAME.fullmatch(name) is not None
+
+
 def check_adapter_name(name: object) -> str:
     """Return ``name`` if an adapter may be called so.
 
@@ -25,7 +31,7 @@ def check_adapter_name(name: object) -> str:
         ConfigError: Not 1 to 64 letters, digits, ``_`` or ``-``. Names become parameter names and
             folder names, so dots and slashes would reach somewhere else.
     """
-    if not isinstance(name, str) or not _ADAPTER_NAME.fullmatch(name):
+    if not is_adapter_name(name):
         raise ConfigError(
             f"An adapter cannot be called {name!r}: use 1 to 64 letters, digits, '_' or '-', "
             "beginning with a letter or digit."

@@ -233,9 +233,9 @@ class TestWhatIsNoAdapter:
         ("repo", "words"),
         [
             ("model", "It holds a whole model: load that with transformers"),
-            ("pickle", "It has adapter_model.bin, a pickle, which can run code when it is read"),
-            ("inside", "Its folders hold adapters; pass subfolder= one of: a"),
-            ("other", "It has: .gitattributes, notes.txt"),
+            ("pickle", "It has 'adapter_model.bin', a pickle, which can run code when it is read"),
+            ("inside", "Its folders hold adapters; pass subfolder= one of: 'a'"),
+            ("other", "It has: '.gitattributes', 'notes.txt'"),
         ],
     )
     def test_the_error_says_what_it_is(self, hub: HubServer, worker: Worker, repo: str, words: str):

@@ -63,5 +63,5 @@ def test_weights_of_others_alone_are_none(hub: HubServer, worker: Worker):
     said = worker.run("""report(outcome(hf_lora.load, tiny_model(), "user/theirs"))""")
     assert said == (
         "AdapterFileError: user/theirs has no adapter_config.json, so it is no adapter that "
-        "hf_lora can read. It has: .gitattributes, adapter_model.safetensors."
+        "hf_lora can read. It has: '.gitattributes', 'adapter_model.safetensors'."
     )
