@@ -26,17 +26,8 @@ from hf_lora.hf.views import base_view
 from hf_lora.hf.wrapping import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
 from hf_lora.layers.linear import LoRALinear
 from hf_lora.merging.in_memory import merge, unmerge
-from hf_lora.model.adapters import (
-    activate,
-    active_adapters,
-    adapters,
-    add_adapter,
-    delete_adapter,
-    freeze,
-    no_adapter,
-    unfreeze,
-    use_adapter,
-)
+from hf_lora.model.adapters import adapters, add_adapter, delete_adapter, freeze, unfreeze
+from hf_lora.model.choices import activate, active_adapters, no_adapter, use_adapter
 from hf_lora.model.optimizer import optimizer_groups
 from hf_lora.model.plan import Plan
 from hf_lora.model.summary import Summary, summary

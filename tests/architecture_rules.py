@@ -14,7 +14,7 @@ from pathlib import Path
 # Bottom first. A module may import from the rows below its own and from its own unit, no others.
 LAYERS = (
     ("errors", "config", "text", "version"),
-    ("functional", "targets", "devices", "sharding", "partitions"),
+    ("functional", "targets", "devices", "sharding", "partitions", "compat"),
     ("layers",),
     ("model", "files"),
     ("merging",),

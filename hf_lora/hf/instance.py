@@ -25,7 +25,8 @@ from hf_lora.hf.loading import load_folder
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.saving import save_state
 from hf_lora.layers.names import DEFAULT
-from hf_lora.model.adapters import activate, active_adapters, add_adapter, delete_adapter
+from hf_lora.model.adapters import add_adapter, delete_adapter
+from hf_lora.model.choices import Names, activate, active_adapters
 from hf_lora.model.registry import registry_of
 from hf_lora.partitions import is_partitioned
 from hf_lora.sharding import is_spread
@@ -238,7 +239,7 @@ def _add_adapter(
     activate(model, name)
 
 
-def _set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
+def _set_adapter(model: nn.Module, adapter_name: Names) -> None:
     """Use these adapters; see :func:`hf_lora.activate`."""
     activate(model, adapter_name)
 
@@ -247,7 +248,7 @@ def _disable_adapters(model: nn.Module) -> None:
     """Use the base alone, until ``enable_adapters``."""
     registry = registry_of(model)
     if registry.routing.active:
-        registry.disabled = registry.routing.active
+        registry.disabled = registry.routing.now().chosen
     activate(model, ())
 
 
@@ -255,7 +256,8 @@ def _enable_adapters(model: nn.Module) -> None:
     """Use the adapters that were in use before ``disable_adapters``."""
     registry = registry_of(model)
     if not registry.routing.active:
-        activate(model, [name for name in registry.disabled if name in registry.adapters])
+        kept = {name: weight for name, weight in registry.disabled if name in registry.adapters}
+        activate(model, kept)
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
@@ -265,9 +267,7 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 def _delete_adapter(model: nn.Module, adapter_names: str | list[str]) -> None:
     """Delete adapters; see :func:`hf_lora.delete_adapter`."""
-    registry = registry_of(model)
-    for name in registry.select(adapter_names):
-        delete_adapter(model, name)
+    delete_adapter(model, adapter_names)
 
 
 def _get_adapter_state_dict(

@@ -48,7 +48,6 @@ def load_folder(
     reshard(model)
     if registry is not None:
         check_new_name(registry, adapter)
-        registry.check_unmerged("load an adapter")
     match = match_folder(read_folder(directory), model, check_base=check_base)
     dtypes = _dtypes(match, model)
     values = read_values(match, _place_dtypes(match, model, dtypes))
@@ -73,7 +72,7 @@ def load_folder(
             detach(registry, adapter)
         raise
     if found is None:
-        registry.routing.active = (adapter,)
+        registry.routing.choose(((adapter, 1.0),))
     if not trainable:
         freeze(model, adapter)
     return model
@@ -88,7 +87,7 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
         AdapterFileError: Unsound, of different saves, or not the same layers, ranks and strengths.
         StateError: The model is merged, or DeepSpeed's optimizer has copies of the adapters.
     """
-    registry.check_unmerged("restore an adapter")
+    registry.check_unmerged("restore an adapter", folders)
     if have_engine(tensor for name in folders for *_, tensor in registry.tensors(name)):
         raise StateError(
             "DeepSpeed's optimizer steps copies of these adapters, so values that were put into "

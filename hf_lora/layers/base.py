@@ -30,7 +30,7 @@ from hf_lora.layers.parallel import (
     here,
     split_of,
 )
-from hf_lora.layers.routing import Routing
+from hf_lora.layers.routing import Routing, strengths
 from hf_lora.layers.words import Word
 
 
@@ -87,6 +87,12 @@ class Patched(nn.Module):
         result = super()._apply(fn, *args, **kwargs)
         refill(self, kept)
         return result
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Have the replicas, which run in threads of their own, use what is used in this one."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["lora_routing"] = self.lora_routing.seen_here()
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by mixin and host: classes made at run time have no importable name."""
@@ -220,7 +226,7 @@ class LoRALayer(Patched):
             self._parameters[parameter_name(kind, name)] = factor
         self.lora_slots[name] = slot
         self.lora_routing.starts[name] = init or "kaiming"
-        self.lora_routing.add_gate(name)
+        self.lora_routing.names.add(name)
 
     def lora_draw(self, names: set[str]) -> None:
         """Draw factors anew: as they started, since what they were is lost."""
@@ -259,7 +265,11 @@ class LoRALayer(Patched):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if (
+            torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and self.lora_routing.number
+        ):
             return self.lora_gated(*args, **kwargs)
         x: Any = args[0] if args else kwargs.get(self.lora_input)
         ordinary = not self.lora_routing.plain and is_ordinary(x)
@@ -287,40 +297,41 @@ class LoRALayer(Patched):
     def lora_gated(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute every adapter's update and let those of the active ones through.
 
-        For compiled inference: which are active is read from tensors, so that a graph serves all.
+        For compiled inference: what is in use is read from a tensor, so that a graph serves all.
         """
         y = super().forward(*args, **kwargs)
-        routing = self.lora_routing
         x: Any = args[0] if args else kwargs.get(self.lora_input)
-        for name, slot in self.lora_slots.items():
+        factors = strengths(self.lora_routing, [*self.lora_slots], y.device)
+        for (name, slot), factor in zip(self.lora_slots.items(), factors, strict=True):
             seen = F.dropout(x, slot.dropout, self.training)
             update = low_rank(seen, *_here(self, name), slot.scaling).to(y.dtype)
-            y = y + torch.where(routing.gates[name].to(y.device), update, 0.0)
+            y = y + torch.where(factor != 0, update * factor, 0.0)
         return y
 
     def lora_updates(self) -> list[Update]:
         """Return the updates of the active adapters, as things are at this moment."""
-        routing = self.lora_routing
+        training = self.training
         return [
-            Update(*_here(self, name), slot.scaling, slot.dropout if self.training else 0.0)
-            for name in routing.active
-            if name not in routing.merged and (slot := self.lora_slots.get(name)) is not None
+            Update(*_here(self, name), slot.scaling * factor, slot.dropout if training else 0.0)
+            for name, factor in self.lora_routing.now().live
+            if (slot := self.lora_slots.get(name)) is not None
         ]
 
     @Word
     def r(self) -> int:
         """Rank of the active adapter."""
-        return _shown(self).r
+        return _shown(self)[0].r
 
     @Word
     def alpha(self) -> float:
         """Strength of the active adapter."""
-        return _shown(self).alpha
+        return _shown(self)[0].alpha
 
     @Word
     def scaling(self) -> float:
         """The factor that the active adapter's update is multiplied by."""
-        return _shown(self).scaling
+        slot, factor = _shown(self)
+        return slot.scaling * factor
 
     @Word
     def base(self) -> nn.Module:
@@ -339,11 +350,14 @@ def _here(layer: LoRALayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return here(a_RI), here(b_OR)
 
 
-def _shown(layer: LoRALayer) -> Slot:
-    """Return the numbers of the first active adapter that the layer has, else of its first."""
-    for name in (*layer.lora_routing.active, *layer.lora_slots):
+def _shown(layer: LoRALayer) -> tuple[Slot, float]:
+    """Return the numbers of the first active adapter that the layer has, else of its first.
+
+    And what its update is multiplied by beside them.
+    """
+    for name, factor in (*layer.lora_routing.now().chosen, *((n, 1.0) for n in layer.lora_slots)):
         if name in layer.lora_slots:
-            return layer.lora_slots[name]
+            return layer.lora_slots[name], factor
     raise AttributeError("this layer has no adapter")
 
 

@@ -73,8 +73,7 @@ def taken(layer: LoRALayer, x: torch.Tensor) -> torch.Tensor | None:
 
 def _conditions(layer: LoRALayer, dtype: torch.dtype) -> tuple[Any, ...]:
     """Return what must be the same when an output is taken as when it was computed."""
-    routing = layer.lora_routing
-    return dtype, routing.active, routing.merged
+    return dtype, layer.lora_routing.now()
 
 
 def fused_forward(

@@ -63,7 +63,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         self.lora_slots: dict[str, Slot] = {}
-        self.lora_routing = Routing(active=(DEFAULT,))
+        self.lora_routing = Routing(((DEFAULT, 1.0),))
         self.lora_add(
             DEFAULT,
             Slot(r=config.r, alpha=config.alpha),

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from hf_lora.layers.base import LoRALayer, parameter_of
+from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.parallel import split_of
 from hf_lora.layers.stores import Entry, entry_of
-from hf_lora.layers.trained import TrainedModule
+from hf_lora.layers.trained import TrainedModule, mixture, own_tensors
 from hf_lora.layers.trial import is_linear_in_its_weight
 from hf_lora.sharding import in_parts, is_sharded, whole
 
@@ -97,25 +98,35 @@ def merge_fault(layer: LoRALayer) -> str | None:
 
 
 @torch.no_grad()
-def merged_weight(layer: LoRALayer, adapters: tuple[str, ...]) -> Tensors:
-    """Return the weight plus the sum of the adapters' updates, in float32, rounded once."""
+def merged_weight(layer: LoRALayer, adapters: Weights, base: torch.Tensor | None = None) -> Tensors:
+    """Return the weight plus the sum of the adapters' updates, in float32, rounded once.
+
+    Args:
+        layer: The layer.
+        adapters: What to add.
+        base: What to add it to, if other adapters are inside the layer's own weight already.
+    """
     weight = layer._parameters["weight"]
     assert weight is not None
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for name in adapters:
+    start = weight if base is None else base.to(weight.device)
+    total = start.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for name, factor in adapters:
         if name in layer.lora_slots:
-            delta = layer.lora_delta(name).to(total.device, total.dtype)
+            delta = layer.lora_delta(name).to(total.device, total.dtype) * factor
             total += delta if is_sharded(total) else whole(delta)
     return {"weight": _in_place_of(weight, total.to(weight.dtype))}
 
 
 @torch.no_grad()
-def merged_copies(module: TrainedModule, adapter: str) -> Tensors:
-    """Return the adapter's trained copies, to stand in the place of the module's own tensors."""
+def merged_copies(module: TrainedModule, adapters: Weights) -> Tensors:
+    """Return the adapters' trained copies, to stand in the place of the module's own tensors."""
+    shares = [(module.lora_copy(a), factor) for a, factor in adapters if a in module.lora_copies]
     merged: Tensors = {}
-    for name, copy in module.lora_copy(adapter).items():
+    for name, tensor in own_tensors(module, tuple(shares[0][0]) if shares else ()):
+        copies = [(whole(copies[name].detach()), factor) for copies, factor in shares]
+        one = len(copies) == 1 and copies[0][1] == 1.0
+        data = copies[0][0].clone() if one else mixture(whole(tensor.detach()), copies)
         original = parameter_of(module, name)
-        data = whole(copy.detach()).clone()
         merged[name] = data if original is None else _in_place_of(original, data)
     return merged
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lora.layers.arguments import check_arguments
 from hf_lora.layers.tracing import same_input_groups
 
 _PATIENCE = 3
@@ -49,6 +50,8 @@ class Sharing:
 
     def learn(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Trace the model at its first forward with gradients; a forward pre-hook."""
+        if kwargs:
+            check_arguments(model, kwargs)
         if (
             self.traced
             or torch.compiler.is_compiling()

@@ -7,7 +7,7 @@ that share a tensor each get a copy of their own.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import Patched, added_names, parameter_of
+from hf_lora.layers.choice import Weights
 from hf_lora.layers.names import copy_kind, parameter_name
 from hf_lora.layers.parallel import here, split_fault, split_of
 from hf_lora.sharding import is_sharded, whole
@@ -46,6 +47,7 @@ class TrainedModule(Patched):
                 self.register_parameter(added, copy)
             else:
                 self.register_buffer(added, copy)
+        self.lora_routing.names.add(adapter)
         self.lora_copies[adapter] = {name: added for name, (added, _) in copies.items()}
 
     def lora_draw(self, names: set[str]) -> None:
@@ -64,13 +66,19 @@ class TrainedModule(Patched):
         """Return name to copy, for one adapter."""
         return {name: _stored(self, added) for name, added in self.lora_copies[adapter].items()}
 
+    def lora_shares(self) -> Weights:
+        """Return the adapters whose copies are read now, and how much of each."""
+        live = self.lora_routing.now().live
+        return tuple(pair for pair in live if pair[0] in self.lora_copies)
+
     def lora_where(self, name: str) -> str:
         """Return under which name the tensor that ``name`` reads as now is kept."""
-        routing = self.lora_routing
-        for adapter in routing.active:
-            if adapter in self.lora_copies and adapter not in routing.merged:
-                return self.lora_copies[adapter][name]
-        return name
+        shares = self.lora_shares()
+        return self.lora_copies[shares[0][0]][name] if shares else name
+
+    def lora_counts(self) -> list[str]:
+        """Return the names of tensors that the module itself changes, and that cannot be mixed."""
+        return [name for name in self.lora_names if name in self._buffers]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a buffer that the module's own code replaces where it is read, not in the base."""
@@ -118,6 +126,21 @@ def own_tensors(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str
         yield name, _stored(module, name)
 
 
+def mixture(original: torch.Tensor, copies: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """Return the original plus a share of each copy's difference from it, in the copies' type.
+
+    Where the shares add up to 1 this is a mean of the copies, and the original is not looked at: of
+    a fresh head it holds nothing that means anything.
+    """
+    first = copies[0][0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    left = 1.0 - math.fsum(factor for _, factor in copies)
+    terms = [copy.to(wide) * factor for copy, factor in copies]
+    if not math.isclose(left, 0.0, abs_tol=1e-6):
+        terms.append(original.to(first.device, wide) * left)
+    return sum(terms[1:], terms[0]).to(first.dtype)
+
+
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     data = whole(tensor).detach().clone()
     if not isinstance(tensor, nn.Parameter):
@@ -140,7 +163,11 @@ def _reader(name: str) -> Any:
         own = parameter_of(self, name)
         if is_sharded(own):  # FSDP2 asks for its part; in a forward, whole tensors stand there
             return own  # type: ignore[return-value]
-        return here(_stored(self, self.lora_where(name)))
+        shares = self.lora_shares()
+        if not shares or (shares[0][1] == 1.0 and len(shares) == 1):
+            return here(_stored(self, self.lora_where(name)))
+        copies = [(here(_stored(self, self.lora_copies[a][name])), factor) for a, factor in shares]
+        return mixture(here(_stored(self, name)), copies)
 
     return read
 

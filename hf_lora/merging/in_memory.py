@@ -1,12 +1,12 @@
 """Merging on a live model: exact to one rounding, and undone to the byte."""
 
 import contextlib
-from collections.abc import Iterable
 
 from torch import nn
 
 from hf_lora.devices import present
 from hf_lora.errors import StateError, TargetError, listing
+from hf_lora.layers.choice import Weights
 from hf_lora.layers.merging import (
     Original,
     Tensors,
@@ -16,50 +16,68 @@ from hf_lora.layers.merging import (
     not_finite,
 )
 from hf_lora.layers.trained import own_tensors
-from hf_lora.model.adapters import check_compatible
+from hf_lora.model.choices import Names, check_compatible, weigh
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.sharding import in_parts
 
 
-def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> nn.Module:
+def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
     """Put the active adapters into the weights, so that the model runs at the base's speed.
 
     Their updates are added up in float32 and rounded once. The base's own Parameters are kept
     aside, not written to, so :func:`unmerge` gives the exact bytes back; the price is a second copy
     of the merged weights while the model is merged. A tied output head is untied.
 
-    Active adapters that are not merged go on being added in every forward.
+    Active adapters that are not merged go on being added in every forward. Adapters may be merged
+    on top of others that are: what stands in the weights then is what merging all at once gives.
 
     Args:
         model: A wrapped model.
-        names: Adapters to merge instead of the active ones.
+        names: Adapters to merge instead of the active ones, or a mapping from each to a factor, as
+            for :func:`hf_lora.activate`. The active ones are merged with the factors that they
+            have.
 
     Returns:
         The same model.
 
     Raises:
         UnknownAdapterError: One of the names is unknown.
+        ConfigError: A factor is no finite number.
         TargetError: A layer cannot be merged into, for instance because it is quantized.
-        StateError: Merged already, nothing to merge, or a merged weight would not be finite.
+        StateError: Merged already, nothing to merge, a merged weight would not be finite, or
+            another thread or task is in a block of :func:`hf_lora.use_adapter`.
 
     The model is as it was after any of these.
     """
     inner, registry = wrapped(model)
-    registry.check_unmerged("merge again")
-    chosen = registry.routing.active if names is None else registry.select(names)
+    now = registry.routing.now()
+    if names is None:
+        chosen = now.live
+    else:
+        chosen = weigh(registry, names)
+        registry.check_unmerged("merge again", (name for name, _ in chosen))
     if not chosen:
+        registry.check_unmerged("merge again")
         raise StateError("No adapter is active, so there is nothing to merge.")
-    check_compatible(registry, (*chosen, *registry.routing.active))
+    if registry.routing.used_elsewhere():
+        raise StateError(
+            "Another thread or task is in a use_adapter or no_adapter block of this model, and its "
+            "answers would change; merge when none is."
+        )
+    merged = (*now.merged, *chosen)
+    check_compatible(registry, now.chosen, merged)
     registry.check_in_place(inner)
-    _check_layers(registry, chosen)
+    _check_layers(registry, {name for name, _ in chosen})
+    changed, untied = len(registry.originals), len(registry.untied)
     try:
-        _put_all(registry, chosen)
+        _put_all(registry, {name for name, _ in chosen}, merged)
         _untie(inner, registry)
     except BaseException:
-        registry.put_weights_back(inner)
+        registry.put_weights_back(inner, changed, untied)
         raise
-    registry.routing.merged = chosen
+    registry.routing.merge(merged)
+    _keep_first(registry)
     return model
 
 
@@ -76,20 +94,20 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def bake(model: nn.Module) -> nn.Module:
+def merge_for_good(model: nn.Module, names: Names | None = None) -> nn.Module:
     """Merge for good, and take the patch off; see :func:`hf_lora.merge_and_unwrap`."""
     inner, registry = wrapped(model)
-    if not registry.routing.merged:
-        merge(inner)
+    if names is not None or not registry.routing.merged:
+        merge(inner, names)
     registry.keep_merged()
     return unpatch(inner)
 
 
-def _check_layers(registry: Registry, chosen: tuple[str, ...]) -> None:
+def _check_layers(registry: Registry, chosen: set[str]) -> None:
     problems = [
         f"{path}: {fault}"
         for path, layer in registry.layers.items()
-        if any(name in layer.lora_slots for name in chosen) and (fault := merge_fault(layer))
+        if chosen & layer.lora_slots.keys() and (fault := merge_fault(layer))
     ]
     problems += [
         f"{path}: its tensors are spread over several processes"
@@ -106,20 +124,23 @@ def _check_layers(registry: Registry, chosen: tuple[str, ...]) -> None:
         )
 
 
-def _put_all(registry: Registry, chosen: tuple[str, ...]) -> None:
+def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
+    """Put ``merged`` into every module that one of ``chosen`` is on."""
     problems = []
+    before = {id(original.module): original for original in registry.originals}
     for path, layer in registry.layers.items():
-        if any(name in layer.lora_slots for name in chosen):
+        if chosen & layer.lora_slots.keys():
+            original = before.get(id(layer))
             with present(layer):
-                merged = merged_weight(layer, chosen)
-                fault = not_finite(layer, merged)
+                base = None if original is None else original.read("weight")
+                weight = merged_weight(layer, merged, base)
+                fault = not_finite(layer, weight)
             if fault:
                 problems.append(f"{path}: {fault}")
-            _replace(registry, layer, merged)
+            _replace(registry, layer, weight)
     for module in registry.copies.values():
-        for name in chosen:
-            if name in module.lora_copies:
-                _replace(registry, module, merged_copies(module, name))
+        if chosen & module.lora_copies.keys():
+            _replace(registry, module, merged_copies(module, merged))
     if problems:
         raise StateError(listing("This merge would break the model", problems))
 
@@ -128,6 +149,14 @@ def _replace(registry: Registry, module: nn.Module, merged: Tensors) -> None:
     original = Original(module)
     registry.originals.append(original)
     original.replace(merged)
+
+
+def _keep_first(registry: Registry) -> None:
+    """Keep what stood in a module before all merges, not what the merges before the last put."""
+    first: dict[int, Original] = {}
+    for original in registry.originals:
+        first.setdefault(id(original.module), original)
+    registry.originals[:] = first.values()
 
 
 def _untie(model: nn.Module, registry: Registry) -> None:

@@ -1,22 +1,16 @@
-"""Several adapters on one model: add, delete, activate, freeze.
+"""Several adapters on one model: add, delete, freeze.
 
 Which adapters are active, which are trained and which are merged are three independent things:
 nothing here changes one by way of another.
-
-The choice of active adapters belongs to the model, not to a thread: threads that need different
-adapters at the same time need a model each.
 """
 
-import dataclasses
-import types
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import ConfigError, HfLoRAWarning, StateError, listing
+from hf_lora.errors import ConfigError, StateError
 from hf_lora.layers.names import check_adapter_name
 from hf_lora.model.patch import attach_plan, check_gradients, check_plan, detach, tell
 from hf_lora.model.planning import make_plan
@@ -30,15 +24,6 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
         StateError: The model is not wrapped.
     """
     return {name: adapter.config for name, adapter in registry_of(model).adapters.items()}
-
-
-def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters that are in use, in order.
-
-    Raises:
-        StateError: The model is not wrapped.
-    """
-    return registry_of(model).routing.active
 
 
 def add_adapter(
@@ -64,12 +49,11 @@ def add_adapter(
         The same model.
 
     Raises:
-        StateError: Not wrapped, merged, or the name is taken.
+        StateError: Not wrapped, or the name is taken.
         ConfigError, TargetError: As for :func:`hf_lora.wrap`.
     """
     inner, registry = wrapped(model)
     check_new_name(registry, name)
-    registry.check_unmerged("add an adapter")
     registry.check_in_place(inner)
     plan = make_plan(inner, as_config(targets, config, fields))
     check_plan(inner, plan)
@@ -81,112 +65,35 @@ def add_adapter(
     return model
 
 
-def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Take an adapter off the model; its layers become what they were if no other uses them.
+def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
+    """Take adapters off the model; layers become what they were where no other uses them.
+
+    Args:
+        model: A wrapped model.
+        name: One adapter or several: all of them are taken off, or, after an error, none.
 
     Raises:
-        UnknownAdapterError: There is none of that name.
-        StateError: It is the last one (use :func:`hf_lora.unwrap`), the model is merged, or another
-            library has changed the class of an adapted layer again.
+        UnknownAdapterError: There is none of one of the names.
+        StateError: None would be left (use :func:`hf_lora.unwrap`), one is merged or in use by
+            another thread or task, or another library has changed the class of an adapted layer
+            again.
     """
     registry = registry_of(model)
-    registry.adapter(name)
-    registry.check_unmerged("delete an adapter")
-    registry.check_classes(name)
-    if len(registry.adapters) == 1:
-        raise StateError(f"{name!r} is the last adapter; hf_lora.unwrap(model) takes it off.")
-    detach(registry, name)
+    chosen = registry.select(name)
+    registry.check_unmerged("delete an adapter", chosen)
+    registry.check_classes(*chosen)
+    if len(chosen) == len(registry.adapters):
+        last = ", ".join(map(repr, chosen))
+        what = f"{last} is the last adapter" if len(chosen) == 1 else f"{last} are all adapters"
+        raise StateError(f"{what}; hf_lora.unwrap(model) takes it off.")
+    if registry.routing.used_elsewhere(chosen):
+        raise StateError(
+            f"Another thread or task uses {', '.join(chosen)} now, in a use_adapter block; delete "
+            "an adapter when nobody does."
+        )
+    for each in chosen:
+        detach(registry, each)
     return model
-
-
-def activate(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
-    """Use these adapters, added up, and no others. One assignment, whatever the model's size.
-
-    Raises:
-        UnknownAdapterError: One of the names is unknown; nothing has changed.
-        StateError: The model is merged, or two of them train the same module in full.
-    """
-    registry = registry_of(model)
-    registry.routing.active = _choice(registry, names)
-    return model
-
-
-def use_adapter(model: nn.Module, names: str | Iterable[str]) -> "Use":
-    """Use these adapters inside a ``with`` block, and then those that were in use before.
-
-    Blocks may be nested, entered again, and left in any order: when the last one is left the model
-    is back at what was in use before the first.
-
-    Raises:
-        UnknownAdapterError, StateError: As for :func:`activate`.
-
-    Example:
-        >>> model = hf_lora.wrap(nn.Sequential(nn.Linear(4, 4)), targets="0", r=2)
-        >>> with hf_lora.use_adapter(model, []):
-        ...     hf_lora.active_adapters(model)
-        ()
-    """
-    return Use(model, names)
-
-
-def no_adapter(model: nn.Module) -> "Use":
-    """Use the base alone inside a ``with`` block, and then the adapters that were in use before.
-
-    Raises:
-        StateError: The model is not wrapped, or is merged.
-    """
-    return Use(model, ())
-
-
-class Use:
-    """A choice of adapters for the time of a ``with`` block; see :func:`use_adapter`."""
-
-    def __init__(self, model: nn.Module, names: str | Iterable[str]):
-        self._model = model
-        self._registry = registry_of(model)
-        self._names = _choice(self._registry, names)
-        self._entered = False
-
-    def __enter__(self) -> nn.Module:
-        """Use the adapters of this block."""
-        registry = self._registry
-        chosen = _choice(registry, self._names)  # the model may have changed since
-        registry.blocks.append(_Block(self, registry.routing.active))
-        registry.routing.active = chosen
-        self._entered = True
-        return self._model
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Use what was in use before, or, if later blocks are still open, leave it to them."""
-        registry = self._registry
-        at = max(i for i, block in enumerate(registry.blocks) if block.use is self)
-        before = registry.blocks.pop(at).before
-        if at < len(registry.blocks):
-            registry.blocks[at].before = before
-        else:
-            # an adapter may have been deleted inside the block
-            registry.routing.active = tuple(n for n in before if n in registry.adapters)
-
-    def __del__(self) -> None:
-        if not getattr(self, "_entered", True):
-            warnings.warn(
-                "use_adapter and no_adapter do nothing outside of a with statement; "
-                "hf_lora.activate(model, names) switches for good.",
-                HfLoRAWarning,
-                stacklevel=2,
-            )
-
-
-@dataclasses.dataclass
-class _Block:
-    use: Use
-    before: tuple[str, ...]
-    """What was active when the block was entered."""
 
 
 def freeze(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
@@ -234,25 +141,3 @@ def _set_trainable(model: nn.Module, names: str | Iterable[str], flag: bool) -> 
         for _, parameter in registry.parameters(name):
             parameter.requires_grad_(flag)
     return model
-
-
-def check_compatible(registry: Registry, names: tuple[str, ...]) -> None:
-    """Raise StateError if two of these adapters train the same module in full."""
-    clashes = []
-    if len(set(names)) > 1:
-        for path, module in registry.copies.items():
-            both = [name for name in module.lora_copies if name in names]
-            if len(both) > 1:
-                clashes.append(f"{path}: {', '.join(both)}")
-    if clashes:
-        raise StateError(
-            listing("These adapters train the same modules in full and cannot be added up", clashes)
-        )
-
-
-def _choice(registry: Registry, names: str | Iterable[str]) -> tuple[str, ...]:
-    """Return these names as adapters that can be used together, now."""
-    registry.check_unmerged("activate another adapter")
-    chosen = registry.select(names)
-    check_compatible(registry, chosen)
-    return chosen

@@ -57,7 +57,7 @@ def patch(model: nn.Module, config: LoRAConfig, name: str) -> Registry:
     try:
         untrainable = check_gradients(model, plan)
         attach_plan(model, registry, plan, name)
-        registry.routing.active = (name,)
+        registry.routing.choose(((name, 1.0),))
         tell(plan, untrainable, stacklevel=3)
     except BaseException:
         unpatch(model)
@@ -238,7 +238,7 @@ def detach(registry: Registry, name: str) -> None:
             module.lora_remove_copy(name)
         if not module.lora_copies:
             restore_class(registry.copies.pop(path))
-    registry.routing.active = tuple(n for n in registry.routing.active if n != name)
+    registry.routing.forget(name)
 
 
 def _as_layer(module: nn.Module, registry: Registry, path: str) -> LoRALayer:
@@ -301,6 +301,8 @@ def _conflicts(
             if path in registry.layers:
                 problems.append(f"{path} has a low-rank update from another adapter")
                 continue
+            if any(original.module is module for original in registry.originals):
+                problems.append(f"{path} holds merged values, and not the base's; unmerge first")
             if has_foreign_forward(module):
                 problems.append(f"{path} has a forward of its own, put there by another library")
             problems += _taken(path, module, name, map(copy_kind, tensor_names(module)))

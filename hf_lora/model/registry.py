@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import StateError, UnknownAdapterError, listing
+from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
 from hf_lora.layers.base import LoRALayer, Patched, Slot, is_ours
+from hf_lora.layers.choice import Weights
 from hf_lora.layers.merging import Original
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.routing import Routing
@@ -61,10 +62,7 @@ class Registry:
     untied: list[Any] = dataclasses.field(default_factory=list)
     """While merged: the configurations that said ``tie_word_embeddings`` until then."""
 
-    blocks: list[Any] = dataclasses.field(default_factory=list)
-    """The ``with use_adapter`` blocks that are open, in the order in which they were entered."""
-
-    disabled: tuple[str, ...] = ()
+    disabled: Weights = ()
     """The adapters that were active before transformers' ``disable_adapters``."""
 
     all_save: bool = False
@@ -92,7 +90,10 @@ class Registry:
 
         Raises:
             UnknownAdapterError: There is none of one of the names.
+            ConfigError: They are weighed, which has no meaning where this is called.
         """
+        if isinstance(names, Mapping):
+            raise ConfigError(f"Only names are wanted here, without factors, not {names!r}.")
         chosen = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else names
         return tuple(dict.fromkeys(self.adapter(name).name for name in chosen))
 
@@ -130,24 +131,33 @@ class Registry:
         """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
         return {id(t): name for name in self.adapters for *_, t in self.tensors(name)}
 
-    def put_weights_back(self, model: nn.Module) -> None:
-        """Undo a merge, also one that stopped halfway."""
-        for original in self.originals:
+    def put_weights_back(self, model: nn.Module, changed: int = 0, untied: int = 0) -> None:
+        """Undo merges, also one that stopped halfway.
+
+        Args:
+            model: The model.
+            changed: How many of the modules that were changed first are left as they are.
+            untied: How many of the configurations.
+        """
+        for original in reversed(self.originals[changed:]):
             original.put_back()
-        for config in self.untied:
+        for config in self.untied[untied:]:
             config.tie_word_embeddings = True
-        self.keep_merged()
+        del self.originals[changed:], self.untied[untied:]
+        if not changed:
+            self.routing.merge(())
 
     def keep_merged(self) -> None:
         """Forget what stood in the weights before a merge."""
         self.originals.clear()
         self.untied.clear()
-        self.routing.merged = ()
+        self.routing.merge(())
 
-    def check_unmerged(self, action: str) -> None:
-        """Raise StateError if adapters are inside the weights now."""
-        if self.routing.merged:
-            names = ", ".join(self.routing.merged)
+    def check_unmerged(self, action: str, adapters: Iterable[str] | None = None) -> None:
+        """Raise StateError if adapters (any, or one of these) are inside the weights now."""
+        merged = self.routing.merged
+        if merged and (adapters is None or set(adapters) & set(merged)):
+            names = ", ".join(merged)
             raise StateError(
                 f"Cannot {action} while {names} is merged into the weights; "
                 "call hf_lora.unmerge(model) first."
@@ -299,6 +309,7 @@ def create(model: nn.Module) -> Registry:
     for parameter in model.parameters():
         parameter.requires_grad = False  # the method of that name fails on lazy modules
     model.__dict__[_ATTRIBUTE] = registry
+    registry.routing.enlist()
     registry.routing.sharing.watch(model)
     return registry
 

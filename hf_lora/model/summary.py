@@ -26,6 +26,9 @@ class AdapterSummary:
 
     name: str
     active: bool
+    factor: float
+    """What its updates are multiplied by where it is in use: see :func:`hf_lora.activate`."""
+
     merged: bool
     trainable: bool
     layers: int
@@ -60,6 +63,7 @@ class Summary:
         for adapter in self.adapters:
             states = [
                 "active" if adapter.active else "inactive",
+                *([f"times {adapter.factor:g}"] if adapter.factor != 1 else []),
                 "training" if adapter.trainable else "frozen",
                 *(["merged"] if adapter.merged else []),
             ]
@@ -103,6 +107,7 @@ def summary(model: nn.Module) -> Summary:
     """
     inner, registry = wrapped(model)
     added = registry.all_parameters()
+    chosen = dict(registry.routing.now().chosen)
     found = []
     for name, adapter in registry.adapters.items():
         tensors = [tensor for *_, tensor in registry.tensors(name)]
@@ -110,7 +115,8 @@ def summary(model: nn.Module) -> Summary:
         found.append(
             AdapterSummary(
                 name=name,
-                active=name in registry.routing.active,
+                active=name in chosen,
+                factor=chosen.get(name, 1.0),
                 merged=name in registry.routing.merged,
                 trainable=any(tensor.requires_grad for tensor in tensors),
                 layers=len(adapter.slots),

@@ -1,5 +1,6 @@
 """torch.compile: one graph without a break, the right numbers, and no graph for a mere switch."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -85,3 +86,79 @@ def test_training_compiles_once_for_each_choice_and_leaves_the_others_alone():
         assert reached
         assert all(n.endswith("_second") == (names == "second") for n in reached)
     assert counter.frame_count == 2
+
+
+def test_inference_of_threads_with_adapters_of_their_own_has_one_graph():
+    model = several().eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    names = ["default", "second", {"default": 0.5, "third": -1.0}, []]
+    wanted = []
+    with torch.no_grad():
+        for each in names:
+            hf_lora.activate(model, each)
+            wanted.append(model(**INPUTS).logits)
+            torch.testing.assert_close(compiled(**INPUTS).logits, wanted[-1])
+    assert counter.frame_count == 1
+    found: dict[int, torch.Tensor] = {}
+    together = threading.Barrier(len(names), timeout=300)
+
+    @torch.no_grad()
+    def serve(number: int) -> None:
+        with hf_lora.use_adapter(model, names[number]):
+            together.wait()
+            found[number] = compiled(**INPUTS).logits
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, logits in enumerate(wanted):
+        torch.testing.assert_close(found[number], logits)
+
+
+def test_training_reads_a_choice_that_is_the_threads_own():
+    model = several()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def step() -> set[str]:
+        model.zero_grad(set_to_none=True)
+        compiled(**INPUTS).logits.sum().backward()
+        return {n for n, p in model.named_parameters() if p.grad is not None}
+
+    hf_lora.activate(model, "default")
+    alone = step()
+    with hf_lora.use_adapter(model, "second"):
+        inside = step()
+        outside: list[set[str]] = []
+        thread = threading.Thread(target=lambda: outside.append(step()))
+        thread.start()
+        thread.join()
+    assert inside
+    assert all(name.endswith("_second") for name in inside)
+    assert outside == [alone]
+    assert step() == alone
+    assert not any(name.endswith("_second") for name in alone)
+
+
+def test_compiled_layers_that_run_again_do_what_their_forward_did():
+    """Checkpointed from outside, so that PyTorch runs the compiled code twice."""
+    found = []
+    for how in (None, False, True):
+        torch._dynamo.reset()
+        model = several().train()
+        hf_lora.unfreeze(model, "second")
+        if how is not None:
+            kwargs = {"use_reentrant": how}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        for layer in model.model.layers:
+            layer.mlp.compile(backend="aot_eager", fullgraph=True)
+        with hf_lora.use_adapter(model, {"second": 0.5}):
+            logits = model(**INPUTS).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert error(list(other.values()), list(found[0].values())) < 1e-5

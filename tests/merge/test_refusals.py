@@ -34,11 +34,11 @@ def unchanged(model: nn.Module, verb: Callable[[], object], error: type, words: 
     assert not registry_of(model).originals
 
 
-def test_a_second_merge_is_refused():
+def test_merging_what_is_merged_is_refused():
     model = adapted()
     hf_lora.add_adapter(model, "fr", "q_proj", r=2)
     hf_lora.merge(model)
-    for names in (None, "default", "fr"):
+    for names in (None, "default", ["fr", "default"], {"default": 0.5}):
         unchanged_merged = snapshot(model)
         with pytest.raises(StateError, match="merge again while default is merged"):
             hf_lora.merge(model, names)
