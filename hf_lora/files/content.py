@@ -41,7 +41,10 @@ class Content:
     """Key in PEFT's notation to tensor."""
 
     target_names: list[str] | str
-    """Literal names, or one pattern, that for PEFT mean exactly the adapted layers."""
+    """Literal names, or one pattern, that for PEFT mean exactly the other adapted layers."""
+
+    by_weight: list[str]
+    """Paths of adapted layers that PEFT finds by the name of their weight only."""
 
     trained_names: list[str]
     """Names of the modules trained in full. PEFT compares ends of text, so they may mean others

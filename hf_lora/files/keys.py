@@ -5,16 +5,20 @@ import re
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Factors
 from hf_lora.files.safetensors_io import TensorFile
+from hf_lora.text import show
 
 PREFIX = "base_model.model."
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPED = re.compile("|".join(_WRAPPERS))
 _BEFORE = re.compile(rf"((?:(?:module|{'|'.join(_WRAPPERS)})\.)*){re.escape(PREFIX)}")
-_FACTOR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<which>[AB])(?:\.default)?(?:\.weight)?")
+# A training's own state has the adapter's name in it, which PEFT takes off when it saves.
+_ADAPTER = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
+_FACTOR = re.compile(rf"(?:(?P<path>.+)\.)?lora_(?P<which>[AB]){_ADAPTER}(?:\.weight)?")
+_TRAINED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<role>[^.]+)")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
-    r"\blora_embedding_[AB]\b|\blora_magnitude_vector\b|\blora_[AB](?:\.\w+)?\.bias\b"
+    r"\blora_embedding_[AB]\b|\blora_magnitude_vector\b|\blora_[AB](?:\.[^.]+)?\.bias\b"
     r"|\btrainable_tokens_delta\b|\bvera_|\bhada_|\blokr_|\bia3_"
 )
 
@@ -47,14 +51,29 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], lis
     pairs: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
     renamed: set[str] = set()
+    adapters: set[str] = set()
     for key in file.shapes:
         plain = _plain_key(key, renamed)
         found = _FACTOR.fullmatch(plain)
+        held = found or _TRAINED.fullmatch(plain)
+        if held is not None and held["adapter"] is not None:
+            adapters.add(held["adapter"])
+        if held is not None and found is None:
+            plain = f"{held['path']}.{held['role']}"
         place, name = (pairs.setdefault(found["path"] or "", {}), found["which"]) if found else (
             others, plain)  # fmt: skip
         if name in place:
             problems.append(f"{key} and {place[name]} are the same tensor twice")
         place[name] = key
+    if len(adapters) > 1:
+        raise AdapterFileError(
+            listing(
+                f"{file.path} holds the tensors of several adapters",
+                sorted(map(show, adapters)),
+                "Keep those of one of them, or save each into a folder of its own.",
+            )
+        )
+    renamed.update(f".{name}" for name in adapters - {"default"})
     factors = {}
     for path, pair in pairs.items():
         fault = _pair_fault(file, pair)

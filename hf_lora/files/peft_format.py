@@ -11,20 +11,18 @@ from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Content
 from hf_lora.files.json_text import is_number
 from hf_lora.files.matching import Patience
-from hf_lora.files.patterns import SPECIAL, PatternMap, tails
+from hf_lora.files.patterns import SPECIAL, PatternMap, TailIndex, tails
 from hf_lora.layers.base import Slot
 from hf_lora.text import show
 
 # Fields that change the mathematics and that hf_lora does not implement, with the values for off.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
     "lora_bias": (False, None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "alora_invocation_tokens": (None, []),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "arrow_config": (None, {}),
     "velora_config": (None, {}),
@@ -34,14 +32,16 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 # Starts that change the base's weights: the file then is no update of the base that it names.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# What may be said of the base's biases; that they were trained is believed if they are there.
+_BIASES = ("none", None, "all", "lora_only")
 # Fields that say nothing about the result, or that are read elsewhere.
 _KNOWN = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "alpha_pattern", "rank_pattern", "r", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
 # The names by which PEFT knows embeddings, and that it ties on request.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -59,6 +59,8 @@ def to_peft(content: Content) -> dict[str, Any]:
     """
     r = _most_common(slot.r for slot in content.slots.values())
     alpha = _most_common(slot.alpha for slot in content.slots.values())
+    by_weight = set(content.by_weight)
+    slots = {f"{p}.weight" if p in by_weight else p: s for p, s in content.slots.items()}
     asked_for = {
         "base_model_name_or_path": content.base,
         "bias": "none",
@@ -70,12 +72,14 @@ def to_peft(content: Content) -> dict[str, Any]:
         "target_modules": content.target_names,
     }
     different = {
-        "alpha_pattern": _exceptions({p: s.alpha for p, s in content.slots.items()}, alpha),
+        "alpha_pattern": _exceptions({name: slot.alpha for name, slot in slots.items()}, alpha),
         "auto_mapping": content.auto_mapping,
-        "lora_dropout": content.config.dropout,
+        # PEFT has none on what it finds by the weight
+        "lora_dropout": 0.0 if by_weight else content.config.dropout,
         "modules_to_save": content.trained_names,
-        "rank_pattern": _exceptions({p: s.r for p, s in content.slots.items()}, r),
+        "rank_pattern": _exceptions({name: slot.r for name, slot in slots.items()}, r),
         "revision": content.revision,
+        "target_parameters": [f"{path}.weight" for path in content.by_weight],
         "task_type": content.task,
         "use_rslora": content.config.rslora,
     }
@@ -102,6 +106,11 @@ def check_supported(fields: Mapping[str, Any], source: str) -> list[str]:
         for name, off in _UNSUPPORTED.items()
         if name in fields and not any(_same(fields[name], value) for value in off)
     ]
+    if not any(_same(fields.get("bias"), value) for value in _BIASES):
+        problems.append(f"bias = {show(fields['bias'])}")
+    stacked = [n for n in weights_named(fields, source) if n.rsplit(".", 1)[-1] != "weight"]
+    if stacked:
+        problems.append(f"target_parameters = {show(stacked)}")
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         problems.append(
@@ -170,12 +179,14 @@ def read_slots(
         raise AdapterFileError(listing(f"{source} cannot be used", problems))
 
     rank_pattern, alpha_pattern = (PatternMap(values, patience) for values in by_pattern)
+    by_weight = TailIndex(weights_named(fields, source))
     slots: dict[str, Slot] = {}
     for path, rank in ranks.items():
-        said = rank_pattern.get(path, r)
+        name = f"{path}.weight" if by_weight.means(f"{path}.weight") else path
+        said = rank_pattern.get(name, r)
         if said != rank:
             problems.append(f"{path}: the configuration says r={said}, the tensors have {rank}")
-        strength = alpha_pattern.get(path, alpha)
+        strength = alpha_pattern.get(name, alpha)
         slots[path] = Slot(r=rank, alpha=float(strength), dropout=float(dropout), rslora=rslora)
     if problems:
         raise AdapterFileError(listing(f"{source} contradicts its weights", problems))
@@ -189,6 +200,15 @@ def read_trained_names(fields: Mapping[str, Any], source: str) -> list[str]:
         AdapterFileError: Not a list of names.
     """
     return read_names(fields.get("modules_to_save") or [], "modules_to_save", source)
+
+
+def weights_named(fields: Mapping[str, Any], source: str) -> list[str]:
+    """Return the names of the weights that PEFT adapts as such, instead of the layer around them.
+
+    Raises:
+        AdapterFileError: Not a list of names.
+    """
+    return read_names(fields.get("target_parameters") or [], "target_parameters", source)
 
 
 def read_names(value: Any, field: str, source: str) -> list[str]:

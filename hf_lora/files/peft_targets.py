@@ -6,11 +6,17 @@ from typing import Any
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.matching import Patience, Pattern, Text
 from hf_lora.files.patterns import LayerIndex, TailIndex
-from hf_lora.files.peft_format import read_names
+from hf_lora.files.peft_format import read_names, weights_named
 from hf_lora.text import show
 
 _ALL_LINEAR = "all-linear"
-TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+TARGET_FIELDS = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 """The fields that decide."""
 
 
@@ -29,11 +35,22 @@ def promised_layers(
         patience: What matching the file's patterns may still cost.
 
     Raises:
-        AdapterFileError: A field is missing or senseless, or its patterns take too long.
+        AdapterFileError: A field is senseless, or its patterns take too long.
     """
-    targets = fields.get("target_modules")
-    if targets is None:
-        raise AdapterFileError(f"{source}: target_modules is missing")
+    index = TailIndex(weights_named(fields, source))
+    by_weight = {name for name in names if index.means(f"{name}.weight")}
+    return by_weight | _by_module(fields, names, source, patience)
+
+
+def says_no_target(fields: Mapping[str, Any]) -> bool:
+    """Say whether the file leaves open which layers are meant: PEFT has a table of models then."""
+    return fields.get("target_modules") is None and not fields.get("target_parameters")
+
+
+def _by_module(
+    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Patience
+) -> set[str]:
+    targets = fields.get("target_modules") or []
     if isinstance(targets, str):
         meant = _by_pattern(targets, names, patience)
         return meant - _excluded(fields, meant, source, patience)

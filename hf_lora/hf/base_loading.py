@@ -13,11 +13,11 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from hf_lora.errors import AdapterFileError, AdapterMismatchError, BaseLoadError
-from hf_lora.files.json_text import show
 from hf_lora.files.read import AdapterFolder
 from hf_lora.hf.resolve import resolve
 from hf_lora.hf.tasks import BY_PEFT, class_for, class_in
 from hf_lora.layers.trained import tensor_names
+from hf_lora.text import show
 
 _CONFIG_KWARGS = (
     "revision", "token", "cache_dir", "local_files_only", "gguf_file", "subfolder",

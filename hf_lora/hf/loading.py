@@ -41,6 +41,7 @@ def load_folder(
     adapter: str,
     trainable: bool,
     check_base: bool,
+    missing: str = "error",
 ) -> nn.Module:
     """Attach the adapter in ``directory`` to ``model``; see :func:`hf_lora.load`."""
     found = find(model)
@@ -48,7 +49,7 @@ def load_folder(
     reshard(model)
     if registry is not None:
         check_new_name(registry, adapter)
-    match = match_folder(read_folder(directory), model, check_base=check_base)
+    match = match_folder(read_folder(directory), model, check_base=check_base, missing=missing)
     dtypes = _dtypes(match, model)
     values = read_values(match, _place_dtypes(match, model, dtypes))
     if trainable:

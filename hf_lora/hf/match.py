@@ -7,15 +7,26 @@ import torch
 from torch import nn
 
 from hf_lora.devices import is_on_meta, present
-from hf_lora.errors import AdapterMismatchError, BaseMismatchError, StateError, listing
+from hf_lora.errors import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    StateError,
+    UnsupportedAdapterError,
+    listing,
+)
 from hf_lora.files.content import CONFIG_FILE, Factors
 from hf_lora.files.fingerprint import differences
 from hf_lora.files.patterns import endings, parents
-from hf_lora.files.peft_targets import TARGET_FIELDS, promised_layers, says_all_linear
+from hf_lora.files.peft_targets import (
+    TARGET_FIELDS,
+    promised_layers,
+    says_all_linear,
+    says_no_target,
+)
 from hf_lora.files.read import AdapterFolder
 from hf_lora.hf.base_weights import base_reader
 from hf_lora.hf.resolve import Resolution, resolve
-from hf_lora.hf.tasks import HEADS
+from hf_lora.hf.tasks import BY_PEFT, HEADS
 from hf_lora.hf.together import is_first
 from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import features, why_not
@@ -46,22 +57,32 @@ class Match:
     """What was resolved or left out on the way."""
 
 
-def match_folder(folder: AdapterFolder, model: nn.Module, *, check_base: bool) -> Match:
+MISSING = ("error", "zero")
+"""What a layer may be that the file promises and has no tensors for."""
+
+
+def match_folder(
+    folder: AdapterFolder, model: nn.Module, *, check_base: bool, missing: str = "error"
+) -> Match:
     """Check that every tensor in the folder has its place in ``model`` and every place its tensor.
+
+    With ``missing="zero"`` a layer that the configuration promises may lack its tensors.
 
     Raises:
         AdapterMismatchError: Something does not fit; one line each.
+        UnsupportedAdapterError: Biases of the base were trained.
         BaseMismatchError: Everything fits, but the base's weights are others.
         StateError: A layer that it is for has no data.
     """
-    return _Matching(folder, model).run(check_base)
+    return _Matching(folder, model, missing).run(check_base)
 
 
 class _Matching:
     """One comparison of a folder with a model; collects what is found and what is wrong."""
 
-    def __init__(self, folder: AdapterFolder, model: nn.Module):
+    def __init__(self, folder: AdapterFolder, model: nn.Module, missing: str):
         self.folder = folder
+        self.missing = missing
         self.model = model
         self.modules = dict(model.named_modules())
         self.owned = {
@@ -73,6 +94,7 @@ class _Matching:
             folder.factors, folder.others, self.modules.keys() | self.owned.keys(), model
         )
         self.problems: list[str] = []
+        self.advice = ""
         self.told = [self.names.way.words] if self.names.way.words else []
         self.told += [f"{part!r} in the names was taken off" for part in folder.renamed]
         self.told += folder.told
@@ -99,10 +121,18 @@ class _Matching:
         if self.problems:
             kind = type(self.model).__name__
             raise AdapterMismatchError(
-                listing(f"{self.folder.directory} does not fit this {kind}", self.problems)
+                listing(
+                    f"{self.folder.directory} does not fit this {kind}", self.problems, self.advice
+                )
             )
 
     def _match_factors(self) -> None:
+        if self.names.several:
+            places = [path.removesuffix(".") or "the model itself" for path in self.names.several]
+            self.advice = (
+                f"These parts of the model have all its layers: {', '.join(places)}. Load it onto "
+                "the one that it is for: hf_lora.load(model.get_submodule(...), source)"
+            )
         deaf = unheard(self.modules)
         for name, factors in self.folder.factors.items():
             path = self.names.module(name)
@@ -134,6 +164,11 @@ class _Matching:
     def _trained_by_name(self) -> set[str]:
         """Find what PEFT means: every module whose path ends so, at a dot or not."""
         names = set(self.folder.trained_names)
+        # PEFT's class for a task trains its head, also where the list of names was not written
+        task = BY_PEFT.get(self.folder.fields.get("task_type") or "")
+        heads = frozenset() if task is None else task.heads
+        for name in self.folder.others:
+            names |= endings(name.rpartition(".")[0], heads)
         if not names:
             return set()
         with_tensors = {path for path, _ in self.owned.values()}
@@ -191,6 +226,9 @@ class _Matching:
     def _compare_with_targets(self, tops: set[str]) -> None:
         """Compare the layers in the file with those that its configuration promises."""
         fields, own = self.folder.fields, self.folder.own
+        if says_no_target(fields):
+            self.told.append("no target_modules is named; the layers that have tensors were taken")
+            return
         if own and all(fields.get(name) == own.fields.get(name) for name in TARGET_FIELDS):
             return  # the header names each layer, and has been compared with the tensors
         names = {}
@@ -204,27 +242,58 @@ class _Matching:
         optional: set[str] = set()
         if says_all_linear(fields):  # PEFT leaves out heads, by rules of its own
             optional = output_head(self.model) | beside_backbone(self.model).keys()
-        self.problems += [
-            f"{path} is a target, but has no tensors"
-            for path in sorted(meant - optional - self.slots.keys())
-        ]
+        without = sorted(meant - optional - self.slots.keys())
+        if without and self.missing == "zero":
+            self.told.append(
+                f"{without[0]} ({len(without)} in all) is a target and has no tensors: missing="
+                "'zero' leaves it as it is in the base"
+            )
+        elif without:
+            self.problems += [f"{path} is a target, but has no tensors" for path in without]
+            self.advice = (
+                "If nothing was lost (the update was zero there), load with missing='zero'."
+            )
         self.problems += [
             f"{path} has tensors, but is no target" for path in sorted(self.slots.keys() - meant)
         ]
 
     def _compare_copies(self, copies: dict[Place, str]) -> None:
         """Leave out tensors that only repeat the base's own; nothing else is left out."""
+        said = self.folder.fields.get("bias") or "none"
+        biases = [] if said == "none" else self._biases_without(copies, said)
         for place, key in copies.items():
             ((_, tensor),) = self.folder.file.read([key])
             with present(self.modules[place[0]]):
                 equal = _equal(tensor, self._base_tensor(place))
-            if not equal:
+            if not equal and place[1] == "bias" and said != "none":
+                biases.append(f"{key} is not the base's own")
+            elif not equal:
                 self.problems.append(
                     f"{key}: neither a factor nor part of a module in modules_to_save, and not "
                     "what the base has there (were tokens added? Put them into the base first)"
                 )
             elif self.folder.own is None:
                 self.told.append(f"{key} only repeats the base's own weight and was left out")
+
+        if biases:
+            raise UnsupportedAdapterError(
+                listing(
+                    f"{self.folder.directory}: bias = {said!r} trained biases of the base, which "
+                    "hf_lora does not implement",
+                    biases,
+                )
+            )
+
+    def _biases_without(self, copies: dict[Place, str], said: str) -> list[str]:
+        """Return a line for each bias that was trained, as the file says, and is not in it."""
+        return [
+            f"{full} is not in the file"
+            for full, place in self.owned.items()
+            if place[1] == "bias"
+            and place not in copies
+            and place not in self.keys
+            and (said == "all" or place[0] in self.slots)
+        ]
 
     def _check_there(self, paths: Iterable[str]) -> None:
         meta = [path for path in paths if is_on_meta(self.modules[path])]

@@ -1,10 +1,12 @@
 """Finding a model's modules under the names that an adapter file uses for them.
 
-Files come from backbones and head models, from other versions of transformers, from wrapped models.
-Each known way of renaming is tried in turn; the first under which every name is found wins.
+Files come from backbones and head models, from other versions of transformers, from wrapped models,
+from the text model inside a vision-language model. Each
+known way of renaming is tried in turn; the first under which every name is found wins.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterator
 
 from torch import nn
@@ -13,6 +15,9 @@ from hf_lora.files.keys import without_wrappers
 from hf_lora.hf.pretrained import is_pretrained
 
 Rename = Callable[[str], str]
+
+_MODELS = frozenset({"model", "language_model", "text_model", "transformer", "llm", "base_model"})
+"""What models are called inside of models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Resolution:
 
     used: dict[str, str]
     """Path of each module in the file, to its name there: the way back need not be unique."""
+
+    several: tuple[str, ...] = ()
+    """Where in the model the file's names are found, if that is in several places."""
 
     def module(self, name: str) -> str:
         """Return the path in the model of a module of the file."""
@@ -79,7 +87,67 @@ def resolve(
             break
         if hits > most:
             most, best = hits, way
+    else:
+        moved = _moved(modules, tensors, real, model, least=most + 1)
+        if len(moved) > 1:
+            return Resolution(best, real, {}, several=tuple(sorted(moved)))
+        best = next(iter(moved.values()), best)
     return Resolution(best, real, {best.module(name): name for name in modules})
+
+
+def _moved(
+    modules: Collection[str],
+    tensors: Collection[str],
+    real: Collection[str],
+    model: nn.Module,
+    least: int,
+) -> dict[str, Way]:
+    """Return ways that look for the file's model in another part of this one: place to way.
+
+    Those that find most names, and at least so many; several if they find them in several places.
+    """
+    inside = [without_wrappers(p) for p, m in model.named_modules() if p and is_pretrained(m)]
+    leads = _leads_of_models(modules, _MODELS.union(*(path.split(".") for path in inside)))
+    places = [f"{path}." for path in inside]
+    found: dict[str, Way] = {}
+    images: set[tuple[str, ...]] = set()
+    for lead, place in itertools.product(leads, ["", *places]):
+        way = _with_place(lead, place)
+        image = tuple(map(way.module, modules))
+        hits = sum(name in real for name in image) + sum(way.tensor(n) in real for n in tensors)
+        if lead == place or hits < least or image in images:
+            continue
+        if hits > least:
+            found, images, least = {}, set(), hits
+        found[place] = way
+        images.add(image)
+    return found
+
+
+def _leads_of_models(names: Collection[str], models: Collection[str]) -> list[str]:
+    """Return the beginnings of names that lead to a model; others lead to a part of one."""
+    found = {"": None}
+    for name in names:
+        lead = ""
+        for part in name.split("."):
+            if part not in models:
+                break
+            lead += f"{part}."
+            found[lead] = None
+    return list(found)
+
+
+def _with_place(lead: str, place: str) -> Way:
+    def there(name: str) -> str:
+        return place + name.removeprefix(lead) if name.startswith(lead) else name
+
+    return Way(
+        there,
+        there,
+        lambda path: lead + path.removeprefix(place) if path.startswith(place) else None,
+        f"trained on another model around or inside of this one: {lead!r} at the beginning of its "
+        f"names became {place!r}",
+    )
 
 
 def _ways(names: list[str], real: Collection[str], model: nn.Module) -> Iterator[Way]:

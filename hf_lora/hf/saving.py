@@ -1,5 +1,6 @@
 """Saving adapters: what a wrapped model holds, as a PEFT folder with a complete header."""
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from torch import nn
 
 from hf_lora.config import DTYPES
 from hf_lora.devices import present
-from hf_lora.errors import ConfigError, SaveError
+from hf_lora.errors import ConfigError, HfLoRAWarning, SaveError
 from hf_lora.files.content import Content
 from hf_lora.files.fingerprint import Reader, take
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
 from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.peft_conversion import taken_for_experts
 from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
 from hf_lora.hf.tasks import auto_mapping, peft_task
 from hf_lora.hf.together import is_first, write_together
@@ -160,12 +162,21 @@ def collect(
     if together:
         tensors = all_whole(tensors)
     check_shapes(registry, name, tensors)
+    by_weight = taken_for_experts(model, slots)
+    if by_weight and adapter.config.dropout:
+        warnings.warn(
+            f"PEFT finds {by_weight[0]} ({len(by_weight)} in all) by its weight only, and has no "
+            "dropout there: where PEFT goes on with this training, it does so without.",
+            HfLoRAWarning,
+            stacklevel=3,
+        )
     return Content(
         config=adapter.config,
         slots=slots,
         trained=tuple(trained),
         tensors={key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()},
-        target_names=_target_names(modules, slots, trained),
+        target_names=_target_names(modules, slots.keys() - set(by_weight), trained),
+        by_weight=by_weight,
         trained_names=trained_names,
         **_purpose(model, adapter.origin, base, trained_names),
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),

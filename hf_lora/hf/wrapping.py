@@ -15,6 +15,7 @@ from hf_lora.hf.after_import import when_imported
 from hf_lora.hf.base_loading import load_base, other_class
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
+from hf_lora.hf.match import MISSING
 from hf_lora.hf.together import folder_for_all
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.layers.offloading import guard_new_hooks
@@ -145,6 +146,7 @@ def load(
     subfolder: str | None = None,
     token: str | bool | None = None,
     check_base: bool = True,
+    missing: str = "error",
 ) -> Model:
     """Attach a saved adapter to a base model, or to one that has adapters already.
 
@@ -161,6 +163,8 @@ def load(
         subfolder: Folder inside the source, for adapters that were saved under a name.
         token: For private repos; by default the one that you are logged in with.
         check_base: Whether to compare the base's weights with those that it was trained on.
+        missing: ``"zero"`` if you know that a layer which the configuration promises and which has
+            no tensors was not changed: it then stays as it is. By default that is an error.
 
     Returns:
         The same model.
@@ -170,14 +174,24 @@ def load(
         AdapterMismatchError: They do not fit this model.
         BaseMismatchError: They fit, but were trained on other weights.
         HubError: The Hub refused or could not be reached.
+        ConfigError: ``missing`` is neither ``"error"`` nor ``"zero"``.
         StateError: The model has an adapter of that name, is merged, or has no weights yet to be
             compared, which only ``check_base=False`` allows.
     """
     check_adapter_name(adapter)
+    if missing not in MISSING:
+        raise ConfigError(f"missing is one of {', '.join(map(repr, MISSING))}, not {missing!r}")
     with folder_for_all(
         model, lambda: locate(source, revision=revision, subfolder=subfolder, token=token)
     ) as folder:
-        load_folder(model, folder, adapter=adapter, trainable=trainable, check_base=check_base)
+        load_folder(
+            model,
+            folder,
+            adapter=adapter,
+            trainable=trainable,
+            check_base=check_base,
+            missing=missing,
+        )
     found = find(model)
     assert found is not None
     _hook(found[0])
@@ -194,6 +208,7 @@ def from_pretrained(
     subfolder: str | None = None,
     token: str | bool | None = None,
     check_base: bool = True,
+    missing: str = "error",
     **model_kwargs: Any,
 ) -> Any:
     """Load an adapter together with the base model that it names.
@@ -205,7 +220,7 @@ def from_pretrained(
         model_class: What loads the base, such as ``AutoModelForSequenceClassification``; by default
             the auto class for the adapter's task if it has one for this base, or the class that the
             adapter names, or the class that the base was saved from.
-        trainable, revision, subfolder, token, check_base: As for :func:`load`.
+        trainable, revision, subfolder, token, check_base, missing: As for :func:`load`.
         **model_kwargs: Handed to ``model_class.from_pretrained``, for instance ``dtype`` or
             ``device_map``.
 
@@ -224,7 +239,7 @@ def from_pretrained(
         given = [*(["model_class"] if model_class is not None else []), *model_kwargs]
         if given:
             raise ConfigError(f"The base is loaded already, so {', '.join(given)} cannot be used.")
-        return load(base, folder, trainable=trainable, check_base=check_base)
+        return load(base, folder, trainable=trainable, check_base=check_base, missing=missing)
     content = read_folder(folder)
     asked = content.base if base is None else os.fspath(base)
     if asked is None:
@@ -238,7 +253,7 @@ def from_pretrained(
         model_kwargs.setdefault("token", token)
     model, why = load_base(content, asked, model_class, model_kwargs)
     try:
-        return load(model, folder, trainable=trainable, check_base=check_base)
+        return load(model, folder, trainable=trainable, check_base=check_base, missing=missing)
     except BaseMismatchError:
         raise
     except AdapterMismatchError as error:

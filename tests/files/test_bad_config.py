@@ -59,7 +59,7 @@ class TestConfig:
             ("target_modules", ".*q_proj", "layers.0.v_proj has tensors, but is no target"),
             ("target_modules", "all-linear", "head is a target, but has no tensors"),
             ("target_modules", [], "has tensors, but is no target"),
-            ("target_modules", None, "target_modules is missing"),
+            ("target_parameters", "q_proj.weight", "target_parameters is 'q_proj.weight'"),
             ("target_modules", 3, "target_modules is 3"),
             ("target_modules", {"q_proj": 1}, "target_modules is {'q_proj': 1}"),
             ("target_modules", ["q_proj", 3], "target_modules is ['q_proj', 3]"),
@@ -160,9 +160,6 @@ class TestOtherMethods:
             (peft.LoHaConfig(target_modules=["q_proj"], r=2), "LOHA"),
             (peft.LoraConfig(target_modules=["q_proj"], r=2, use_dora=True), "use_dora = True"),
             (peft.LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True), "lora_bias = True"),
-            (peft.LoraConfig(target_modules=["q_proj"], r=2, bias="all"), "bias = 'all'"),
-            (peft.LoraConfig(target_modules=["q_proj"], r=2, bias="lora_only"), "'lora_only'"),
-            (peft.LoraConfig(target_parameters=["q_proj.weight"], r=2), "target_parameters = ["),
             (
                 peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa"),
                 "init_lora_weights = 'pissa'",
@@ -177,6 +174,29 @@ class TestOtherMethods:
     def test_as_peft_writes_it(self, tmp_path: Path, config: peft.PeftConfig, words: str):
         peft.get_peft_model(tiny.Net(), config).save_pretrained(tmp_path)
         refuse(tmp_path, words, error=UnsupportedAdapterError)
+
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_biases_of_the_base(self, tmp_path: Path, bias: Any):
+        """As PEFT saves them; and as they are in the base, which is then told and no harm."""
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, bias=bias)
+        model = peft.get_peft_model(tiny.Net(), config)
+        model.save_pretrained(tmp_path / "untrained")
+        with pytest.warns(hf_lora.HfLoRAWarning, match="only repeats the base's own"):
+            hf_lora.load(tiny.Net(), tmp_path / "untrained")
+        tiny.scramble(model)
+        model.save_pretrained(tmp_path / "trained")
+        refuse(tmp_path / "trained", f"bias = '{bias}'", error=UnsupportedAdapterError)
+        edit.change_tensors(
+            tmp_path / "trained",
+            lambda tensors: [tensors.pop(key) for key in list(tensors) if "bias" in key],
+        )
+        words = f"bias = '{bias}'", "layers.0.q_proj.bias is not in the file"
+        refuse(tmp_path / "trained", *words, error=UnsupportedAdapterError)
+
+    @pytest.mark.parametrize("value", ["some", True, ["all"], {}])
+    def test_what_bias_never_says(self, pefts: Path, value: Any):
+        edit.change_config(pefts, bias=value)
+        refuse(pefts, "bias = ", error=UnsupportedAdapterError)
 
     def test_trained_tokens(self, tmp_path: Path):
         model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
@@ -204,6 +224,7 @@ class TestOtherMethods:
         [
             ("alora_invocation_tokens", [1]),
             ("layer_replication", [[0, 1]]),
+            ("target_parameters", ["experts.gate_up_proj"]),
             ("use_qalora", True),
             ("megatron_config", {"a": 1}),
             ("kasa_config", {"a": 1}),
