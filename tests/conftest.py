@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 
-SLOW_TEST_SECONDS = 900
+SLOW_TEST_SECONDS = 1800
 # Each worker holds torch, transformers, PEFT and its models: one to two gigabytes.
 MOST_WORKERS = 8
 LOOPBACK = ("127.", "::1", "localhost")

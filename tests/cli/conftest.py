@@ -77,8 +77,10 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 
 @pytest.fixture
-def run() -> Run:
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command in this process: `run("plan", folder, code=1)` is its result, with `stdout`."""
+    # the command silences transformers for as long as its process lives, and here others' tests
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
 
     def call(*arguments: Any, code: int = 0) -> Any:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

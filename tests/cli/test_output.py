@@ -17,7 +17,7 @@ ENTRY = "import sys; from hf_lora.cli.main import app; sys.argv[0] = 'hf-lora'; 
 
 def call(*arguments: Any, entry: str = ENTRY) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", entry, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():

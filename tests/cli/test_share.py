@@ -41,7 +41,7 @@ def call(hub: HubServer, home: Path, calls: Mapping[str, list]) -> dict[str, tup
         env=hub_environment(hub, home),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr

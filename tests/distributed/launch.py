@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 240
+LIMIT = 480
 """Seconds that the processes may take; below pytest's own limit, so that their logs are seen."""
 
 _GRACE = 10

@@ -129,7 +129,7 @@ def test_the_example_learns_stops_and_goes_on(tmp_path: Path, processes: int):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -23,7 +23,7 @@ MOST_BYTES = 300_000
 VARIES = "varies"
 
 # Every cell on one loaded core; the limit of an ordinary test is too short for that.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 PROBE = """
 import json
@@ -55,7 +55,7 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     }
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=1500,
         kernel_name="python3",
         resources={"metadata": {"path": str(NOTEBOOK.parent)}},
     )

@@ -184,11 +184,14 @@ class TestBestModel:
                 if state.global_step == 8:
                     shutil.rmtree(tmp_path / "checkpoint-4")
 
+        before = logging.get_verbosity()
+        logging.set_verbosity_warning()
         logging.enable_propagation()
         try:
             result = scored(tmp_path, callbacks=[Remove()])
         finally:
             logging.disable_propagation()
+            logging.set_verbosity(before)
         assert "Could not locate the best model" in caplog.text
         last = training.saved(tmp_path / "checkpoint-8")
         assert same(training.in_file_names(result.model), last)

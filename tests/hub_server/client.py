@@ -85,7 +85,7 @@ def run_python(
     code: str,
     env: dict[str, str],
     *,
-    timeout: float = 120,
+    timeout: float = 480,
     fails: bool = False,
     **values: Any,
 ) -> Finished:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hf_lora
-from tests.layers.test_fused import INPUTS, gradients, llama, of
+from tests.layers.fused_models import INPUTS, gradients, llama, of
 
 
 def kept(model: nn.Module, tokens: int) -> int:

@@ -29,7 +29,7 @@ def test_a_model_larger_than_its_memory_trains_and_merges(tmp_path: Path):
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=480,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     told = json.loads(run.stdout.splitlines()[-1])
