@@ -63,8 +63,9 @@ class LoRAConfig:
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Pattern to other ``r``, ``alpha`` or ``dropout``; the first pattern that matches wins."""
 
-    train: Sequence[str] = ()
-    """Patterns of modules trained in full and saved with the adapter, such as a fresh head."""
+    train: Sequence[str] | None = None
+    """Patterns of modules trained in full and saved with the adapter. What the base's checkpoint
+    did not fill, such as a fresh head, is as if it were named, unless this is ``()``."""
 
     dtype: str | None = None
     """Data type of the adapter's tensors. None: float32 on a 16-bit or quantized base, where small
@@ -79,7 +80,7 @@ class LoRAConfig:
             if isinstance(self.targets, str) and self.targets == ALL_LINEAR
             else _patterns("targets", self.targets, problems),
             "exclude": _patterns("exclude", self.exclude, problems),
-            "train": _patterns("train", self.train, problems),
+            "train": None if self.train is None else _patterns("train", self.train, problems),
             **_numbers("", numbers_given, problems),
             "overrides": _overrides(self.overrides, problems),
             # torch.bfloat16 and "torch.bfloat16" mean what "bfloat16" means

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from hf_lora.errors import ConfigError
 
@@ -29,6 +29,13 @@ def inside(path: str, parents: Collection[str]) -> bool:
             return True
         path = path.rpartition(".")[0]
     return False
+
+
+def parents(path: str) -> Iterator[str]:
+    """Yield the dotted paths above ``path``, the nearest first."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def nearest(pattern: str, paths: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,11 +61,18 @@ def load_model(base: Base) -> Any:
 def skeleton(config: Any) -> nn.Module:
     """Build the model that a configuration describes, on the meta device: all but the weights.
 
+    If they lie in the same folder their names are read, and tell what the checkpoint lacks.
+
     Raises:
         ConfigError: transformers has no model for it.
     """
     dtype = config.dtype or torch.float32
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    if named and named[0] is not None and _has_plain_weights(config):
+        with _explained(config.name_or_path, "model"):
+            return named[0].from_pretrained(
+                config.name_or_path, config=config, dtype=dtype, device_map="meta", **_SAFE
+            )
     with _explained(config.name_or_path, "model"), torch.device("meta"):
         if named and named[0] is not None:
             return named[0](config).to(dtype)
@@ -72,6 +80,11 @@ def skeleton(config: Any) -> nn.Module:
             return AutoModelForCausalLM.from_config(config).to(dtype)
         except ValueError:  # no causal language model
             return AutoModel.from_config(config).to(dtype)
+
+
+def _has_plain_weights(config: Any) -> bool:
+    quantized = getattr(config, "quantization_config", None) is not None
+    return not quantized and any(Path(config.name_or_path).glob("*.safetensors"))
 
 
 def _compute_dtype(base: Base) -> str:

@@ -62,3 +62,6 @@ class Content:
 
     fan_in_fan_out: bool
     fingerprint: dict[str, Any] | None
+
+    labels: dict[str, Any] | None = None
+    """The names of a classifier's labels; see ``files.labels``."""

@@ -11,6 +11,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterError, listing
 from hf_lora.files.content import Content
 from hf_lora.files.json_text import is_number, parse_json
+from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.layers.base import Slot
 from hf_lora.text import show, some
@@ -21,7 +22,16 @@ HEADER_KEY = "hf_lora"
 ADAPTER_CONFIG = "adapter_config"
 """The entry that repeats ``adapter_config.json``."""
 
-_ENTRIES = {ADAPTER_CONFIG, "config", "fingerprint", "format", "requires", "slots", "trained"}
+_ENTRIES = {
+    ADAPTER_CONFIG,
+    "config",
+    "fingerprint",
+    "format",
+    LABELS,
+    "requires",
+    "slots",
+    "trained",
+}
 """What a reader of this version knows; else an entry is told and ignored, unless it is required."""
 
 _FEATURES: dict[str, Callable[[Content], bool]] = {
@@ -70,6 +80,8 @@ def make_header(content: Content, fields: Mapping[str, Any]) -> str:
         "slots": {path: dataclasses.asdict(slot) for path, slot in content.slots.items()},
         "trained": list(content.trained),
     }
+    if content.labels is not None:
+        entries[LABELS] = content.labels
     return json.dumps(entries)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from hf_lora.files.matching import Patience, Pattern, Text, positions
+from hf_lora.targets import parents as parents
 
 SPECIAL = re.compile(r"[^\w.\-]")
 """What a regular expression may read as something else than itself, apart from the dot."""
@@ -20,13 +21,6 @@ def tails(path: str) -> Iterator[str]:
     yield path
     while "." in path:
         path = path.partition(".")[2]
-        yield path
-
-
-def parents(path: str) -> Iterator[str]:
-    """Yield the dotted paths above ``path``, the nearest first."""
-    while "." in path:
-        path = path.rpartition(".")[0]
         yield path
 
 

@@ -11,6 +11,7 @@ from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Factors
 from hf_lora.files.header import OwnHeader, contradictions, read_header
 from hf_lora.files.json_text import read_json
 from hf_lora.files.keys import sort_keys
+from hf_lora.files.labels import read_labels
 from hf_lora.files.matching import Patience
 from hf_lora.files.peft_format import (
     ORIGIN_FIELDS,
@@ -59,6 +60,9 @@ class AdapterFolder:
 
     patience: Patience
     """What matching the patterns of this folder may still cost."""
+
+    labels: dict[str, Any]
+    """A classifier's labels, as arguments of a model's configuration; empty if it names none."""
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -135,6 +139,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         slots = {path: own.slots[path] for path in slots}
         if fields.get("lora_dropout", 0.0) != own.fields.get("lora_dropout", 0.0):
             told.append("lora_dropout was changed and is ignored; the header has it for each layer")
+    shapes = [file.shapes[key] for key in others.values()]
     return AdapterFolder(
         directory=directory,
         file=file,
@@ -147,6 +152,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         renamed=renamed,
         told=told,
         patience=patience,
+        labels={} if own is None else read_labels(own.raw, shapes, str(weights)),
     )
 
 

@@ -35,6 +35,7 @@ from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.unheard import unheard
 from hf_lora.model.heads import beside_backbone, output_head
 from hf_lora.model.patch import check_present
+from hf_lora.model.unfilled import find_unfilled
 from hf_lora.partitions import shape_of
 from hf_lora.sharding import whole
 from hf_lora.text import show
@@ -115,6 +116,7 @@ class _Matching:
         self._raise_problems()
         if check_base:
             self._compare_with_fingerprint()
+        self.told += self._random_parts(tops)
         return Match(self.folder, self.slots, tops, self.keys, self.told)
 
     def _raise_problems(self) -> None:
@@ -293,6 +295,15 @@ class _Matching:
             and place not in copies
             and place not in self.keys
             and (said == "all" or place[0] in self.slots)
+        ]
+
+    def _random_parts(self, tops: list[str]) -> list[str]:
+        """Return a line for each part of a task's model that nobody fills."""
+        return [
+            f"{path} is neither in the base's checkpoint nor in the adapter: what it holds is "
+            "random, and so is what the model answers"
+            for path in find_unfilled(self.model, output_head(self.model)).needed
+            if not _is_inside(path, tops)
         ]
 
     def _check_there(self, paths: Iterable[str]) -> None:

@@ -1,13 +1,3 @@
-"""Whether a model is one of transformers' own, asked without importing what only those need."""
+"""Whether a model is one of transformers' own, for those above the layers."""
 
-import sys
-from typing import Any
-
-
-def is_pretrained(model: Any) -> bool:
-    """Say whether a model is a transformers ``PreTrainedModel``.
-
-    Whoever has one has imported its class, which takes seconds; nobody else should pay for it.
-    """
-    module = sys.modules.get("transformers.modeling_utils")
-    return module is not None and isinstance(model, module.PreTrainedModel)
+from hf_lora.compat.transformers import is_pretrained as is_pretrained

@@ -17,11 +17,12 @@ from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
 from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.labels import labels_of
 from hf_lora.hf.peft_conversion import taken_for_experts
 from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
 from hf_lora.hf.tasks import auto_mapping, peft_task
 from hf_lora.hf.together import is_first, write_together
-from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.sharding import all_whole, is_spread, reshard
@@ -158,6 +159,7 @@ def collect(
     trained = sorted(map(without_wrappers, adapter.trained))
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
+    copies = [t for *_, role, t in registry.tensors(name) if role not in (LORA_A, LORA_B)]
     tensors = tensors_of(registry, name, state_dict) | repeated
     if together:
         tensors = all_whole(tensors)
@@ -180,6 +182,7 @@ def collect(
         trained_names=trained_names,
         **_purpose(model, adapter.origin, base, trained_names),
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
+        labels=labels_of(model, copies),
         fingerprint=take(slots, _clean(base_reader(model, together=together), adapter.slots)),
     )
 

@@ -14,6 +14,7 @@ from hf_lora.hf import instance, peft_guard, trainer_patch
 from hf_lora.hf.after_import import when_imported
 from hf_lora.hf.base_loading import load_base, other_class
 from hf_lora.hf.hub import locate, push
+from hf_lora.hf.labels import label_arguments
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.match import MISSING
 from hf_lora.hf.together import folder_for_all
@@ -251,6 +252,7 @@ def from_pretrained(
         model_kwargs.setdefault("revision", content.revision)
     if token is not None:
         model_kwargs.setdefault("token", token)
+    model_kwargs |= label_arguments(content, model_kwargs)
     model, why = load_base(content, asked, model_class, model_kwargs)
     try:
         return load(model, folder, trainable=trainable, check_base=check_base, missing=missing)

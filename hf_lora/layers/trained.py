@@ -141,6 +141,14 @@ def mixture(original: torch.Tensor, copies: Sequence[tuple[torch.Tensor, float]]
     return sum(terms[1:], terms[0]).to(first.dtype)
 
 
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the name and value of the base's parameters that a module owns itself."""
+    for name in tensor_names(module):
+        tensor = parameter_of(module, name)
+        if tensor is not None:
+            yield name, tensor
+
+
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     data = whole(tensor).detach().clone()
     if not isinstance(tensor, nn.Parameter):

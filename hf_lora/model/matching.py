@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.config import ALL_LINEAR, LoRAConfig
+from hf_lora.layers.base import LoRALayer
 from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
@@ -15,7 +16,11 @@ from hf_lora.layers.trial import gradient_fault, is_packed, is_plain, kind
 from hf_lora.layers.unheard import reader_of, unheard
 from hf_lora.model.heads import output_head
 from hf_lora.model.stacked import Stack, meant_stacks, stacks
+from hf_lora.model.unfilled import find_unfilled
 from hf_lora.targets import compile_target, inside, nearest
+
+SWITCHED_OFF = "train=() says so"
+"""Why a part that the checkpoint lacks does not train where the user knows that it does not."""
 
 _MOST_NAMES = 8
 
@@ -29,6 +34,12 @@ class Matches:
 
     trained: tuple[str, ...]
     """Paths of the modules to train in full."""
+
+    fresh: tuple[str, ...]
+    """Those of them that nobody named: the checkpoint did not fill them."""
+
+    unfilled: dict[str, str]
+    """What else it did not fill, to why that does not train."""
 
     counts: dict[str, int]
     """Pattern to the number of layers that it means and that are adapted."""
@@ -51,7 +62,10 @@ class Matches:
 def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
     """Find out what ``config`` means on ``model``; what is wrong goes to ``problems``."""
     tree = Tree(model)
-    trained = tree.trained(config.train, problems)
+    named = tree.trained(config.train or (), problems)
+    fresh, unfilled = tree.unfilled(config.train, named)
+    named = {path: None for path in named if not inside(path, fresh)}
+    trained = {path: None for path in tree.modules if path in fresh or path in named}
     excluded = tree.excluded(config.exclude, problems)
     meant = tree.targets(config, problems)
     left_out: dict[str, str] = {}
@@ -84,6 +98,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
     return Matches(
         chosen=chosen,
         trained=tuple(trained),
+        fresh=tuple(fresh),
+        unfilled=unfilled,
         counts=counts,
         left_out=left_out,
         unfit=tuple(unfit),
@@ -108,6 +124,7 @@ class Tree:
     """A model's modules under every name that they have, and the questions patterns ask of them."""
 
     def __init__(self, model: nn.Module):
+        self.model = model
         self.modules = dict(model.named_modules())
         first = {id(module): path for path, module in self.modules.items()}
         everything = model.named_modules(remove_duplicate=False)
@@ -242,6 +259,37 @@ class Tree:
                     path = f"{top}.{below}" if below else top
                     problems.append(f"train: {path} cannot be trained in full: {fault}")
         return tops
+
+    def unfilled(
+        self, patterns: Sequence[str] | None, named: Collection[str]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Return what trains because the checkpoint lacks it, and why other such parts do not.
+
+        Args:
+            patterns: What the configuration says to train; ``()`` means nothing at all.
+            named: The modules that it names.
+        """
+        found = find_unfilled(self.model, self.head)
+        left = {path: why for path, why in found.other.items() if not inside(path, named)}
+        fresh = []
+        for path in found.needed:
+            if inside(path, named):
+                continue
+            fault = SWITCHED_OFF if patterns == () else self._train_fault(path)
+            if fault:
+                left[path] = fault
+            else:
+                fresh.append(path)
+        return fresh, left
+
+    def _train_fault(self, top: str) -> str | None:
+        for module in self.modules[top].modules():
+            fault = train_fault(module)
+            if isinstance(module, LoRALayer):
+                fault = "another adapter has a low-rank update there"
+            if fault:
+                return fault
+        return None
 
     def _no_match(self, text: str) -> str:
         pattern = compile_target(text)

@@ -25,6 +25,7 @@ from hf_lora.layers.table import layer_class
 from hf_lora.layers.trained import TrainedModule, tensor_names
 from hf_lora.layers.trial import gradient_fault, host_class, is_packed, is_plain, kind
 from hf_lora.layers.unheard import unheard
+from hf_lora.model.matching import SWITCHED_OFF
 from hf_lora.model.plan import Plan
 from hf_lora.model.planning import make_plan
 from hf_lora.model.registry import (
@@ -145,13 +146,21 @@ def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
 
 def tell(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
     """Warn of what is not wrong, but may make a training useless."""
-    for headline, lines in (
-        ("Updates of these layers may not be seen", plan.warnings),
-        ("The targets mean more of this model than gets an update", plan.missed),
-        ("Nothing below these layers, which are no targets, would train", untrainable),
+    unfilled = [f"{p}: {why}" for p, why in plan.unfilled.items() if why != SWITCHED_OFF]
+    for headline, lines, advice in (
+        ("Updates of these layers may not be seen", plan.warnings, ""),
+        ("The targets mean more of this model than gets an update", plan.missed, ""),
+        ("Nothing below these layers, which are no targets, would train", untrainable, ""),
+        (
+            "The base's checkpoint does not hold these, and they neither train nor are saved with "
+            "the adapter",
+            unfilled,
+            "Where the outputs need them, name their modules in train=[...]; train=() says that "
+            "they are as they should be.",
+        ),
     ):
         if lines:
-            warnings.warn(listing(headline, lines), HfLoRAWarning, stacklevel=stacklevel + 1)
+            warnings.warn(listing(headline, lines, advice), HfLoRAWarning, stacklevel + 1)
 
 
 def check_no_engine(model: nn.Module) -> None:

@@ -140,6 +140,13 @@ class Plan:
     """What the targets mean and no update reaches: experts, and layers that ``"all-linear"`` leaves
     out because they cannot do with one; ``wrap`` warns of it."""
 
+    fresh: tuple[str, ...] = ()
+    """Paths of those in ``trained`` that nobody named: the base's checkpoint did not fill them."""
+
+    unfilled: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What else it did not fill, to the reason why that does not train: it stays random, and is
+    not in the adapter's file. ``wrap`` warns of it, unless ``train=()`` says that it is known."""
+
     @property
     def parameters(self) -> int:
         """Trainable numbers in all."""
@@ -206,6 +213,11 @@ def _lines(plan: Plan) -> Iterable[str]:
     lines = [left_out_line(paths, reason) for reason, paths in reasons.items()]
     yield from (f"left out: {line}" for line in lines)
     yield from (f"warning: {line}" for line in plan.missed if line not in lines)
+    if plan.fresh:
+        names = ", ".join(plan.fresh)
+        yield f"not in the checkpoint, so trained and saved with the adapter: {names}"
+    for path, reason in plan.unfilled.items():
+        yield f"not in the checkpoint, but neither trained nor saved: {path} ({reason})"
     yield from (f"warning: {warning}" for warning in plan.warnings)
     yield from (f"note: {note}" for note in plan.notes)
     if plan.vllm:

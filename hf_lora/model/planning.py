@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.layers.base import Slot, parameter_of
+from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import adapter_dtype, features, rank_fault
 from hf_lora.layers.quantized import numel, stored_bytes
-from hf_lora.layers.trained import own_tensors, tensor_names
+from hf_lora.layers.trained import own_parameters, own_tensors, tensor_names
 from hf_lora.layers.trial import host_class
 from hf_lora.layers.unheard import reader_of
 from hf_lora.model.matching import Matches, match
@@ -52,6 +52,8 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         base_parameters=size,
         base_bytes=sum(map(stored_bytes, owners.tensors())),
         world=world,
+        fresh=matches.fresh,
+        unfilled=matches.unfilled,
     )
     if world == 1:
         return plan
@@ -100,14 +102,6 @@ class Owners:
             if other != path and not other.startswith(f"{path}.")
         }
         return tuple(sorted(found))
-
-
-def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the name and value of the base's parameters that a module owns itself."""
-    for name in tensor_names(module):
-        tensor = parameter_of(module, name)
-        if tensor is not None:
-            yield name, tensor
 
 
 def _target(

@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 import hf_lora
 from tests.cli.conftest import Run, tiny_model
@@ -59,6 +64,26 @@ def test_a_config_file_and_options_before_it(run: Run, bare: Path, tmp_path: Pat
     assert found["config"]["exclude"] == ["v_proj"]
     assert {target["slot"]["r"] for target in found["targets"]} == {5}
     assert all(target["path"].endswith("q_proj") for target in found["targets"])
+
+
+def test_what_the_checkpoint_lacks_is_found_by_the_names_in_its_files(run: Run, tmp_path: Path):
+    config = BertConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    output = run("plan", tmp_path, "-t", "query").stdout
+    model = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert output == f"{hf_lora.plan(model, targets=['query'])}\n"
+    assert "so trained and saved with the adapter: classifier" in output
+    lora = tmp_path / "lora.yaml"
+    lora.write_text("targets: [query]\ntrain: []\n")
+    assert "neither trained nor saved: classifier" in run("plan", tmp_path, "--config", lora).stdout
 
 
 def test_problems_are_shown_and_end_with_1(run: Run, bare: Path):
