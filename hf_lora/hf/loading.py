@@ -21,10 +21,10 @@ from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
 from hf_lora.hf.match import Match, Place, match_folder
 from hf_lora.layers.base import Slot
-from hf_lora.layers.hosts import adapter_dtype
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.quantized import keep_gradients
-from hf_lora.layers.trained import own_tensors
+from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.layers.trial import gradient_fault, is_plain, kind
 from hf_lora.model.adapters import check_new_name, freeze
 from hf_lora.model.patch import attach, check_no_engine, detach, unpatch
@@ -204,9 +204,8 @@ def _check_gradients(model: nn.Module, paths: list[str]) -> None:
 
 def _dtypes(match: Match, model: nn.Module) -> dict[str, torch.dtype]:
     """Return the type of each layer's factors: the configuration's, or what the base asks for."""
-    config = match.folder.config
-    if config is not None and config.dtype is not None:
-        chosen: torch.dtype = getattr(torch, config.dtype)
+    chosen = chosen_dtype(match.folder.config)
+    if chosen is not None:
         return dict.fromkeys(match.slots, chosen)
     return {path: adapter_dtype(model.get_submodule(path)) for path in match.slots}
 
@@ -216,12 +215,13 @@ def _place_dtypes(
 ) -> dict[Place, torch.dtype]:
     """Return the type that each tensor of the file gets in the model."""
     found = {}
+    wanted = chosen_dtype(match.folder.config)
     for path, role in match.keys:
         if role in (LORA_A, LORA_B):
             found[path, role] = dtypes[path]
         else:
             tensors = dict(own_tensors(model.get_submodule(path), (role,)))
-            found[path, role] = tensors[role].dtype
+            found[path, role] = copy_dtype(tensors[role], wanted)
     return found
 
 

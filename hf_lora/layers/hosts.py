@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.config import LoRAConfig
 from hf_lora.layers.base import Patched, parameter_of
 from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
@@ -15,7 +16,7 @@ from hf_lora.partitions import shape_of
 from hf_lora.sharding import is_sharded
 
 _SIZES = ("in_features", "out_features")
-_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -55,6 +56,11 @@ def _is_shard(weight: torch.Tensor) -> bool:
         return type(weight.to_local()) is torch.Tensor  # type: ignore[operator]
 
 
+def chosen_dtype(config: LoRAConfig | None) -> torch.dtype | None:
+    """Return the type that a configuration asks for, or None."""
+    return getattr(torch, config.dtype) if config is not None and config.dtype else None
+
+
 def adapter_dtype(module: nn.Module) -> torch.dtype:
     """Return the type an adapter has by default: the base's own, or float32 if that is too coarse.
 
@@ -62,7 +68,7 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     base the type of the storage says nothing.
     """
     weight = parameter_of(module, "weight")
-    if weight is None or not has_float_weight(module) or weight.dtype in _SIXTEEN_BIT:
+    if weight is None or not has_float_weight(module) or weight.dtype in SIXTEEN_BIT:
         return torch.float32
     return weight.dtype
 

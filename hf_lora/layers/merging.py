@@ -127,6 +127,7 @@ def merged_copies(module: TrainedModule, adapters: Weights) -> Tensors:
         one = len(copies) == 1 and copies[0][1] == 1.0
         data = copies[0][0].clone() if one else mixture(whole(tensor.detach()), copies)
         original = parameter_of(module, name)
+        data = data.to(tensor.dtype)
         merged[name] = data if original is None else _in_place_of(original, data)
     return merged
 

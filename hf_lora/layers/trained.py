@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import Patched, added_names, parameter_of
 from hf_lora.layers.choice import Weights
+from hf_lora.layers.hosts import SIXTEEN_BIT
 from hf_lora.layers.names import copy_kind, parameter_name
 from hf_lora.layers.parallel import here, split_fault, split_of
 from hf_lora.sharding import is_sharded, whole
@@ -38,10 +39,17 @@ class TrainedModule(Patched):
         """Return the names of the copies that this module has."""
         return {added for copies in self.lora_copies.values() for added in copies.values()}
 
-    def lora_add_copy(self, adapter: str) -> None:
-        """Give ``adapter`` its own copy of each of the module's tensors, equal to the base's."""
-        tensors = own_tensors(self, self.lora_names)
-        copies = {name: (parameter_name(copy_kind(name), adapter), _copy(t)) for name, t in tensors}
+    def lora_add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
+        """Give ``adapter`` its own copy of each of the module's tensors, equal to the base's.
+
+        Args:
+            adapter: Its name.
+            dtype: Type of its parameters; by default as :func:`copy_dtype` says.
+        """
+        copies = {
+            name: (parameter_name(copy_kind(name), adapter), _copy(t, copy_dtype(t, dtype)))
+            for name, t in own_tensors(self, self.lora_names)
+        }
         for added, copy in copies.values():
             if isinstance(copy, nn.Parameter):
                 self.register_parameter(added, copy)
@@ -149,8 +157,21 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, tensor
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    data = whole(tensor).detach().clone()
+def copy_dtype(tensor: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the type of a copy: that of an adapter's factors, and of what is no parameter its own.
+
+    Args:
+        tensor: The base's.
+        wanted: What the configuration says; None: float32 in the place of 16 bits, where small
+            updates round away and no GradScaler can work.
+    """
+    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+        return tensor.dtype
+    return wanted or (torch.float32 if tensor.dtype in SIXTEEN_BIT else tensor.dtype)
+
+
+def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    data = whole(tensor).detach().to(dtype, copy=True)
     if not isinstance(tensor, nn.Parameter):
         return data
     copy = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
@@ -172,10 +193,14 @@ def _reader(name: str) -> Any:
         if is_sharded(own):  # FSDP2 asks for its part; in a forward, whole tensors stand there
             return own  # type: ignore[return-value]
         shares = self.lora_shares()
-        if not shares or (shares[0][1] == 1.0 and len(shares) == 1):
+        if not shares:
             return here(_stored(self, self.lora_where(name)))
         copies = [(here(_stored(self, self.lora_copies[a][name])), factor) for a, factor in shares]
-        return mixture(here(_stored(self, name)), copies)
+        original = here(_stored(self, name))
+        one = len(copies) == 1 and copies[0][1] == 1.0
+        tensor = copies[0][0] if one else mixture(original, copies)
+        # a module computes in the type that it has; casting its input would cost far more
+        return tensor.to(original.dtype)
 
     return read
 

@@ -18,7 +18,7 @@ from hf_lora.layers.base import (
     swap_class,
 )
 from hf_lora.layers.forwards import has_foreign_forward
-from hf_lora.layers.hosts import adapter_dtype, taken_names
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
 from hf_lora.layers.quantized import keep_gradients, restore_packing
 from hf_lora.layers.table import layer_class
@@ -225,7 +225,7 @@ def attach(
                 for path, module in _with_tensors(modules[top], top):
                     copies = _as_trained(module, registry, path)
                     with present(module):
-                        copies.lora_add_copy(name)
+                        copies.lora_add_copy(name, chosen_dtype(config))
             if is_spread(model):
                 spread(model, registry, name, drawn=init is not None)
     except BaseException:

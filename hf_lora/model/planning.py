@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.base import Slot
-from hf_lora.layers.hosts import adapter_dtype, features, rank_fault
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, features, rank_fault
 from hf_lora.layers.quantized import numel, stored_bytes
-from hf_lora.layers.trained import own_parameters, own_tensors, tensor_names
+from hf_lora.layers.trained import copy_dtype, own_parameters, own_tensors, tensor_names
 from hf_lora.layers.trial import host_class
 from hf_lora.layers.unheard import reader_of
 from hf_lora.model.matching import Matches, match
@@ -34,7 +34,7 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         _target(path, modules[path], config, matches.overrides.get(path), owners, problems)
         for path in matches.chosen
     )
-    trained = tuple(_trained(path, modules[path], owners) for path in matches.trained)
+    trained = tuple(_trained(path, modules[path], config, owners) for path in matches.trained)
     size = sum(map(numel, owners.tensors()))
     problems += _conflicts(model, matches.chosen, matches.trained)
     plan = Plan(
@@ -126,12 +126,13 @@ def _target(
         in_features=sizes[0],
         out_features=sizes[1],
         slot=Slot(**fields, rslora=config.rslora),
-        dtype=getattr(torch, config.dtype) if config.dtype else adapter_dtype(module),
+        dtype=chosen_dtype(config) or adapter_dtype(module),
         tied_to=owners.others(weights, path),
     )
 
 
-def _trained(path: str, module: nn.Module, owners: Owners) -> Trained:
+def _trained(path: str, module: nn.Module, config: LoRAConfig, owners: Owners) -> Trained:
+    wanted = chosen_dtype(config)
     parts = [part for part in module.modules() if tensor_names(part)]
     parameters = [tensor for part in parts for _, tensor in own_parameters(part)]
     everything = [t for part in parts for _, t in own_tensors(part, tensor_names(part))]
@@ -139,8 +140,8 @@ def _trained(path: str, module: nn.Module, owners: Owners) -> Trained:
         path=path,
         host=host_class(module).__name__,
         parameters=sum(map(numel, parameters)),
-        parameter_bytes=sum(map(stored_bytes, parameters)),
-        bytes=sum(map(stored_bytes, everything)),
+        parameter_bytes=sum(numel(t) * copy_dtype(t, wanted).itemsize for t in parameters),
+        bytes=sum(numel(t) * copy_dtype(t, wanted).itemsize for t in everything),
         tied_to=owners.others(parameters, path),
     )
 

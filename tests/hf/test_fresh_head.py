@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
 
 import hf_lora
@@ -86,6 +87,24 @@ def test_a_head_comes_back_with_its_labels_and_peft_reads_it(
     assert torch.equal(answers(onto), want)
     theirs = PeftModel.from_pretrained(fresh(bases / base, 4, task, num_labels=3), tmp_path)
     torch.testing.assert_close(answers(theirs), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_16_bit_base_has_a_head_of_32_bits_and_every_reader_computes_the_same(
+    bases: Path, tmp_path: Path, dtype: str
+):
+    model = trained(fresh(bases / "bert", dtype=dtype, num_labels=3), ["query"])
+    want = answers(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        key = "base_model.model.classifier.weight"
+        assert file.get_tensor(key).dtype == torch.float32
+    again = hf_lora.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(answers(again), want)
+    theirs = PeftModel.from_pretrained(
+        fresh(bases / "bert", 4, dtype=dtype, num_labels=3), tmp_path
+    )
+    assert torch.equal(answers(theirs), want)
 
 
 def test_one_label_and_what_it_is_for_come_back(bases: Path, tmp_path: Path):

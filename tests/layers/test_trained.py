@@ -11,6 +11,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import hf_lora
 from hf_lora import StateError, TargetError
 from hf_lora.layers.trained import TrainedModule
+from hf_lora.model.registry import registry_of
 from tests.snapshot import snapshot
 from tests.tiny import Net, answers, scramble
 
@@ -208,3 +209,77 @@ def test_a_name_that_is_taken_is_said():
         hf_lora.add_adapter(model, "x", targets="v_proj", r=2, train=["head"])
     assert hf_lora.adapters(model).keys() == {"default"}
     hf_lora.add_adapter(model, "y", targets="v_proj", r=2, train=["head"])
+
+
+SIXTEEN = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("make", "call"), [m[1:] for m in MODULES], ids=[m[0] for m in MODULES])
+def test_copies_in_32_bits_compute_as_the_16_bit_module(
+    make: Callable[[], nn.Module], call: Callable, dtype: torch.dtype
+):
+    """Outputs and gradients are those of the plain module, which holds its weights in 16 bits."""
+    twins = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        twins.append(Body(make(), call).to(dtype).eval())
+    model, twin = twins
+    hf_lora.wrap(model, targets="fc", r=2, train=["other"])
+    x = X.to(dtype)
+    y, expected = model(x), twin(x)
+    assert torch.equal(y, expected)
+    (y.float().square().sum()).backward()
+    (expected.float().square().sum()).backward()
+    whole = dict(twin.named_parameters())
+    for path, role, key in registry_of(model).keys("default"):
+        if not path.startswith("other") or key not in dict(model.named_parameters()):
+            continue
+        copied, original = model.get_parameter(key), whole[f"{path}.{role}"]
+        assert copied.dtype == torch.float32
+        assert copied.grad is not None
+        assert original.grad is not None
+        assert torch.equal(copied.grad, original.grad.float())
+
+
+def test_copies_have_the_type_that_is_asked_for():
+    for asked, base, expected in (
+        (None, torch.bfloat16, torch.float32),
+        (None, torch.float64, torch.float64),
+        ("float32", torch.bfloat16, torch.float32),
+        ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ):
+        model = Net().to(base)
+        plan = hf_lora.plan(model, "q_proj", r=2, train=["head", "norm"], dtype=asked)
+        hf_lora.wrap(model, "q_proj", r=2, train=["head", "norm"], dtype=asked)
+        trains = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trains} == {expected}
+        assert model.head.weight.dtype == base
+        assert plan.weight_bytes == sum(p.numel() * p.itemsize for p in trains)
+
+
+def test_a_grad_scaler_steps_copies_of_a_float16_base():
+    model = hf_lora.wrap(Net().half(), "q_proj", r=2, train=["head"])
+    trains = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trains]
+    optimizer = torch.optim.SGD(trains, lr=1e-6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(torch.ones(2, 8, dtype=torch.float16)).float().square().sum()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    moved = [not torch.equal(p, b) for p, b in zip(trains, before, strict=True)]
+    assert all(moved[-2:])  # the head: such a step is nothing in 16 bits
+
+
+def test_copies_merge_to_what_the_module_computed_with():
+    model = hf_lora.wrap(Net().bfloat16(), "q_proj", r=2, train=["head"])
+    scramble(model)
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    weight, y = model.head.weight.detach().clone(), model.head(x)
+    hf_lora.merge(model)
+    assert model.head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.head.weight, weight)
+    assert torch.equal(model.head(x), y)
