@@ -175,7 +175,7 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
     factors = dict(chosen) | dict(merged)
     inside = dict(merged)
     for path, module in registry.copies.items():
-        shares = {name: factors[name] for name in factors if name in module.lora_copies}
+        shares = {name: factors[name] for name in module.lora_copies if name in factors}
         both = f"{path}: {', '.join(shares)}"
         if len(shares) > 1 and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
             clashes.append(both)
