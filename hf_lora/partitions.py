@@ -48,21 +48,19 @@ def put_together(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def pick_from_parts(tensor: Any, positions: torch.Tensor) -> torch.Tensor:
-    """Return the numbers at these positions of the flattened tensor, as float64 on the CPU.
+def pick_from_part(tensor: Any, positions: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """Return this process's numbers of those at these positions, and the groups to add them up in.
 
-    Each process sends only what it has of them. A part that is not here (on a disk) or not in
-    ordinary numbers is left to DeepSpeed to put together.
+    The others' are zero. A part that is not here (on a disk) or not in ordinary numbers is left to
+    DeepSpeed to put together.
     """
     part = tensor.ds_tensor
     if part.numel() != part.ds_numel or not part.is_floating_point():
         with put_together([tensor]):
-            return tensor.detach().reshape(-1)[positions.to(tensor.device)].to("cpu", torch.float64)
+            return tensor.detach().reshape(-1)[positions.to(tensor.device)].float(), []
     first = tensor.ds_zero_partition_rank * part.ds_numel
     here = (positions >= first) & (positions < first + part.ds_numel)
-    found = torch.zeros(positions.numel(), dtype=torch.float64)
-    found[here] = part[(positions[here] - first).to(part.device)].to("cpu", torch.float64)
+    found = torch.zeros(len(positions))
+    found[here] = part[(positions[here] - first).to(part.device)].to("cpu", torch.float32)
     device = sys.modules["deepspeed"].accelerator.get_accelerator().current_device_name()
-    found = found.to(device)
-    torch.distributed.all_reduce(found, group=tensor.ds_process_group)
-    return found.cpu()
+    return found.to(device), [tensor.ds_process_group]

@@ -6,13 +6,13 @@ every process takes part.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from hf_lora.partitions import is_partitioned, pick_from_parts, put_together
+from hf_lora.partitions import is_partitioned, pick_from_part, put_together
 
 K = TypeVar("K")
 
@@ -80,40 +80,66 @@ def like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None)
 
 
-def pick(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return the numbers at these positions of the flattened matrix, as float64 on the CPU.
+def pick(wanted: Sequence[tuple[torch.Tensor, range]]) -> list[torch.Tensor]:
+    """Return the numbers at these positions of each flattened tensor, as float32 on the CPU.
 
-    Of a matrix in parts each process sends only what it has of them.
+    Everything on one device comes in one transfer. Of tensors in parts each process sends only what
+    it has of these numbers, for all of them at once; so every process asks for the same.
     """
+    heaps: dict[tuple, list[tuple[int, torch.Tensor]]] = {}
+    groups: dict[tuple, list[Any]] = {}
+    for i, (tensor, at) in enumerate(wanted):
+        found, among = _numbers(tensor, at)
+        key = (found.device, found.dtype, tuple(id(group) for group in among))
+        groups[key] = among  # keeps them, and so their ids, alive
+        heaps.setdefault(key, []).append((i, found))
+    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    for key, heap in heaps.items():
+        numbers = torch.cat([found for _, found in heap]).float()
+        for group in groups[key]:
+            torch.distributed.all_reduce(numbers, group=group)
+        parts = numbers.split([len(found) for _, found in heap])
+        by_device.setdefault(key[0], []).extend(
+            (i, part) for (i, _), part in zip(heap, parts, strict=True)
+        )
+    result: dict[int, torch.Tensor] = {}
+    for heap in by_device.values():
+        numbers = torch.cat([part for _, part in heap]).cpu()
+        parts = numbers.split([len(part) for _, part in heap])
+        result |= {i: part for (i, _), part in zip(heap, parts, strict=True)}
+    return [result[i] for i in range(len(wanted))]
+
+
+def _numbers(tensor: Any, at: range) -> tuple[torch.Tensor, list[Any]]:
+    """Return this process's numbers, zero for the others', and the groups to add them up in."""
+    if not in_parts(tensor) and tensor.is_contiguous():
+        return tensor.detach().view(-1)[at.start : at.stop : at.step], []
+    positions = torch.arange(at.start, at.stop, at.step)
     if is_partitioned(tensor):
-        return pick_from_parts(tensor, positions)
-    tensor = tensor.detach()
-    if not is_sharded(tensor):
-        return tensor.reshape(-1)[positions.to(tensor.device)].to("cpu", torch.float64)
-    found, shared = _own_part(tensor, positions)
-    for group in shared:
-        torch.distributed.all_reduce(found, group=group)
-    return found.cpu()
+        return pick_from_part(tensor, positions)
+    if is_sharded(tensor):
+        return _own_part(tensor.detach(), positions)
+    where = torch.unravel_index(positions, tensor.shape)
+    return tensor.detach()[tuple(index.to(tensor.device) for index in where)], []
 
 
 def _own_part(tensor: Any, positions: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-    """Return this process's numbers, zero for the others', and the groups to add them up in."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh, placements = tensor.device_mesh, tensor.placements
     local = tensor.to_local()
-    found = torch.zeros(positions.numel(), dtype=torch.float64, device=local.device)
+    found = torch.zeros(len(positions), device=local.device)
     here = torch.ones_like(positions, dtype=torch.bool)
     where = []
-    for dim, wanted in enumerate((positions // tensor.shape[1], positions % tensor.shape[1])):
+    for dim, wanted in enumerate(torch.unravel_index(positions, tensor.shape)):
         cut = [_along_first(p) if _cuts(p, dim) else Replicate() for p in placements]
         all_of_them = torch.arange(tensor.shape[dim], device=local.device)
         own = distribute_tensor(all_of_them, mesh, cut, src_data_rank=None).to_local().cpu()
         equal = wanted[:, None] == own[None]
         here &= equal.any(1)
         where.append(equal.int().argmax(1) if own.numel() else torch.zeros_like(wanted))
-    rows, columns = (index[here].to(local.device) for index in where)
-    found[here.to(local.device)] = local[rows, columns].double()
+    indices = tuple(index[here].to(local.device) for index in where)
+    found[here.to(local.device)] = local[indices].float()
     cuts = [getattr(placement, "dim", None) is not None for placement in placements]
     return found, [mesh.get_group(i) for i, cut in enumerate(cuts) if cut]
 

@@ -1,89 +1,159 @@
-"""A base model's fingerprint: enough of the targeted weights to tell it from another model.
+"""A base model's fingerprint: enough of every tensor to tell the model from any other.
 
 Kept in the adapter's header and compared on load. A sample, not a hash: the base may be loaded in
-another type, or quantized, and still be the same base.
+another type, or quantized, or with more tokens, and still be the same base. In JSON:
+
+- ``tensors``: name of each tensor to its shape and up to 16 of its numbers (little-endian float32
+  in base64, null where they could not be read), and ``true`` behind them if they were quantized.
+- ``ties``: name of a tensor to the name under which ``tensors`` has the same one.
+- ``vocabulary``: how many tokens the input embeddings have, or null.
+- ``quantized``: whether any of it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import base64
+import binascii
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from hf_lora.files.json_text import is_number
-from hf_lora.partitions import numel_of
-from hf_lora.sharding import pick
-
-_LAYERS = 16
 _VALUES = 16
-_SAME = 0.01
-"""Relative difference up to which weights are the same: bfloat16 rounds by up to 0.004."""
+_MOST_DIMS = 8
+_LARGEST_DIM = 2**40
+_SAME = 0.005
+"""Relative difference up to which tensors are the same: bfloat16 rounds by up to 0.004."""
 
-_SAME_QUANTIZED = 0.35
-"""The same where either side is quantized: 4-bit NF4 differs by about 0.1, 0.2 in a bad layer."""
+_SAME_QUANTIZED = 0.5
+"""The same where either side is quantized. Of weights that have nothing to do with each other it is
+about 1.4; 4-bit NF4 rounds by about 0.1, and by 0.3 where a few large numbers stand in a block."""
 
-Reader = Callable[[str], tuple[torch.Tensor | None, bool]]
-"""Path of a layer to its weight (None if it cannot be read) and whether it is quantized."""
-
-
-def take(paths: Iterable[str], read: Reader) -> dict[str, Any]:
-    """Return the fingerprint of the layers at ``paths``; their sizes are those of the factors."""
-    samples = {}
-    quantized = False
-    for path in _spread(sorted(paths)):
-        weight, packed = read(path)
-        if weight is not None:
-            quantized |= packed
-            samples[path] = _sample(weight)
-    return {"quantized": quantized, "samples": samples}
+_FLOAT16_STEP = 6e-8
+"""What float16 rounds to at the least: it counts where all numbers of a tensor are tiny."""
 
 
-def differences(
-    fingerprint: Mapping[str, Any], rename: Mapping[str, str], read: Reader
-) -> list[str]:
-    """Return a line for each sampled layer whose weight is not the one that was recorded.
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a fingerprint has of one tensor."""
+
+    shape: tuple[int, ...]
+    values: torch.Tensor | None
+    """The numbers at :func:`positions`, float32; None if they could not be read."""
+
+    quantized: bool = False
+
+    def first(self, count: int) -> torch.Tensor | None:
+        """Return the numbers that stand among the first ``count`` of the flattened tensor."""
+        at = positions(self.shape)
+        inside = len(range(at.start, min(at.stop, count), at.step))
+        return None if self.values is None else self.values[:inside]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """A fingerprint that was read and checked."""
+
+    samples: dict[str, Sample]
+    ties: dict[str, str]
+    vocabulary: int | None
+    damaged: tuple[str, ...]
+    """Names of tensors whose entry makes no sense."""
+
+
+def positions(shape: tuple[int, ...]) -> range:
+    """Return which numbers of a flattened tensor of this shape are sampled.
+
+    Steps of equal size, over all of it. In a matrix they would meet the same few columns again and
+    again; so a step ends up further along its row by the golden section, and they spread over
+    all columns.
+    """
+    count = math.prod(shape)
+    step = max(count // _VALUES, 1)
+    width = shape[-1] if shape else 1
+    if count and step >= 2 * width:
+        step -= (step - (round(0.618 * width) | 1)) % width
+    return range(0, min(count, _VALUES * step), step)
+
+
+def to_json(
+    samples: Mapping[str, Sample], ties: Mapping[str, str], vocabulary: int | None
+) -> dict[str, Any]:
+    """Return a fingerprint as the header holds it."""
+    return {
+        "quantized": any(sample.quantized for sample in samples.values()),
+        "tensors": {name: _entry(sample) for name, sample in samples.items()},
+        "ties": dict(ties),
+        "vocabulary": vocabulary,
+    }
+
+
+def from_json(content: Mapping[str, Any]) -> Fingerprint | None:
+    """Return what a header holds, or None if it has no fingerprint of this kind.
+
+    A stranger may have written it; what makes no sense is named.
+    """
+    tensors, ties, vocabulary = (content.get(key) for key in ("tensors", "ties", "vocabulary"))
+    if not isinstance(tensors, dict):
+        return None
+    samples = {name: _sample(entry) for name, entry in tensors.items()}
+    ties = ties if isinstance(ties, dict) else {}
+    sound = type(vocabulary) is int and 0 <= vocabulary <= _LARGEST_DIM
+    return Fingerprint(
+        samples={name: sample for name, sample in samples.items() if sample is not None},
+        ties={name: to for name, to in ties.items() if isinstance(to, str)},
+        vocabulary=vocabulary if sound else None,
+        damaged=tuple(name for name, sample in samples.items() if sample is None),
+    )
+
+
+def difference(then: torch.Tensor, now: torch.Tensor, quantized: bool) -> str | None:
+    """Return by how much numbers are not those that were recorded, or None if they are the same.
 
     Args:
-        fingerprint: As :func:`take` made it; a stranger may have changed it.
-        rename: Path in the fingerprint to path in the model.
-        read: The model's weights.
+        then: What was recorded, float32.
+        now: The numbers at the same positions, now.
+        quantized: Whether either of the two is quantized.
     """
-    found = []
-    samples = fingerprint.get("samples")
-    for path, recorded in samples.items() if isinstance(samples, dict) else ():
-        if path not in rename:
-            continue
-        weight, packed = read(rename[path])
-        if weight is None:
-            continue
-        if not _is_sample(recorded):
-            found.append(f"{path}: the recorded sample is damaged")
-            continue
-        then = torch.tensor(recorded, dtype=torch.float64)
-        now = torch.tensor(_sample(weight), dtype=torch.float64)
-        limit = _SAME_QUANTIZED if packed or fingerprint.get("quantized") else _SAME
-        off = _distance(then, now)
-        if not off <= limit:
-            found.append(f"{rename[path]}: the weights differ by {off:.0%} (allowed: {limit:.0%})")
-    return found
+    limit = _SAME_QUANTIZED if quantized else _SAME
+    finite = torch.isfinite(then)
+    if not torch.equal(then[~finite].nan_to_num(), now[~finite].nan_to_num()):
+        return "numbers that are not finite stand elsewhere"
+    then, now = then[finite].double(), now[finite].double()
+    off = float((then - now).norm())
+    if off <= limit * float(then.norm()) + _FLOAT16_STEP * math.sqrt(len(then)):
+        return None
+    share = off / max(float(then.norm()), 1e-12)
+    return f"the numbers differ by {share:.1%} (allowed: {limit:.1%})"
 
 
-def _spread(paths: list[str]) -> list[str]:
-    if len(paths) <= _LAYERS:
-        return paths
-    return [paths[i * (len(paths) - 1) // (_LAYERS - 1)] for i in range(_LAYERS)]
+def _entry(sample: Sample) -> list[Any]:
+    text = None
+    if sample.values is not None:
+        text = base64.b64encode(sample.values.numpy().astype("<f4").tobytes()).decode()
+    return [list(sample.shape), text, *([True] if sample.quantized else [])]
 
 
-def _sample(weight: torch.Tensor) -> list[float]:
-    count = numel_of(weight)
-    positions = torch.arange(0, count, max(count // _VALUES, 1))[:_VALUES]
-    return [float(f"{value:.6g}") for value in pick(weight, positions).tolist()]
-
-
-def _is_sample(recorded: Any) -> bool:
-    return isinstance(recorded, list) and len(recorded) <= _VALUES and all(map(is_number, recorded))
-
-
-def _distance(then: torch.Tensor, now: torch.Tensor) -> float:
-    if then.shape != now.shape:
-        return float("inf")
-    return float((then - now).norm() / then.norm().clamp_min(1e-12))
+def _sample(entry: Any) -> Sample | None:
+    if not isinstance(entry, list) or len(entry) not in (2, 3):
+        return None
+    shape, text, quantized = entry[0], entry[1], entry[2:] == [True]
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MOST_DIMS
+        or (len(entry) == 3 and not quantized)
+    ):
+        return None
+    if not all(type(size) is int and 0 <= size <= _LARGEST_DIM for size in shape):
+        return None
+    if text is None:
+        return Sample(tuple(shape), None, quantized)
+    count = len(positions(tuple(shape))) if math.prod(shape) < 2**62 else -1
+    try:
+        data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError):
+        return None
+    if len(data) != 4 * count:
+        return None
+    values = torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.empty(0)
+    return Sample(tuple(shape), values, quantized)

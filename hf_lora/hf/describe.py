@@ -8,7 +8,9 @@ from typing import Any
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import listing
+from hf_lora.files.fingerprint import from_json
 from hf_lora.files.read import AdapterFolder, read_folder
+from hf_lora.files.sampled_layers import sampled_layers
 from hf_lora.model.plan import size
 from hf_lora.model.summary import update_norm
 from hf_lora.text import printable
@@ -168,9 +170,20 @@ def _layer(folder: AdapterFolder, path: str, broken: list[str]) -> LayerFacts:
 
 def _fingerprint(found: Any) -> dict[str, Any] | None:
     """Return what a fingerprint covers; its samples mean nothing to a reader."""
-    if not isinstance(found, dict) or not isinstance(found.get("samples"), dict):
+    if not isinstance(found, dict):
         return None
-    return {"sampled_layers": len(found["samples"]), "quantized": bool(found.get("quantized"))}
+    kept = from_json(found)
+    if kept is None:
+        layers = sampled_layers(found)
+        if not layers:
+            return None
+        return {"sampled_tensors": len(layers), "quantized": bool(found.get("quantized"))}
+    read = [sample for sample in kept.samples.values() if sample.values is not None]
+    return {
+        "sampled_tensors": len(read),
+        "quantized": any(sample.quantized for sample in read),
+        "vocabulary": kept.vocabulary,
+    }
 
 
 def _lines(facts: Description) -> Iterable[str]:
@@ -209,7 +222,7 @@ def _about_the_base(facts: Description) -> str:
     if not found:
         return "fingerprint of the base: none, so a load cannot tell whether it is the right one"
     kind = "quantized" if found["quantized"] else "not quantized"
-    return f"fingerprint of the base: {found['sampled_layers']} layers sampled, {kind}"
+    return f"fingerprint of the base: {found['sampled_tensors']} tensors sampled, {kind}"
 
 
 def _norms(facts: Description) -> Iterable[str]:

@@ -6,16 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hf_lora.devices import is_on_meta, present
+from hf_lora.devices import present
 from hf_lora.errors import (
     AdapterMismatchError,
     BaseMismatchError,
-    StateError,
     UnsupportedAdapterError,
     listing,
 )
 from hf_lora.files.content import CONFIG_FILE, Factors
-from hf_lora.files.fingerprint import differences
 from hf_lora.files.patterns import endings, parents
 from hf_lora.files.peft_targets import (
     TARGET_FIELDS,
@@ -24,10 +22,9 @@ from hf_lora.files.peft_targets import (
     says_no_target,
 )
 from hf_lora.files.read import AdapterFolder
-from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.base_check import base_differences
 from hf_lora.hf.resolve import Resolution, resolve
 from hf_lora.hf.tasks import BY_PEFT, HEADS
-from hf_lora.hf.together import is_first
 from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import features, why_not
 from hf_lora.layers.names import LORA_A, LORA_B
@@ -115,7 +112,7 @@ class _Matching:
         self._compare_copies(copies)
         self._raise_problems()
         if check_base:
-            self._compare_with_fingerprint()
+            self._compare_with_fingerprint(tops)
         self.told += self._random_parts(tops)
         return Match(self.folder, self.slots, tops, self.keys, self.told)
 
@@ -306,23 +303,11 @@ class _Matching:
             if not _is_inside(path, tops)
         ]
 
-    def _check_there(self, paths: Iterable[str]) -> None:
-        meta = [path for path in paths if is_on_meta(self.modules[path])]
-        # where only the first process loads the base, and sends it to the others, it compares
-        if meta and is_first():
-            raise StateError(
-                f"{len(meta)} targeted modules are on the meta device (first: {meta[0]}), so the "
-                "base cannot be compared with the one that the adapter was trained on; load the "
-                "weights first, or pass check_base=False and load them afterwards."
-            )
-
-    def _compare_with_fingerprint(self) -> None:
+    def _compare_with_fingerprint(self, tops: list[str]) -> None:
         fingerprint = self.folder.header and self.folder.header.get("fingerprint")
         if not isinstance(fingerprint, dict):
             return
-        names = {name: self.names.module(name) for name in self.folder.factors}
-        self._check_there(names.values())
-        found = differences(fingerprint, names, base_reader(self.model, together=True))
+        found = base_differences(fingerprint, self.model, self.names, tops)
         if found:
             base = self.folder.base or "another model"
             raise BaseMismatchError(

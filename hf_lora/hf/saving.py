@@ -12,11 +12,11 @@ from hf_lora.config import DTYPES
 from hf_lora.devices import present
 from hf_lora.errors import ConfigError, HfLoRAWarning, SaveError
 from hf_lora.files.content import Content
-from hf_lora.files.fingerprint import Reader, take
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
-from hf_lora.hf.base_weights import base_reader
+from hf_lora.hf.base_check import take_fingerprint
+from hf_lora.hf.base_weights import BaseTensors
 from hf_lora.hf.labels import labels_of
 from hf_lora.hf.peft_conversion import taken_for_experts
 from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
@@ -183,7 +183,7 @@ def collect(
         **_purpose(model, adapter.origin, base, trained_names),
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
         labels=labels_of(model, copies),
-        fingerprint=take(slots, _clean(base_reader(model, together=together), adapter.slots)),
+        fingerprint=take_fingerprint(BaseTensors(model, together=together), trained),
     )
 
 
@@ -214,12 +214,6 @@ def base_name(model: nn.Module) -> str | None:
     """Return the Hub id or folder that the base model was loaded from, if it says so."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
-
-
-def _clean(read: Reader, paths: Iterable[str]) -> Reader:
-    """Return ``read`` under the names that paths have without wrappers."""
-    real = {without_wrappers(path): path for path in paths}
-    return lambda path: read(real[path])
 
 
 def _target_names(

@@ -82,6 +82,39 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if weight.is_floating_point() else None
 
 
+def float_values(module: nn.Module, at: range) -> torch.Tensor | None:
+    """Return the numbers at these positions of the flattened weight, as :func:`float_weight` does.
+
+    Of bitsandbytes' weights only those are unpacked; of others the whole weight, for the moment.
+    """
+    weight = parameter_of(module, "weight")
+    if weight is None or weight.is_meta or is_sharded(weight):
+        return None
+    positions = torch.arange(at.start, at.stop, at.step, device=weight.device)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        if getattr(state, "packing_format_for_cpu", False):
+            return None
+        pairs = weight.data.reshape(-1).view(torch.uint8)[positions // 2].int()
+        codes = torch.where(positions % 2 == 0, pairs >> 4, pairs & 15)
+        return state.code[codes] * _largest(state, positions // state.blocksize)
+    if hasattr(weight, "SCB") and weight.dtype == torch.int8:
+        scale = getattr(weight, "SCB", None)
+        scale = getattr(module.state, "SCB", None) if scale is None else scale
+        rows = positions // weight.shape[1]
+        return None if scale is None else weight.data.view(-1)[positions] * (scale[rows] / 127)
+    whole = float_weight(module)
+    return None if whole is None or whole.dtype.itemsize < 2 else whole.reshape(-1)[positions]
+
+
+def _largest(state: Any, blocks: torch.Tensor) -> torch.Tensor:
+    """Return the largest number of each of these blocks, which may be quantized in its turn."""
+    if not state.nested:
+        return state.absmax[blocks]
+    outer = state.state2.absmax[blocks // state.state2.blocksize]
+    return state.state2.code[state.absmax[blocks].int()] * outer + state.offset
+
+
 def numel(tensor: torch.Tensor) -> int:
     """Return how many numbers a parameter stands for, however they are packed."""
     if is_lazy(tensor):

@@ -66,7 +66,7 @@ def test_norms_dead_layers_and_sizes(run: Run, adapter: Path, base: Path):
     assert causes["q_proj, rank 4, float32"] == 4 * 4 * (32 + 32) * 2
     assert found["header"] == {
         "format": 1,
-        "fingerprint": {"sampled_layers": 4, "quantized": False},
+        "fingerprint": {"sampled_tensors": 19, "quantized": False, "vocabulary": 400},
     }
     assert found["config"]["overrides"] == FIELDS["overrides"]
 
@@ -78,7 +78,7 @@ def test_in_words(run: Run, adapter: Path, base: Path):
         f"base: {base} (CAUSAL_LM)",
         "rank 2, 4, alpha 3, 6, scaled by alpha / r",
         "trained in full: model.layers.1.input_layernorm\n",
-        "fingerprint of the base: 4 layers sampled, not quantized",
+        "fingerprint of the base: 19 tensors sampled, not quantized",
         "dead: 1 of 4 layers change nothing:\n  - model.layers.0.self_attn.q_proj",
     ):
         assert words in text

@@ -247,6 +247,9 @@ class TestOtherMethods:
         refuse(pefts, "ensure_weight_tying", "lm_head", error=UnsupportedAdapterError)
 
 
+SAMPLE = ("fingerprint", "tensors", "layers.0.q_proj.weight")
+
+
 class TestHeaderOfOurs:
     """Our part of the safetensors header, with a digest that fits."""
 
@@ -285,12 +288,31 @@ class TestHeaderOfOurs:
             (["config", "targets"], ["[!-\uffff]" * 5000], "too long to compile"),
             (["config", "overrides"], {"(?i:[!-\uffff])": {"r": 2}}, "too long to compile"),
             (["adapter_config"], None, "damaged"),
-            (["fingerprint", "samples", "layers.0.q_proj"], "x", "sample is damaged"),
-            (["fingerprint", "samples", "layers.0.q_proj"], [10**400], "sample is damaged"),
-            (["fingerprint", "samples", "layers.0.q_proj"], [[1.0]] * 16, "sample is damaged"),
-            (["fingerprint", "samples", "layers.0.q_proj"], [1.0], "the weights differ"),
+            ([*SAMPLE], "x", "sample is damaged"),
+            ([*SAMPLE], [[8, 8]], "sample is damaged"),
+            ([*SAMPLE], [[8, -8], "AAAA"], "sample is damaged"),
+            ([*SAMPLE], [[8, 8.0], "AAAA"], "sample is damaged"),
+            ([*SAMPLE], [[2**40] * 8, "AAAA"], "sample is damaged"),
+            ([*SAMPLE], [[8] * 999, "AAAA"], "sample is damaged"),
+            ([*SAMPLE], [[8, 8], "AAAA"], "sample is damaged"),
+            ([*SAMPLE], [[8, 8], "\u00e9" * 88], "sample is damaged"),
+            ([*SAMPLE], [[8, 8], 10**400], "sample is damaged"),
+            ([*SAMPLE], [[8, 8], None, "no"], "sample is damaged"),
+            ([*SAMPLE], [[8, 9], None], "has shape (8, 8), in the base (8, 9)"),
+            ([*SAMPLE], [[8, 8], f"{'/' * 84}8A=="], "numbers that are not finite stand elsewhere"),
+            ([*SAMPLE], [[8, 8], None], None),
+            (["fingerprint", "ties"], {"head.weight": "nothing", "x": 3}, None),
+            (["fingerprint", "ties"], 3, None),
+            (["fingerprint", "vocabulary"], "many", None),
+            (["fingerprint", "vocabulary"], 10**400, None),
             (["fingerprint"], {"samples": 3}, None),
+            (["fingerprint"], {"tensors": 3}, None),
+            (["fingerprint"], {"tensors": {}}, None),
             (["fingerprint"], "none", None),
+            (["fingerprint"], {"samples": {"layers.0.q_proj": "x"}}, "sample is damaged"),
+            (["fingerprint"], {"samples": {"layers.0.q_proj": [10**400]}}, "sample is damaged"),
+            (["fingerprint"], {"samples": {"layers.0.q_proj": [[1.0]] * 16}}, "sample is damaged"),
+            (["fingerprint"], {"samples": {"layers.0.q_proj": [1.0]}}, "the weights differ"),
         ],
     )
     def test_a_lie(self, ours: Path, path: list[str], value: Any, words: str | None):
