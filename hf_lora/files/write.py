@@ -12,6 +12,7 @@ from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Content
 from hf_lora.files.header import HEADER_KEY, make_header
 from hf_lora.files.json_text import parse_json
 from hf_lora.files.opened import content, copy_into
+from hf_lora.files.other_kind import check_no_model
 from hf_lora.files.peft_format import to_peft
 from hf_lora.files.pending import put_note, take_note_away
 from hf_lora.files.read import read_folder
@@ -34,7 +35,8 @@ def write_folder(directory: Path, adapter: Content) -> None:
     Killed at any moment, this leaves the old adapter or the new one.
 
     Raises:
-        SaveError: The folder cannot be written; it holds the old adapter or the new one.
+        SaveError: The folder holds a full model, or cannot be written; it holds the old adapter or
+            the new one.
     """
     write_folders(directory, {directory: adapter})
 
@@ -98,6 +100,8 @@ def _copied(source: Path) -> tuple[Weights, bytes]:
 
 
 def _write(top: Path, new: Mapping[Path, tuple[Weights, bytes]]) -> None:
+    for folder in new:
+        check_no_model(folder)
     with contextlib.ExitStack() as stack:
         files = {}
         # all is on the disk before the first is replaced: what cannot be written is found out here

@@ -31,6 +31,7 @@ from torch import nn
 from hf_lora.errors import AdapterFileError, ConfigError, HfLoRAWarning, HubError
 from hf_lora.files.atomic import temporary_folder
 from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.other_kind import full_model_in
 from hf_lora.files.read import is_own, read_folder
 from hf_lora.files.write import copy_folder
 from hf_lora.hf.base_on_hub import base_license, hub_base
@@ -223,6 +224,13 @@ def _open(
 def _commit(repo: _Repo, directory: Path, message: str, description: str | None) -> str:
     """Commit what is in the folder, at once: the client's own upload of folders may split it."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    model = full_model_in(repo.files)
+    if model is not None and directory / WEIGHTS_FILE in paths:
+        raise HubError(
+            f"{repo.id} holds a full model ({model}). With an adapter beside it transformers "
+            "would open the repo as that model plus the adapter. Push to another repo; nothing was "
+            "pushed."
+        )
     card = directory / CARD_FILE
     if card in paths and _untouched(card) and _has_edited_card(repo):
         paths.remove(card)

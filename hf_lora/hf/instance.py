@@ -27,14 +27,14 @@ from hf_lora.hf.saving import save_state
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import add_adapter, delete_adapter
 from hf_lora.model.choices import Names, activate, active_adapters
-from hf_lora.model.registry import registry_of
+from hf_lora.model.registry import Registry, registry_of
 from hf_lora.partitions import is_partitioned
 from hf_lora.sharding import is_spread
 
 _FLAG = "_hf_peft_config_loaded"
 
 
-class _Owner:
+class Owner:
     """A model that the methods on it do not keep alive.
 
     ``build().save_pretrained(folder)`` drops the model before the call: then a stand-in answers,
@@ -68,7 +68,7 @@ class _Owner:
 class Bound:
     """A function as a method of one model; it brings hf_lora's patches along in a pickle."""
 
-    def __init__(self, function: Callable[..., Any], owner: _Owner):
+    def __init__(self, function: Callable[..., Any], owner: Owner):
         self.function = function
         self.owner = owner
 
@@ -88,20 +88,36 @@ class Bound:
 
 
 def install(model: nn.Module) -> None:
-    """Replace the methods on this instance, if it is a transformers model."""
+    """Replace the methods on this instance, if it is a wrapped transformers model.
+
+    What stood there, put by another library or by an earlier merge, comes back with ``uninstall``.
+    """
     if not is_pretrained(model):
         return
+    registry = registry_of(model)
+    for name in (*_METHODS, _FLAG):
+        before = model.__dict__.get(name)
+        if before is not None and name not in registry.methods and not _is_ours(name, before):
+            registry.methods[name] = before
     # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
     model.__dict__[_FLAG] = True
-    owner = _Owner(model)
+    owner = Owner(model)
     for name, function in _METHODS.items():
         model.__dict__[name] = Bound(function, owner)
 
 
-def uninstall(model: nn.Module) -> None:
-    """Give the instance its class's own methods back."""
+def uninstall(model: nn.Module, registry: Registry | None = None) -> None:
+    """Give the instance its class's own methods back, or those that it had for itself."""
     for name in (*_METHODS, _FLAG):
         model.__dict__.pop(name, None)
+    if registry is not None:
+        model.__dict__.update(registry.methods)
+
+
+def _is_ours(name: str, value: Any) -> bool:
+    if name == _FLAG:
+        return value is True
+    return isinstance(value, Bound) and value.function is _METHODS[name]
 
 
 def _save_pretrained(

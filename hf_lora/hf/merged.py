@@ -1,20 +1,32 @@
 """Leaving a wrapped model for good with its adapters merged into it."""
 
-from typing import TypeVar
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_lora.hf.instance import uninstall
-from hf_lora.merging.in_memory import merge_for_good
+from hf_lora.files.other_kind import check_no_adapter
+from hf_lora.hf.instance import Bound, Owner, uninstall
+from hf_lora.hf.pretrained import is_pretrained
+from hf_lora.merging.in_memory import merge, merge_for_good
 from hf_lora.model.choices import Names
+from hf_lora.model.registry import Registry, wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_METHOD = "save_pretrained"
 
 
 def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     """Merge the active adapters for good and give back a plain model without hf_lora.
 
-    It saves in full and loads anywhere; the base's weights are gone from it.
+    It saves in full and loads anywhere; the base's weights are gone from it. Of hf_lora a
+    transformers model keeps one method: ``save_pretrained`` refuses a folder that holds an adapter,
+    which transformers would apply again to what is merged already.
 
     Args:
         model: A wrapped model.
@@ -27,6 +39,45 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     Raises:
         StateError, TargetError, ConfigError: As for :func:`hf_lora.merge`; the model is as it was.
     """
-    inner = merge_for_good(model, names)
-    uninstall(inner)
+    inner, registry = wrapped(model)
+    if names is not None or not registry.routing.merged:
+        merge(inner, names)
+    merged = (*merged_before(registry), *registry.routing.merged)
+    merge_for_good(inner)
+    uninstall(inner, registry)
+    if is_pretrained(inner):
+        own = inner.__dict__.pop(_METHOD, None)
+        mark = _mark(own)
+        earlier = own if mark is None else mark.earlier
+        inner.__dict__[_METHOD] = Bound(SaveMerged(merged, earlier), Owner(inner))
     return inner  # type: ignore[return-value]
+
+
+def merged_before(registry: Registry) -> tuple[str, ...]:
+    """Return the names of the adapters that were merged into a model before it was wrapped."""
+    mark = _mark(registry.methods.get(_METHOD))
+    return () if mark is None else mark.names
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveMerged:
+    """``save_pretrained`` of a merged model: in full, but not into an adapter's folder."""
+
+    names: tuple[str, ...]
+    """The adapters that were merged, in order."""
+
+    earlier: Callable[..., Any] | None
+    """What the model itself had as ``save_pretrained`` before; by default its class's."""
+
+    def __call__(
+        self, model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Save as ever, or raise SaveError."""
+        check_no_adapter(Path(save_directory))
+        save = self.earlier or functools.partial(type(model).save_pretrained, model)  # type: ignore[attr-defined]
+        return save(save_directory, *args, **kwargs)
+
+
+def _mark(method: Any) -> SaveMerged | None:
+    found = method.function if isinstance(method, Bound) else None
+    return found if isinstance(found, SaveMerged) else None

@@ -24,7 +24,7 @@ from hf_lora.model.adapters import as_config
 from hf_lora.model.patch import patch, unpatch
 from hf_lora.model.plan import Plan
 from hf_lora.model.planning import make_plan
-from hf_lora.model.registry import find
+from hf_lora.model.registry import find, registry_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,8 +83,9 @@ def unwrap(model: Model) -> Model:
     Raises:
         StateError: The model is not wrapped.
     """
+    registry = registry_of(model)
     inner = unpatch(model)
-    instance.uninstall(inner)
+    instance.uninstall(inner, registry)
     return inner  # type: ignore[return-value]
 
 

@@ -74,6 +74,9 @@ class Registry:
     repacked: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
     """Quantized layers whose packing for inference was switched off, and what they said before."""
 
+    methods: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the model object itself had under the names of methods that are replaced on it."""
+
     def adapter(self, name: str) -> Adapter:
         """Return an adapter by name.
 

@@ -33,7 +33,9 @@ def test_it_is_a_plain_model_of_the_same_shape(case: Case):
     flags = {name: p.requires_grad for name, p in plain.named_parameters()}
     now = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: now[name] for name in flags} == flags  # an untied head comes on top
-    assert vars(model).keys() == vars(plain).keys()
+    # what refuses to save it into an adapter's folder
+    kept = {"save_pretrained"} if isinstance(model, hf.PreTrainedModel) else set()
+    assert vars(model).keys() == vars(plain).keys() | kept
     with pytest.raises(hf_lora.StateError, match="not wrapped"):
         hf_lora.adapters(model)
 
