@@ -46,7 +46,7 @@ def take_fingerprint(base: BaseTensors, trained: Collection[str]) -> dict[str, A
 
 
 def base_differences(
-    content: dict[str, Any], model: nn.Module, names: Resolution, trained: Collection[str]
+    content: dict[str, Any], model: nn.Module, names: Resolution, others: Collection[str]
 ) -> list[str]:
     """Return a line for each thing in which a model's base is not the one of a fingerprint.
 
@@ -56,7 +56,8 @@ def base_differences(
         content: The fingerprint, as the header holds it; a stranger may have changed it.
         model: The model.
         names: How the file's names become the model's.
-        trained: Paths of the modules for which the adapter brings everything.
+        others: Paths of modules, and names of tensors, that are no part of the base: the adapter
+            brings them, or they were never loaded and are random.
 
     Raises:
         StateError: Tensors to compare have no data.
@@ -65,17 +66,17 @@ def base_differences(
     found = from_json(content)
     if found is None:
         return _layer_differences(content, base, names)
-    return _Comparison(found, base, names, trained).lines()
+    return _Comparison(found, base, names, others).lines()
 
 
 class _Comparison:
     def __init__(
-        self, then: Fingerprint, base: BaseTensors, names: Resolution, trained: Collection[str]
+        self, then: Fingerprint, base: BaseTensors, names: Resolution, others: Collection[str]
     ):
         self.then = then
         self.base = base
         self.names = names
-        self.trained = set(map(without_wrappers, trained))
+        self.others = set(map(without_wrappers, others))
         self.lines_found = [f"{name}: the recorded sample is damaged" for name in then.damaged]
         self.pairs: list[tuple[str, Sample, BaseTensor]] = []
         """Name here, what was recorded, and what is here."""
@@ -85,7 +86,7 @@ class _Comparison:
         here = {}
         for name, held in self.base.named():
             module, _, role = name.rpartition(".")
-            path = None if inside(module, self.trained) else self.names.in_file(module)
+            path = None if inside(name, self.others) else self.names.in_file(module)
             if path is not None:
                 here[f"{path}.{role}" if path else role] = (name, held)
         there = self.then.samples | {

@@ -32,6 +32,7 @@ from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.unheard import unheard
 from hf_lora.model.heads import beside_backbone, output_head
 from hf_lora.model.patch import check_present
+from hf_lora.model.places import adapted_twice
 from hf_lora.model.unfilled import find_unfilled
 from hf_lora.partitions import shape_of
 from hf_lora.sharding import whole
@@ -103,6 +104,11 @@ class _Matching:
         self._match_factors()
         tops = self._trained_tops()
         copies = self._match_others(set(tops))
+        if self.folder.own is None:
+            self.problems += [
+                f"{line}; PEFT gives the adapter to the first place alone, hf_lora to all of them"
+                for line in adapted_twice(self.model, self.slots, tops)
+            ]
         if not self.problems:
             self._compare_with_targets(set(tops))
         self._raise_problems()
@@ -111,9 +117,10 @@ class _Matching:
         check_present(self.model, list(self.slots), repeated)
         self._compare_copies(copies)
         self._raise_problems()
+        unfilled = find_unfilled(self.model, output_head(self.model))
         if check_base:
-            self._compare_with_fingerprint(tops)
-        self.told += self._random_parts(tops)
+            self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
+        self.told += self._random_parts(unfilled.needed, tops)
         return Match(self.folder, self.slots, tops, self.keys, self.told)
 
     def _raise_problems(self) -> None:
@@ -294,20 +301,21 @@ class _Matching:
             and (said == "all" or place[0] in self.slots)
         ]
 
-    def _random_parts(self, tops: list[str]) -> list[str]:
+    def _random_parts(self, unfilled: Iterable[str], tops: list[str]) -> list[str]:
         """Return a line for each part of a task's model that nobody fills."""
         return [
             f"{path} is neither in the base's checkpoint nor in the adapter: what it holds is "
             "random, and so is what the model answers"
-            for path in find_unfilled(self.model, output_head(self.model)).needed
+            for path in unfilled
             if not _is_inside(path, tops)
         ]
 
-    def _compare_with_fingerprint(self, tops: list[str]) -> None:
+    def _compare_with_fingerprint(self, others: list[str]) -> None:
+        """Compare the base, except for ``others``: what the adapter brings, and what is random."""
         fingerprint = self.folder.header and self.folder.header.get("fingerprint")
         if not isinstance(fingerprint, dict):
             return
-        found = base_differences(fingerprint, self.model, self.names, tops)
+        found = base_differences(fingerprint, self.model, self.names, others)
         if found:
             base = self.folder.base or "another model"
             raise BaseMismatchError(

@@ -12,7 +12,7 @@ from torch import nn
 from hf_lora.files.other_kind import check_no_adapter
 from hf_lora.hf.instance import Bound, Owner, uninstall
 from hf_lora.hf.pretrained import is_pretrained
-from hf_lora.merging.in_memory import merge, merge_for_good
+from hf_lora.merging.in_memory import keep_merged, merge
 from hf_lora.model.choices import Names
 from hf_lora.model.registry import Registry, wrapped
 
@@ -43,7 +43,7 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     if names is not None or not registry.routing.merged:
         merge(inner, names)
     merged = (*merged_before(registry), *registry.routing.merged)
-    merge_for_good(inner)
+    keep_merged(inner)
     uninstall(inner, registry)
     if is_pretrained(inner):
         own = inner.__dict__.pop(_METHOD, None)

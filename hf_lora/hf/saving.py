@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_lora.config import DTYPES
 from hf_lora.devices import present
-from hf_lora.errors import ConfigError, HfLoRAWarning, SaveError
+from hf_lora.errors import ConfigError, HfLoRAWarning, SaveError, listing
 from hf_lora.files.content import Content
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
@@ -24,7 +24,8 @@ from hf_lora.hf.tasks import auto_mapping, peft_task
 from hf_lora.hf.together import is_first, write_together
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
 from hf_lora.layers.trained import own_tensors, tensor_names
-from hf_lora.model.registry import Registry, wrapped
+from hf_lora.model.places import adapted_twice
+from hf_lora.model.registry import Adapter, Registry, wrapped
 from hf_lora.sharding import all_whole, is_spread, reshard
 from hf_lora.targets import shortest_names
 
@@ -156,6 +157,7 @@ def collect(
             "A layer and the wrapper around it both have an adapter, and a file has one name for "
             f"them (first: {twice[0]}). Target the layer alone."
         )
+    _check_places(model, adapter)
     trained = sorted(map(without_wrappers, adapter.trained))
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
@@ -208,6 +210,21 @@ def _purpose(
         "task": task,
         "auto_mapping": auto_mapping(model) if task is None else None,
     }
+
+
+def _check_places(model: nn.Module, adapter: Adapter) -> None:
+    """Raise SaveError if PEFT would read the file as something else: modules in several places."""
+    twice = adapted_twice(model, adapter.slots, adapter.trained)
+    if twice:
+        raise SaveError(
+            listing(
+                "These modules stand in several places of the model, and PEFT, whose format this "
+                "is, would give their adapter to the first place alone",
+                twice,
+                "Exclude them, or keep the result with hf_lora.merge_and_unwrap(model)."
+                "save_pretrained(...). Nothing was written.",
+            )
+        )
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
+from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Registry
 from hf_lora.sharding import in_parts
 
@@ -43,6 +44,19 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
             "sync_ref_model=True writes into the reference model, which shares the base's weights "
             "with the model that trains; set sync_ref_model=False."
         )
+    for name, adapter in registry.adapters.items():
+        twice = adapted_twice(model, adapter.slots, adapter.trained)
+        if twice:
+            warnings.warn(
+                listing(
+                    f"The adapter {name!r} cannot be saved: these modules stand in several places "
+                    "of the model, which PEFT's format cannot say",
+                    twice,
+                    "Exclude them, or keep the result with hf_lora.merge_and_unwrap.",
+                ),
+                HfLoRAWarning,
+                stacklevel=2,
+            )
     adapters = registry.all_parameters()
     base_trains = any(p.requires_grad for p in model.parameters() if id(p) not in adapters)
     if not base_trains and not any(_trainable(registry, name) for name in registry.routing.active):

@@ -94,11 +94,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_for_good(model: nn.Module, names: Names | None = None) -> nn.Module:
-    """Merge for good, and take the patch off; see :func:`hf_lora.merge_and_unwrap`."""
+def keep_merged(model: nn.Module) -> nn.Module:
+    """Make a merge one for good, and take the patch off; see :func:`hf_lora.merge_and_unwrap`."""
     inner, registry = wrapped(model)
-    if names is not None or not registry.routing.merged:
-        merge(inner, names)
     registry.keep_merged()
     return unpatch(inner)
 
