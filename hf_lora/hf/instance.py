@@ -238,11 +238,23 @@ def _load_adapter(
     subfolder: str | None = None,
     token: str | bool | None = None,
     check_base: bool = True,
+    hotswap: bool | str = "auto",
+    replace: bool = False,
 ) -> None:
-    """Attach another adapter and use it; see :func:`hf_lora.load`."""
+    """Attach another adapter and use it; see :func:`hf_lora.load`.
+
+    ``hotswap=True`` is transformers' word for ``replace=True``.
+    """
     name = adapter_name or DEFAULT
     folder = locate(peft_model_id, revision=revision, subfolder=subfolder, token=token)
-    load_folder(model, folder, adapter=name, trainable=is_trainable, check_base=check_base)
+    load_folder(
+        model,
+        folder,
+        adapter=name,
+        trainable=is_trainable,
+        check_base=check_base,
+        replace=replace or hotswap is True,
+    )
     activate(model, name)
 
 
@@ -262,18 +274,17 @@ def _set_adapter(model: nn.Module, adapter_name: Names) -> None:
 
 def _disable_adapters(model: nn.Module) -> None:
     """Use the base alone, until ``enable_adapters``."""
-    registry = registry_of(model)
-    if registry.routing.active:
-        registry.disabled = registry.routing.now().chosen
+    routing = registry_of(model).routing
+    if routing.active:
+        routing.disabled = routing.now().chosen
     activate(model, ())
 
 
 def _enable_adapters(model: nn.Module) -> None:
     """Use the adapters that were in use before ``disable_adapters``."""
-    registry = registry_of(model)
-    if not registry.routing.active:
-        kept = {name: weight for name, weight in registry.disabled if name in registry.adapters}
-        activate(model, kept)
+    routing = registry_of(model).routing
+    if not routing.active:
+        activate(model, dict(routing.disabled))
 
 
 def _active_adapters(model: nn.Module) -> list[str]:

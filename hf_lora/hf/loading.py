@@ -1,7 +1,8 @@
 """Loading adapters: every tensor of the file proven to fit, before the model is touched."""
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,10 +27,11 @@ from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.quantized import keep_gradients
 from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.layers.trial import gradient_fault, is_plain, kind
-from hf_lora.model.adapters import check_new_name, freeze
+from hf_lora.model.adapters import check_new_name, freeze, unfreeze
 from hf_lora.model.patch import attach, check_no_engine, detach, unpatch
 from hf_lora.model.registry import Registry, create, find
-from hf_lora.partitions import have_engine
+from hf_lora.model.replacing import check_replaceable, replaced
+from hf_lora.partitions import have_engine, shape_of
 from hf_lora.sharding import all_whole, like, reshard
 from hf_lora.targets import shortest_names
 
@@ -42,12 +44,17 @@ def load_folder(
     trainable: bool,
     check_base: bool,
     missing: str = "error",
+    replace: bool = False,
 ) -> nn.Module:
     """Attach the adapter in ``directory`` to ``model``; see :func:`hf_lora.load`."""
     found = find(model)
     model, registry = found or (model, None)
     reshard(model)
-    if registry is not None:
+    anew = replace and registry is not None and adapter in registry.adapters
+    if registry is not None and anew:
+        check_replaceable(registry, adapter)
+        _check_no_copies(registry, (adapter,))
+    elif registry is not None:
         check_new_name(registry, adapter)
     match = match_folder(read_folder(directory), model, check_base=check_base, missing=missing)
     dtypes = _dtypes(match, model)
@@ -63,20 +70,64 @@ def load_folder(
     try:
         if found is None:
             registry.repacked = keep_gradients(model)
-        attach(model, registry, adapter, _config(match, model), match.slots, match.trained, dtypes)
-        registry.adapter(adapter).origin = match.folder.origin
-        fill(registry, adapter, values)
+        config = _config(match, model)
+        if anew and _has_room(registry, adapter, match, values):
+            _refill(registry, adapter, config, match, values)
+        else:
+            with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
+                attach(model, registry, adapter, config, match.slots, match.trained, dtypes)
+                registry.adapter(adapter).origin = match.folder.origin
+                fill(registry, adapter, values)
     except BaseException:
         if found is None:
             unpatch(model)
-        elif adapter in registry.adapters:
+        elif adapter in registry.adapters and not anew:
             detach(registry, adapter)
         raise
     if found is None:
         registry.routing.choose(((adapter, 1.0),))
-    if not trainable:
-        freeze(model, adapter)
+    (unfreeze if trainable else freeze)(model, adapter)
     return model
+
+
+def _has_room(
+    registry: Registry, name: str, match: Match, values: Mapping[Place, torch.Tensor]
+) -> bool:
+    """Say whether a file's values fit into the tensors that an adapter has."""
+    tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
+    return (
+        set(registry.adapter(name).trained) == set(match.trained)
+        and tensors.keys() == values.keys()
+        and all(
+            shape_of(tensor) == values[place].shape and tensor.dtype == values[place].dtype
+            for place, tensor in tensors.items()
+        )
+    )
+
+
+def _refill(
+    registry: Registry,
+    name: str,
+    config: LoRAConfig,
+    match: Match,
+    values: dict[Place, torch.Tensor],
+) -> None:
+    """Put a file's values and numbers in the place of an adapter's, or, after an error, neither."""
+    adapter = registry.adapter(name)
+    before = {
+        (path, role): tensor.detach().clone() for path, _, role, tensor in registry.tensors(name)
+    }
+    slots = dict(adapter.slots)
+    try:
+        fill(registry, name, values)
+        for path, slot in match.slots.items():
+            adapter.slots[path] = registry.layers[path].lora_slots[name] = slot
+    except BaseException:
+        fill(registry, name, before)
+        for path, slot in slots.items():
+            adapter.slots[path] = registry.layers[path].lora_slots[name] = slot
+        raise
+    adapter.config, adapter.origin, adapter.training = config, match.folder.origin, None
 
 
 def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -> None:
@@ -89,12 +140,7 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
         StateError: The model is merged, or DeepSpeed's optimizer has copies of the adapters.
     """
     registry.check_unmerged("restore an adapter", folders)
-    if have_engine(tensor for name in folders for *_, tensor in registry.tensors(name)):
-        raise StateError(
-            "DeepSpeed's optimizer steps copies of these adapters, so values that were put into "
-            "the model would be gone at its next step. Load before deepspeed.initialize or "
-            "accelerator.prepare, or let DeepSpeed load a checkpoint of its own."
-        )
+    _check_no_copies(registry, folders)
     mixed = [line for folder in folders.values() if (line := mixture(folder))]
     if mixed:
         raise AdapterFileError(listing("This is the state of no training", dict.fromkeys(mixed)))
@@ -102,6 +148,15 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
     for name, found in values.items():
         fill(registry, name, found)
+
+
+def _check_no_copies(registry: Registry, names: Iterable[str]) -> None:
+    if have_engine(tensor for name in names for *_, tensor in registry.tensors(name)):
+        raise StateError(
+            "DeepSpeed's optimizer steps copies of these adapters, so values that were put into "
+            "the model would be gone at its next step. Load before deepspeed.initialize or "
+            "accelerator.prepare, or let DeepSpeed load a checkpoint of its own."
+        )
 
 
 def _values_for(

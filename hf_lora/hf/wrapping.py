@@ -149,6 +149,7 @@ def load(
     token: str | bool | None = None,
     check_base: bool = True,
     missing: str = "error",
+    replace: bool = False,
 ) -> Model:
     """Attach a saved adapter to a base model, or to one that has adapters already.
 
@@ -167,6 +168,9 @@ def load(
         check_base: Whether to compare the base's weights with those that it was trained on.
         missing: ``"zero"`` if you know that a layer which the configuration promises and which has
             no tensors was not changed: it then stays as it is. By default that is an error.
+        replace: Whether to put it in the place of an adapter of that name, in use where that was.
+            Where layers, ranks and types are the same only values change: tensors stay the objects
+            that they are, for optimizers and compiled code.
 
     Returns:
         The same model.
@@ -177,8 +181,9 @@ def load(
         BaseMismatchError: They fit, but were trained on other weights.
         HubError: The Hub refused or could not be reached.
         ConfigError: ``missing`` is neither ``"error"`` nor ``"zero"``.
-        StateError: The model has an adapter of that name, is merged, or has no weights yet to be
-            compared, which only ``check_base=False`` allows.
+        StateError: The model has an adapter of that name and ``replace`` is not said, or that is
+            merged or in use by another thread; or the model has no weights yet to be compared,
+            which only ``check_base=False`` allows.
     """
     check_adapter_name(adapter)
     if missing not in MISSING:
@@ -193,6 +198,7 @@ def load(
             trainable=trainable,
             check_base=check_base,
             missing=missing,
+            replace=replace,
         )
     found = find(model)
     assert found is not None

@@ -21,7 +21,7 @@ from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
 from hf_lora.layers.forwards import rebind_forwards
 from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary, taken
 from hf_lora.layers.materializing import keep_values, refill, set_whole
-from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.names import LORA_A, LORA_B, factor_names, parameter_name
 from hf_lora.layers.offloading import hide_from_offloading, show_to_offloading
 from hf_lora.layers.parallel import (
     COMPUTES_LOCALLY,
@@ -227,6 +227,7 @@ class LoRALayer(Patched):
         self.lora_slots[name] = slot
         self.lora_routing.starts[name] = init or "kaiming"
         self.lora_routing.names.add(name)
+        self.lora_routing.factors[name] = factor_names(name)
 
     def lora_draw(self, names: set[str]) -> None:
         """Draw factors anew: as they started, since what they were is lost."""
@@ -248,7 +249,7 @@ class LoRALayer(Patched):
 
     def lora_pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A (r, in) and B (out, r) of adapter ``name``."""
-        key_a, key_b = parameter_name(LORA_A, name), parameter_name(LORA_B, name)
+        key_a, key_b = self.lora_routing.factors.get(name) or factor_names(name)
         a_RI, b_OR = self._parameters.get(key_a), self._parameters.get(key_b)
         if a_RI is None or b_OR is None:  # the replicas of nn.DataParallel keep plain attributes
             return getattr(self, key_a), getattr(self, key_b)

@@ -4,7 +4,6 @@ Nothing else in the package spells these names, and nothing parses them: whether
 LoRA's is asked of the registry.
 """
 
-import functools
 import re
 from typing import TypeGuard
 
@@ -39,10 +38,14 @@ def check_adapter_name(name: object) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=4096)
 def parameter_name(kind: str, adapter: str) -> str:
     """Return the name of an added parameter: ``lora_A``, or ``lora_A_fr`` for adapter ``fr``."""
     return kind if adapter == DEFAULT else f"{kind}_{adapter}"
+
+
+def factor_names(adapter: str) -> tuple[str, str]:
+    """Return the names of an adapter's A and B."""
+    return parameter_name(LORA_A, adapter), parameter_name(LORA_B, adapter)
 
 
 def copy_kind(parameter: str) -> str:

@@ -1,5 +1,6 @@
 """What all layers of one model share: which adapters are used, so that a switch is O(1)."""
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -39,8 +40,14 @@ class Routing:
         self.names: set[str] = set()
         """The adapters that the model has."""
 
+        self.factors: dict[str, tuple[str, str]] = {}
+        """What each adapter's A and B are called on a layer."""
+
         self.starts: dict[str, str] = {}
         """How each adapter's factors are drawn, should they have to be drawn anew."""
+
+        self.disabled: Weights = ()
+        """What was in use before transformers' ``disable_adapters``."""
 
         self.plain = False
         """Whether every layer takes the plain path: the oracle of the fused one."""
@@ -130,11 +137,24 @@ class Routing:
     def forget(self, name: str) -> None:
         """Drop whatever is kept under the name of an adapter that is taken off."""
         self.starts.pop(name, None)
+        self.factors.pop(name, None)
         self.names.discard(name)
+        self.disabled = Choice.of(self.disabled).without(name).chosen
         self.standing = self.standing.without(name)
         for frame in STACK.get(()):
             if frame.model == self.number and not frame.block.again:
                 change(frame.block, self.number, frame.choice.without(name))
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Have the choices at the end that there are now, also of adapters gone in between."""
+        standing, stack = self.standing, STACK.get(None)
+        try:
+            yield
+        finally:
+            self.standing = standing
+            if stack is not None:
+                STACK.set(stack)
 
     def seen_here(self) -> "Routing":
         """Return a routing on which this context's choice stands, for threads that run a copy."""

@@ -4,6 +4,7 @@ Which adapters are active, which are trained and which are merged are three inde
 nothing here changes one by way of another.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_lora.layers.names import check_adapter_name
 from hf_lora.model.patch import attach_plan, check_gradients, check_plan, detach, tell
 from hf_lora.model.planning import make_plan
 from hf_lora.model.registry import Registry, registry_of, wrapped
+from hf_lora.model.replacing import check_replaceable, replaced
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -33,6 +35,7 @@ def add_adapter(
     *,
     config: LoRAConfig | None = None,
     trainable: bool = True,
+    replace: bool = False,
     **fields: Any,
 ) -> nn.Module:
     """Add another adapter to a wrapped model; it is not active until :func:`activate` says so.
@@ -43,6 +46,8 @@ def add_adapter(
         targets: As for :func:`hf_lora.wrap`; ranks and layers may differ from other adapters'.
         config: All of it in one object, instead of ``targets`` and ``fields``.
         trainable: Whether its tensors require gradients.
+        replace: Whether to put it in the place of an adapter of that name, in use where that was.
+            An optimizer that was made before holds the old one's tensors.
         **fields: Fields of :class:`hf_lora.LoRAConfig`.
 
     Returns:
@@ -53,12 +58,17 @@ def add_adapter(
         ConfigError, TargetError: As for :func:`hf_lora.wrap`.
     """
     inner, registry = wrapped(model)
-    check_new_name(registry, name)
+    anew = replace and name in registry.adapters
+    if anew:
+        check_replaceable(registry, name)
+    else:
+        check_new_name(registry, name)
     registry.check_in_place(inner)
     plan = make_plan(inner, as_config(targets, config, fields))
     check_plan(inner, plan)
     untrainable = check_gradients(inner, plan)
-    attach_plan(inner, registry, plan, name)
+    with replaced(inner, registry, name) if anew else contextlib.nullcontext():
+        attach_plan(inner, registry, plan, name)
     if not trainable:
         freeze(model, name)
     tell(plan, untrainable, stacklevel=2)
@@ -111,8 +121,8 @@ def check_new_name(registry: Registry, name: str) -> None:
     check_adapter_name(name)
     if name in registry.adapters:
         raise StateError(
-            f"This model has an adapter {name!r} already; give the new one another name, or "
-            "delete_adapter the old one."
+            f"This model has an adapter {name!r} already; give the new one another name, or say "
+            "replace=True to put it in the place of the old one."
         )
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
 from hf_lora.layers.base import LoRALayer, Patched, Slot, is_ours
-from hf_lora.layers.choice import Weights
 from hf_lora.layers.merging import Original
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.routing import Routing
@@ -61,9 +60,6 @@ class Registry:
 
     untied: list[Any] = dataclasses.field(default_factory=list)
     """While merged: the configurations that said ``tie_word_embeddings`` until then."""
-
-    disabled: Weights = ()
-    """The adapters that were active before transformers' ``disable_adapters``."""
 
     all_save: bool = False
     """While Trainer saves: every process has come to it, also those that will not write."""
