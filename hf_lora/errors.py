@@ -11,7 +11,7 @@ HfLoRAError
 │       └── BaseMismatchError           same shapes, other weights
 ├── BaseLoadError (OSError)             the base model that an adapter asks for cannot be loaded
 ├── SaveError (OSError)                 an adapter could not be written
-├── GradientError (RuntimeError)        training would change nothing
+├── GradientError (RuntimeError)        training would change nothing, or has gone to nan
 └── HubError (ConnectionError)          the Hub said no, or nothing at all
 HfLoRAWarning (UserWarning)             something was resolved or left out, and you should know
 """
@@ -71,7 +71,7 @@ class SaveError(HfLoRAError, OSError):
 
 
 class GradientError(HfLoRAError, RuntimeError):
-    """No adapter tensor receives a gradient: training would change nothing."""
+    """Training would change nothing, because no gradient arrives, or has left no numbers."""
 
 
 class HubError(HfLoRAError, ConnectionError):

@@ -1,4 +1,4 @@
-"""The callback that has the gradients and the optimizer of every training with Trainer checked."""
+"""The callback that has every training with Trainer checked: gradients, optimizer, numbers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from hf_lora.hf.training_checks import check_gradients, check_optimizer
+from hf_lora.hf.training_checks import check_finite, check_gradients, check_optimizer
 from hf_lora.model.registry import find
 
 
@@ -38,6 +38,12 @@ class GradientCheck(TrainerCallback):
             return
         check_gradients(*found)
         check_optimizer(*found, optimizer)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Raise GradientError if the adapters are nan; of losses Trainer leaves nan out."""
+        found = find(model) if isinstance(model, nn.Module) else None
+        if found is not None:
+            check_finite(found[1])
 
 
 def _steps_in_backward(optimizer: Any) -> bool:

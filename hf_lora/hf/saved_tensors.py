@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_lora.errors import StateError, listing
+from hf_lora.errors import SaveError, StateError, listing
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.layers.base import LoRALayer
 from hf_lora.layers.names import LORA_A, LORA_B
@@ -67,6 +67,31 @@ def as_saved(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch
         )
     value = tensor.detach()
     return value.to(dtype) if dtype and value.is_floating_point() else value
+
+
+def check_finite(name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Raise SaveError if a tensor is not finite, as a training that went to nan leaves it.
+
+    Args:
+        name: The adapter's.
+        tensors: As they will be written.
+        dtype: The type that was asked for, which may be too small.
+    """
+    bad = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if bad:
+        asked = f", or not in {dtype}" if dtype else ""
+        raise SaveError(
+            listing(
+                f"The adapter {name!r} holds numbers that are not finite{asked}",
+                bad,
+                "Nothing could load such a file. Nothing was written: what was saved before is "
+                "as it was.",
+            )
+        )
 
 
 def _by_role(

@@ -19,7 +19,7 @@ from hf_lora.hf.base_check import take_fingerprint
 from hf_lora.hf.base_weights import BaseTensors
 from hf_lora.hf.labels import labels_of
 from hf_lora.hf.peft_conversion import taken_for_experts
-from hf_lora.hf.saved_tensors import as_saved, check_shapes, tensors_of
+from hf_lora.hf.saved_tensors import as_saved, check_finite, check_shapes, tensors_of
 from hf_lora.hf.tasks import auto_mapping, peft_task
 from hf_lora.hf.together import is_first, write_together
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
@@ -146,7 +146,7 @@ def collect(
 
     Raises:
         StateError: A tensor is not here, or not as a whole.
-        SaveError: PEFT's format cannot say what the adapter is.
+        SaveError: PEFT's format cannot say what the adapter is, or a number is not finite.
     """
     adapter = registry.adapter(name)
     modules = {without_wrappers(path): module for path, module in model.named_modules()}
@@ -166,6 +166,8 @@ def collect(
     if together:
         tensors = all_whole(tensors)
     check_shapes(registry, name, tensors)
+    saved = {key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()}
+    check_finite(name, saved, dtype)
     by_weight = taken_for_experts(model, slots)
     if by_weight and adapter.config.dropout:
         warnings.warn(
@@ -178,7 +180,7 @@ def collect(
         config=adapter.config,
         slots=slots,
         trained=tuple(trained),
-        tensors={key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()},
+        tensors=saved,
         target_names=_target_names(modules, slots.keys() - set(by_weight), trained),
         by_weight=by_weight,
         trained_names=trained_names,

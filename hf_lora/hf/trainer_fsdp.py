@@ -15,6 +15,7 @@ from torch import nn
 from hf_lora.hf.optimizer_state import gathered, whole_states
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.trainer_deepspeed import check_loaded
+from hf_lora.hf.training_checks import check_finite
 from hf_lora.model.registry import find, registry_of
 
 Original = Callable[..., Any]
@@ -22,7 +23,14 @@ Original = Callable[..., Any]
 
 
 def save_model(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> None:
-    """Save adapters, gathered by all processes, whatever type of state dict FSDP is set to."""
+    """Save adapters, gathered by all processes, whatever type of state dict FSDP is set to.
+
+    Raises:
+        GradientError: They are no longer numbers. No folder is made, which a resume would choose.
+    """
+    found = find(trainer.model) if isinstance(trainer.model, nn.Module) else None
+    if found is not None:
+        check_finite(found[1])
     model = _under_fsdp(trainer) or _under_deepspeed(trainer)
     if model is None:
         original(*args, **kwargs)

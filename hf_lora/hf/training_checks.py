@@ -4,9 +4,11 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
+from hf_lora.layers.parallel import here
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Registry
 from hf_lora.sharding import in_parts
@@ -151,6 +153,33 @@ def _are_replaced(tensors: list[Any]) -> bool:
     tensors.
     """
     return any(in_parts(t) or not isinstance(t, nn.Parameter) for t in tensors)
+
+
+@torch.no_grad()
+def check_finite(registry: Registry) -> None:
+    """Raise GradientError if training has made numbers of an adapter nan or infinite.
+
+    Called where Trainer logs and saves, and so has waited for the device already.
+    """
+    trains: dict[str, torch.Tensor] = {}
+    for name in registry.adapters:
+        trains |= {key: here(tensor) for key, tensor in _trainable(registry, name).items()}
+    trains = {key: t for key, t in trains.items() if t.numel() and not t.is_meta}
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in trains.values():
+        by_device.setdefault(tensor.device, []).append(tensor)
+    found = [torch.stack([t.isfinite().all() for t in each]).all() for each in by_device.values()]
+    if all(map(bool, found)):
+        return
+    bad = [key for key, tensor in trains.items() if not bool(tensor.isfinite().all())]
+    raise GradientError(
+        listing(
+            "Training has gone wrong: these adapter tensors are no longer finite",
+            bad,
+            "They will never be again. What was saved before is as it was: go on from there, with "
+            "a lower learning rate, with max_grad_norm, or in a type of more bits.",
+        )
+    )
 
 
 def nothing_trains(model: nn.Module, registry: Registry) -> GradientError:
