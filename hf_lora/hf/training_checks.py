@@ -39,6 +39,9 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
     Raises:
         GradientError: Everything is frozen, or what is not is not active.
         StateError: The model is merged, or TRL would write into the reference model.
+
+    Warns:
+        HfLoRAWarning: An adapter trains at another strength than it is saved and loaded with.
     """
     registry.check_unmerged("train")
     if getattr(args, "sync_ref_model", False):
@@ -59,6 +62,15 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
                 HfLoRAWarning,
                 stacklevel=2,
             )
+    weighed = [
+        f"{name}: {factor:g}"
+        for name, factor in registry.routing.now().chosen
+        if factor != 1.0 and _trainable(registry, name)
+    ]
+    if weighed:
+        headline = "These adapters train at a strength of the moment, which no file keeps"
+        advice = "Train with hf_lora.activate(model, name), and choose another alpha if need be."
+        warnings.warn(listing(headline, weighed, advice), HfLoRAWarning, stacklevel=2)
     adapters = registry.all_parameters()
     base_trains = any(p.requires_grad for p in model.parameters() if id(p) not in adapters)
     if not base_trains and not any(_trainable(registry, name) for name in registry.routing.active):

@@ -49,7 +49,9 @@ class Slot:
         return scaling(self.r, self.alpha, self.rslora)
 
 
-OWN_FIELDS = frozenset({"lora_routing", "lora_slots", "lora_copies", COMPUTES_LOCALLY})
+OWN_FIELDS = frozenset(
+    {"lora_routing", "lora_slots", "lora_copies", "lora_fresh", COMPUTES_LOCALLY}
+)
 """What we keep in a patched module's ``__dict__``; all else there is the host's, by any name."""
 
 

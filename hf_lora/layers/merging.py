@@ -120,7 +120,7 @@ def merged_weight(layer: LoRALayer, adapters: Weights, base: torch.Tensor | None
 @torch.no_grad()
 def merged_copies(module: TrainedModule, adapters: Weights) -> Tensors:
     """Return the adapters' trained copies, to stand in the place of the module's own tensors."""
-    shares = [(module.lora_copy(a), factor) for a, factor in adapters if a in module.lora_copies]
+    shares = [(module.lora_copy(name), factor) for name, factor in module.lora_shares(adapters)]
     merged: Tensors = {}
     for name, tensor in own_tensors(module, tuple(shares[0][0]) if shares else ()):
         copies = [(whole(copies[name].detach()), factor) for copies, factor in shares]

@@ -74,10 +74,23 @@ class TrainedModule(Patched):
         """Return name to copy, for one adapter."""
         return {name: _stored(self, added) for name, added in self.lora_copies[adapter].items()}
 
-    def lora_shares(self) -> Weights:
-        """Return the adapters whose copies are read now, and how much of each."""
-        live = self.lora_routing.now().live
-        return tuple(pair for pair in live if pair[0] in self.lora_copies)
+    lora_fresh = False
+    """Whether the base's own tensors hold nothing that means anything, as of a fresh head."""
+
+    def lora_shares(self, weights: Weights | None = None) -> Weights:
+        """Return the adapters whose copies count, and how much of each.
+
+        Of a fresh module there is no half: its shares add up to 1.
+
+        Args:
+            weights: The adapters, by default those that are in use and not merged.
+        """
+        live = self.lora_routing.now().live if weights is None else weights
+        shares = tuple(pair for pair in live if pair[0] in self.lora_copies)
+        if not self.lora_fresh:
+            return shares
+        total = math.fsum(factor for _, factor in shares)
+        return tuple((name, factor / total) for name, factor in shares)
 
     def lora_where(self, name: str) -> str:
         """Return under which name the tensor that ``name`` reads as now is kept."""

@@ -16,7 +16,7 @@ from hf_lora.layers.merging import (
     not_finite,
 )
 from hf_lora.layers.trained import own_tensors
-from hf_lora.model.choices import Names, check_compatible, weigh
+from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.sharding import in_parts
@@ -56,6 +56,7 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
         chosen = now.live
     else:
         chosen = weigh(registry, names)
+        note_fresh(inner, registry, chosen)
         registry.check_unmerged("merge again", (name for name, _ in chosen))
     if not chosen:
         registry.check_unmerged("merge again")

@@ -14,7 +14,9 @@ from torch import nn
 
 from hf_lora.errors import ConfigError, HfLoRAWarning, StateError, listing
 from hf_lora.layers.choice import STACK, Block, Weights, leave
-from hf_lora.model.registry import Registry, registry_of
+from hf_lora.model.registry import Registry, registry_of, wrapped
+from hf_lora.model.unfilled import find_unfilled
+from hf_lora.targets import inside
 
 Names = str | Iterable[str] | Mapping[str, float]
 """One adapter, several, or each with a factor for its update."""
@@ -40,7 +42,8 @@ def activate(model: nn.Module, names: Names) -> nn.Module:
         names: One adapter, several, or a mapping from each to a factor: ``{"a": 0.7, "b": 0.3}`` is
             0.7 of one and 0.3 of the other, ``{"a": 0.5}`` half of it. A factor may be negative;
             with 0 an adapter is not in use. Modules that are trained in full are mixed likewise:
-            half of an adapter is half-way from the base's values to its own.
+            half of an adapter is half-way from the base's values to its own, but a fresh head, of
+            which the base has nothing, is used as it is.
 
     Raises:
         UnknownAdapterError: One of the names is unknown; nothing has changed.
@@ -48,8 +51,8 @@ def activate(model: nn.Module, names: Names) -> nn.Module:
         StateError: Adapters are merged that are not among these, just so; or several train the same
             module in full and are no mean of each other (factors that add up to 1).
     """
-    registry = registry_of(model)
-    registry.routing.choose(_choice(registry, names))
+    inner, registry = wrapped(model)
+    registry.routing.choose(_choice(inner, registry, names))
     return model
 
 
@@ -98,14 +101,15 @@ class Use:
 
     def __init__(self, model: nn.Module, names: Names):
         self._model = model
-        self._registry = registry_of(model)
-        self._chosen = _choice(self._registry, names)
+        self._inner, self._registry = wrapped(model)
+        self._chosen = _choice(self._inner, self._registry, names)
         self._blocks: list[Block] = []
         self._entered = False
 
     def __enter__(self) -> nn.Module:
         """Use the adapters of this block."""
-        chosen = _choice(self._registry, dict(self._chosen))  # the model may have changed since
+        # the model may have changed since
+        chosen = _choice(self._inner, self._registry, dict(self._chosen))
         self._blocks.append(self._registry.routing.block(chosen))
         self._entered = True
         return self._model
@@ -153,14 +157,24 @@ def _is_factor(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _choice(registry: Registry, names: Names) -> Weights:
+def _choice(model: nn.Module, registry: Registry, names: Names) -> Weights:
     """Return these names as adapters that can be used together, now."""
     chosen = weigh(registry, names)
+    note_fresh(model, registry, chosen)
     merged = registry.routing.standing.merged
     if not set(merged) <= set(chosen):  # what is in the weights is in use
         registry.check_unmerged("activate another adapter")
     check_compatible(registry, chosen, merged)
     return chosen
+
+
+def note_fresh(model: nn.Module, registry: Registry, chosen: Weights) -> None:
+    """Tell modules that are trained in full whether the base has anything to mix them with."""
+    if registry.copies and any(factor != 1.0 for _, factor in chosen):
+        needed = find_unfilled(model).needed
+        for path, module in registry.copies.items():
+            if module.lora_fresh != inside(path, needed):
+                module.lora_fresh = not module.lora_fresh
 
 
 def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) -> None:
@@ -181,6 +195,8 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
             clashes.append(both)
         elif len({name in inside for name in shares}) > 1:
             clashes.append(f"{both} (some of them merged, and some not)")
+        elif module.lora_fresh and shares and sum(shares.values()) <= 0:
+            clashes.append(f"{both} (it is fresh, and there is nothing to take it away from)")
         elif any(factor != 1.0 for factor in shares.values()) and module.lora_counts():
             clashes.append(f"{both} (it counts in {', '.join(module.lora_counts())})")
     if clashes:

@@ -53,6 +53,11 @@ class TestBeforeTheRun:
         model = hf_lora.merge(training.wrapped())
         assert "Cannot train while default is merged" in refused(model, tmp_path, StateError)
 
+    def test_an_adapter_at_another_strength_than_it_is_saved_with(self, tmp_path: Path):
+        model = hf_lora.activate(training.wrapped(), {"default": 0.5})
+        with pytest.warns(HfLoRAWarning, match="default: 0.5"):
+            train(model, tmp_path)
+
     def test_a_part_of_the_base_that_the_user_unfroze_may_train_alone(self, tmp_path: Path):
         model = hf_lora.freeze(training.wrapped(), "default")
         model.model.norm.weight.requires_grad_(True)

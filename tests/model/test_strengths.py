@@ -1,13 +1,14 @@
 """Adapters at a strength of their own: half of one, 0.7 of one and 0.3 of another."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import hf_lora
 from hf_lora import ConfigError, StateError
@@ -177,6 +178,27 @@ def test_a_mean_of_two_that_train_the_same_module_needs_no_base():
             hf_lora.merge(model, {"b": factor})
 
 
+def test_of_a_fresh_head_there_is_no_half(tmp_path: Path):
+    """The base's own is a draw of random numbers."""
+    plain_llama().save_pretrained(tmp_path)
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    model = hf_lora.wrap(base, "q_proj", r=2).eval()
+    scramble(model)
+    tokens, head = torch.tensor([[1, 2, 3]]), model.score.lora_copy("default")["weight"]
+    with hf_lora.use_adapter(model, {"default": 0.5}):
+        assert torch.equal(model.score.weight, head)
+        half = model(tokens).logits
+    assert not torch.equal(half, model(tokens).logits)
+    hf_lora.merge(model, {"default": 0.5})
+    assert torch.equal(model.score.weight, head)
+    assert torch.allclose(model(tokens).logits, half, atol=1e-4)
+    hf_lora.unmerge(model)
+    with pytest.raises(StateError, match="nothing to take it away from"):
+        hf_lora.activate(model, {"default": -1.0})
+    hf_lora.unwrap(model)
+    assert "lora_fresh" not in vars(base.score)
+
+
 def test_statistics_that_a_module_counts_are_no_mean():
     model = hf_lora.wrap(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "0", r=2, train=["1"])
     with pytest.raises(StateError, match="it counts in running_mean, running_var"):
@@ -232,12 +254,16 @@ def test_the_summary_and_the_layer_tell_the_strength():
     assert model.layers[0].q_proj.scaling == 1.0  # half of alpha / r
 
 
-def llama() -> Any:
+def plain_llama() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
     )  # fmt: skip
-    return hf_lora.wrap(LlamaForCausalLM(config), "q_proj", r=2).eval()
+    return LlamaForCausalLM(config)
+
+
+def llama() -> Any:
+    return hf_lora.wrap(plain_llama(), "q_proj", r=2).eval()
 
 
 def test_transformers_names_for_it_weigh_too():
