@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from hf_lora.cli.recipe import Base
 from hf_lora.errors import ConfigError
+from hf_lora.hf.tasks import class_in
 
 # Asked on a terminal otherwise, in the middle of a command; code from the Hub is not run.
 _SAFE = {"trust_remote_code": False}
@@ -26,6 +27,26 @@ def load_config(base: Base) -> Any:
     """
     with _explained(base.model, "configuration"):
         return AutoConfig.from_pretrained(base.model, **_where(base), **_SAFE)
+
+
+def check_writes_text(config: Any) -> None:
+    """Raise unless a base was saved as a causal language model, which is what a recipe trains.
+
+    Another one would get a head that no checkpoint filled, if it loaded at all.
+
+    Raises:
+        ConfigError: It was saved as something else, or transformers has no such class for it.
+    """
+    saved = next(iter(config.architectures or ()), None)
+    made = class_in("AutoModelForCausalLM", config)
+    remote = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in remote or (made and saved in (None, made.__name__)):
+        return
+    raise ConfigError(
+        f"{config.name_or_path!r} is a {saved or type(config).__name__}, and hf-lora train trains "
+        "causal language models. Load it in Python with the class that it needs, hf_lora.wrap(...) "
+        "it, and train it with transformers' Trainer."
+    )
 
 
 def load_tokenizer(base: Base) -> Any:

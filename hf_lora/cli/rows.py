@@ -106,7 +106,7 @@ def _datasets(what: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"{what} is read with the library datasets, which is not installed: "
-            'pip install "hf-lora[train]"'
+            "pip install datasets"
         ) from error
     return datasets
 

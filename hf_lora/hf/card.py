@@ -28,6 +28,8 @@ from hf_lora.model.registry import Registry
 
 CARD_FILE = "README.md"
 LIBRARY = "hf_lora"
+_FORMAT = "peft"
+"""What the Hub is told: it counts the downloads of adapters by their format."""
 
 _SEAL = re.compile(r"\n<!-- hf_lora ([0-9a-f]{16}) -->\n*\Z")
 # Metrics that the Hub knows under these names.
@@ -61,7 +63,7 @@ def adapter_card(
         dtype: Type in which the adapters are saved; by default their own.
         others: Adapters that the repo holds besides, of which nothing is known here.
     """
-    facts = adapter_facts(registry, names, dtype)
+    facts = adapter_facts(registry, names, dtype, _tied(model))
     about = model_facts(model, registry, names)
     return _card(about, facts, base, repo_id, training or Training(), others)
 
@@ -82,6 +84,14 @@ def folder_card(
     facts = [folder_facts(name, folder) for name, folder in adapters.items()]
     about = folder_model_facts(next(iter(adapters.values())))
     return _card(about, facts, base, repo_id, training or Training(), ())
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Return the paths of the modules that share a parameter with another one."""
+    named: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        named.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    return set().union(*(paths for paths in named.values() if len(paths) > 1))
 
 
 def is_untouched(card: str) -> bool:
@@ -111,9 +121,9 @@ def _metadata(model: ModelFacts, base: str | None, repo_id: str, training: Train
     data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
-        library_name=LIBRARY,
+        library_name=_FORMAT,
         pipeline_tag=task,
-        tags=[LIBRARY, "lora", "adapter", *tags],
+        tags=[LIBRARY, "lora", "adapter", *model.tags, *tags],
         datasets=list(training.datasets) or None,
         metrics=sorted(_known_metrics(training)) or None,
         **_results(task, repo_id, training),

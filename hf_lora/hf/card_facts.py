@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from hf_lora.files.read import AdapterFolder
 from hf_lora.hf.tasks import BY_PEFT, class_by_name, task_by_name, task_of
 from hf_lora.layers.base import Slot
+from hf_lora.model.planning import class_names
 from hf_lora.model.registry import Registry
 
 
@@ -54,6 +55,9 @@ class AdapterFacts:
     dtypes: tuple[str, ...] = ()
     """Types of its tensors, where they are known."""
 
+    tied: tuple[str, ...] = ()
+    """Adapted layers that share their weight with another module, or may do so."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
@@ -77,6 +81,12 @@ class ModelFacts:
     reads: str | None = None
     """Name of its main input."""
 
+    classes: tuple[str, ...] = ()
+    """Its class and those that it is derived from, where they are known."""
+
+    tags: tuple[str, ...] = ()
+    """What somebody tagged it with."""
+
     labels: tuple[str, ...] = ()
     """The classes that it tells apart, where they are its own and not the base's."""
 
@@ -88,13 +98,23 @@ _GENERATING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 def adapter_facts(
-    registry: Registry, names: Iterable[str], dtype: torch.dtype | None = None
+    registry: Registry,
+    names: Iterable[str],
+    dtype: torch.dtype | None = None,
+    tied: Collection[str] = (),
 ) -> list[AdapterFacts]:
-    """Return the facts of adapters on a model, as they are when saved with ``dtype``."""
-    return [_adapter_facts(registry, name, dtype) for name in names]
+    """Return the facts of adapters on a model, as they are when saved with ``dtype``.
+
+    Args:
+        registry, names, dtype: The adapters.
+        tied: Paths of layers that share their weight with another module.
+    """
+    return [_adapter_facts(registry, name, dtype, tied) for name in names]
 
 
-def _adapter_facts(registry: Registry, name: str, dtype: torch.dtype | None) -> AdapterFacts:
+def _adapter_facts(
+    registry: Registry, name: str, dtype: torch.dtype | None, tied: Collection[str]
+) -> AdapterFacts:
     adapter = registry.adapter(name)
     tensors = [tensor for *_, tensor in registry.tensors(name)]
     saved = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
@@ -105,6 +125,7 @@ def _adapter_facts(registry: Registry, name: str, dtype: torch.dtype | None) -> 
         parameters=sum(tensor.numel() for tensor in tensors),
         bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
         dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
+        tied=tuple(path for path in adapter.slots if path in tied),
     )
 
 
@@ -116,6 +137,7 @@ def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
         trained=tuple(folder.trained_names),
         parameters=sum(math.prod(shape) for shape in folder.file.shapes.values()),
         bytes=folder.file.path.stat().st_size,
+        tied=tuple(path for path in folder.slots if path.endswith("lm_head")),
     )
 
 
@@ -123,7 +145,7 @@ def model_facts(model: nn.Module, registry: Registry, names: Iterable[str]) -> M
     """Return the facts of a wrapped model."""
     name = type(model).__name__
     if not type(model).__module__.startswith("transformers."):
-        return ModelFacts(name)
+        return ModelFacts(name, classes=tuple(class_names(model)))
     task = task_of(type(model), model.config)
     # a class of transformers loads itself where no auto class makes it
     loader = task.loader if task is not None else name
@@ -137,6 +159,8 @@ def model_facts(model: nn.Module, registry: Registry, names: Iterable[str]) -> M
         task=task and task.on_hub,
         generates=loader in _GENERATING and reads == "input_ids",
         reads=reads,
+        classes=tuple(class_names(model)),
+        tags=tuple(map(str, getattr(model, "model_tags", None) or ())),
         labels=tuple(str(labels[key]) for key in sorted(labels))
         if labels and own_head and "Classification" in name
         else (),
@@ -162,6 +186,7 @@ def folder_model_facts(folder: AdapterFolder) -> ModelFacts:
         task=task and task.on_hub if reads == "input_ids" else None,
         generates=loader in _GENERATING and reads == "input_ids",
         reads=reads,
+        classes=() if kind is None else (kind.__name__,),
         labels=_nameless_labels(folder) if classifies else (),
     )
 

@@ -7,7 +7,10 @@ from typing import Any
 from hf_lora.hf.card_facts import AdapterFacts, ModelFacts, Training
 from hf_lora.hf.card_snippet import MOST_LABELS, are_made_up, snippet
 from hf_lora.layers.base import Slot
-from hf_lora.model.plan import size
+from hf_lora.layers.names import DEFAULT
+from hf_lora.model.clients import llama_cpp_reasons, vllm_reasons
+from hf_lora.model.plan import served_by, size
+from hf_lora.model.planning import common_alpha
 
 
 def card_text(
@@ -29,18 +32,54 @@ def card_text(
         "",
         "## Use it",
         "",
-        *_fenced("bash", ["pip install hf-lora"]),
+        "With hf_lora, which is installed from its source tree and is not on PyPI:",
         "",
         *_fenced("python", code),
+        "",
+        *_with_peft(names, repo_id),
         "",
         *_besides(others),
         "## The adapters" if len(adapters) > 1 else "## The adapter",
         "",
         *_adapters(adapters, model),
         "",
+        *_served(adapters, model),
+        "",
         *_training(training),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _with_peft(names: Sequence[str], repo_id: str) -> list[str]:
+    """Return how to use the adapters with what can be installed by name."""
+    first = names[0]
+    inside = "" if first == DEFAULT else f', subfolder="{first}"'
+    return [
+        "With PEFT (`pip install peft`), on the base that it was trained on: "
+        f'`PeftModel.from_pretrained(model, "{repo_id}"{inside})`.'
+    ]
+
+
+def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
+    """Return what other clients make of the adapters, a line for each and each adapter."""
+    lines = ["## In other software", ""]
+    for adapter in adapters:
+        of = f"`{adapter.name}`: " if len(adapters) > 1 else ""
+        vllm = vllm_reasons(model.classes, adapter.slots, adapter.trained)
+        llama_cpp = llama_cpp_reasons(
+            model.classes,
+            adapter.slots,
+            adapter.trained,
+            alpha=common_alpha(adapter.slots.values()),
+            tied=adapter.tied,
+        )
+        lines += [f"- {of}{line}." for line in served_by(vllm, llama_cpp, adapter.slots)]
+    if not model.classes:
+        lines += [
+            "",
+            "Where the software takes adapters for this architecture, which is not known here.",
+        ]
+    return lines
 
 
 def _what(model: ModelFacts, adapters: Sequence[AdapterFacts], base: str | None) -> str:

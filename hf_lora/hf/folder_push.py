@@ -83,16 +83,12 @@ def push_adapter_folder(
         beside = [entry for entry in directory.iterdir() if entry.is_file() and _belongs(entry)]
         for entry in beside:
             shutil.copyfile(entry, root / entry.name)
-        if not (root / CARD_FILE).exists():
-            known = training or Training()
-            known = dataclasses.replace(
-                known,
-                extra={**(base_license(named, token) if named else {}), **known.extra},
-                processor=any(entry.name.startswith("tokenizer") for entry in beside),
-            )
-            card = folder_card(adapters, repo_id, base=named, training=known)
-            (root / CARD_FILE).write_text(card, encoding="utf-8")
-        files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+        known = training or Training()
+        known = dataclasses.replace(
+            known,
+            extra={**(base_license(named, token) if named else {}), **known.extra},
+            processor=any(entry.name.startswith("tokenizer") for entry in beside),
+        )
         url = push_folder(
             root,
             repo_id,
@@ -101,7 +97,9 @@ def push_adapter_folder(
             create_pr=create_pr,
             token=token,
             commit_message=commit_message or f"Upload {', '.join(adapters)} with hf_lora",
+            card=lambda name: folder_card(adapters, name, base=named, training=known),
         )
+        files = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     taken = {*(Path(file).parts[0] for file in files)}
     left_out = sorted(entry.name for entry in directory.iterdir() if entry.name not in taken)
     return Pushed(url, named, tuple(files), tuple(left_out))

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -152,9 +152,12 @@ def push_folder(
     create_pr: bool = False,
     token: str | bool | None = None,
     commit_message: str,
-    commit_description: str | None = None,
+    card: Callable[[str], str] | None = None,
 ) -> str:
     """Upload everything in a folder in one commit, making the repo if there is none.
+
+    A folder without a card gets what ``card`` makes of the repo's id, whose owner need not have
+    been said.
 
     If everything is there already there is no commit. A card that hf_lora wrote does not replace
     one on the Hub that somebody else wrote or has edited, which is told with a warning.
@@ -168,7 +171,10 @@ def push_folder(
     """
     with writing(repo_id, create_pr):
         repo = _open(repo_id, private, revision, create_pr, token)
-        return _commit(repo, directory, commit_message, commit_description)
+    if card is not None and not (directory / CARD_FILE).exists():
+        (directory / CARD_FILE).write_text(card(repo.id), encoding="utf-8")
+    with writing(repo_id, create_pr):
+        return _commit(repo, directory, commit_message, None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,21 @@ class Matches:
     notes: tuple[str, ...]
 
 
+NOTHING = Matches(
+    chosen=(),
+    trained=(),
+    fresh=(),
+    unfilled={},
+    counts={},
+    left_out={},
+    unfit=(),
+    stacks=(),
+    overrides={},
+    notes=(),
+)
+"""Where a model cannot be looked at."""
+
+
 def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
     """Find out what ``config`` means on ``model``; what is wrong goes to ``problems``."""
     tree = Tree(model)

@@ -11,6 +11,7 @@ import torch
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.base import Slot
+from hf_lora.model.clients import vllm_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,9 @@ class Plan:
     vllm: tuple[str, ...]
     """Why vLLM could not serve the adapter; empty when it can."""
 
+    llama_cpp: tuple[str, ...]
+    """Why llama.cpp would compute something else with it, or refuse it; empty when it would not."""
+
     base_parameters: int
     base_bytes: int
 
@@ -220,11 +224,7 @@ def _lines(plan: Plan) -> Iterable[str]:
         yield f"not in the checkpoint, but neither trained nor saved: {path} ({reason})"
     yield from (f"warning: {warning}" for warning in plan.warnings)
     yield from (f"note: {note}" for note in plan.notes)
-    if plan.vllm:
-        yield f"vLLM cannot serve it: {'; '.join(plan.vllm)}"
-    else:
-        highest = max((target.slot.r for target in plan.targets), default=0)
-        yield f"vLLM can serve it, started with --max-lora-rank {highest} or more"
+    yield from served_by(plan.vllm, plan.llama_cpp, {t.path: t.slot for t in plan.targets})
     yield from (f"PROBLEM: {problem}" for problem in plan.problems)
 
 
@@ -232,6 +232,20 @@ def left_out_line(paths: Sequence[str], reason: str) -> str:
     """Return a line about layers that are left out for one reason."""
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return f"{paths[0] or 'the model itself'}{more} ({reason})"
+
+
+def served_by(
+    vllm: Sequence[str], llama_cpp: Sequence[str], slots: Mapping[str, Slot]
+) -> Iterable[str]:
+    """Yield a line for each client: that it can use the adapter, or why not."""
+    if vllm:
+        yield f"vLLM cannot serve it: {'; '.join(vllm)}"
+    else:
+        yield f"vLLM can serve it, started with --max-lora-rank {vllm_rank(slots)} or more"
+    if llama_cpp:
+        yield f"llama.cpp cannot use it as it is: {'; '.join(llama_cpp)}"
+    else:
+        yield "llama.cpp can use it, converted by its convert_lora_to_gguf.py"
 
 
 def _shares(plan: Plan) -> Iterable[str]:

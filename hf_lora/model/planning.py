@@ -1,5 +1,6 @@
 """Making a plan: what the patterns mean on a model, what it costs and what is worth telling."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,21 +14,19 @@ from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.trained import copy_dtype, own_parameters, own_tensors, tensor_names
 from hf_lora.layers.trial import host_class
 from hf_lora.layers.unheard import reader_of
-from hf_lora.model.matching import Matches, match
+from hf_lora.model.clients import llama_cpp_reasons, vllm_reasons
+from hf_lora.model.matching import NOTHING, Matches, match
 from hf_lora.model.per_rank import per_rank
 from hf_lora.model.plan import Plan, Target, Trained, left_out_line
 from hf_lora.model.registry import find
 from hf_lora.model.stacked import stacks
 from hf_lora.targets import inside
 
-_VLLM_HEADS = ("classifier", "score")
-_VLLM_HIGHEST_RANK = 512
-
 
 def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
     """Find out what ``config`` means on ``model``, and for each of ``world`` processes."""
-    problems: list[str] = []
-    matches = match(model, config, problems)
+    problems = list(foreign_wrapper(model))
+    matches = NOTHING if problems else match(model, config, problems)
     modules = dict(model.named_modules())
     owners = Owners(model, modules)
     targets = tuple(
@@ -37,6 +36,9 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
     trained = tuple(_trained(path, modules[path], config, owners) for path in matches.trained)
     size = sum(map(numel, owners.tensors()))
     problems += _conflicts(model, matches.chosen, matches.trained)
+    classes = class_names(model)
+    slots = {target.path: target.slot for target in targets}
+    tops = [item.path for item in trained]
     plan = Plan(
         model=host_class(model).__name__,
         config=config,
@@ -48,7 +50,16 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         warnings=tuple(_unseen(modules, matches.chosen)),
         missed=tuple(_missed(matches, size)),
         notes=(*matches.notes, *_notes(modules, (*targets, *trained), matches)),
-        vllm=tuple(_vllm(targets, trained)),
+        vllm=tuple(vllm_reasons(classes, slots, tops)),
+        llama_cpp=tuple(
+            llama_cpp_reasons(
+                classes,
+                slots,
+                tops,
+                alpha=common_alpha(slots.values()),
+                tied=[target.path for target in targets if target.tied_to],
+            )
+        ),
         base_parameters=size,
         base_bytes=sum(map(stored_bytes, owners.tensors())),
         world=world,
@@ -59,6 +70,29 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         return plan
     shares, left_out = per_rank(model, plan, owners.named(), world)
     return dataclasses.replace(plan, per_rank=tuple(shares), notes=(*plan.notes, *left_out))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Return the name of a model's class, and of those of transformers that it is derived from."""
+    own, *above = host_class(model).__mro__
+    return [own.__name__, *(k.__name__ for k in above if k.__module__.startswith("transformers."))]
+
+
+def common_alpha(slots: Iterable[Slot]) -> float:
+    """Return the strength that most layers have, which is the one that a file names."""
+    counts = collections.Counter(slot.alpha for slot in slots)
+    return min(counts, key=lambda alpha: (-counts[alpha], alpha), default=0.0)
+
+
+def foreign_wrapper(model: nn.Module) -> Iterator[str]:
+    """Yield a line if the model is PEFT's wrapper of one: its parts are no parts of a model."""
+    kind = type(model)
+    if kind.__module__.startswith("peft."):
+        yield (
+            f"this is PEFT's {kind.__name__} around a model, with PEFT's adapters in it: take them "
+            "off (model.unload(), or model.merge_and_unload()) and go on with the model that "
+            "gives, or load what PEFT saved: hf_lora.load(base, folder)"
+        )
 
 
 class Owners:
@@ -206,12 +240,3 @@ def _notes(
             f"{len(stacked)} stacked parameters, as experts have them, stay frozen: no pattern "
             f"reaches them (first: {stacked[0].full_name})"
         )
-
-
-def _vllm(targets: Iterable[Target], trained: Iterable[Trained]) -> Iterator[str]:
-    highest = max((target.slot.r for target in targets), default=0)
-    if highest > _VLLM_HIGHEST_RANK:
-        yield f"its highest rank is {_VLLM_HIGHEST_RANK}, here {highest}"
-    for item in trained:
-        if item.path.rsplit(".", 1)[-1] not in _VLLM_HEADS:
-            yield f"it refuses modules trained in full, here {item.path}"

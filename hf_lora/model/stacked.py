@@ -45,7 +45,9 @@ class Stack:
 def stacks(modules: Mapping[str, nn.Module]) -> Iterator[Stack]:
     """Yield the stacked parameters of a model, in order."""
     for path, module in modules.items():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        # a parametrized weight (weight_norm) stands in a module of its own below the layer
+        owner = modules[path.partition(".parametrizations.")[0]]
+        if isinstance(owner, nn.modules.conv._ConvNd):
             continue
         for name in tensor_names(module):
             tensor = parameter_of(module, name)

@@ -121,7 +121,7 @@ def test_without_the_library_datasets_only_what_needs_it_is_refused(
     Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert load(tokenizer, data(tmp_path / "a.jsonl")).train
-    with pytest.raises(ConfigError, match=r'a.parquet is read with .* pip install "hf-lora\[train'):
+    with pytest.raises(ConfigError, match=r"a.parquet is read with .* pip install datasets"):
         load(tokenizer, data(tmp_path / "a.parquet"))
     with pytest.raises(ConfigError, match="me/data is read with the library datasets"):
         load(tokenizer, data(train=DataSet(dataset="me/data")))

@@ -167,7 +167,7 @@ def test_the_base_that_was_a_folder_is_named_as_was_asked(scene: Scene, base: Pa
 
 def test_the_card_is_made_from_the_files(scene: Scene):
     card = scene.files("user/first")["README.md"].decode()
-    for words in ("base_model: me/base", "library_name: hf_lora", "`q_proj` (2)", "fr"):
+    for words in ("base_model: me/base", "library_name: peft", "`q_proj` (2)", "fr"):
         assert words in card, card
     assert 'hf_lora.from_pretrained("user/first")' in card
 

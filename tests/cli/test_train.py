@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_lora
-from hf_lora.cli.base import load_config, load_tokenizer
+from hf_lora.cli.base import check_writes_text, load_config, load_tokenizer
 from hf_lora.cli.examples import collate, load_examples
+from hf_lora.cli.recipe import Base
 from hf_lora.cli.recipe_file import read_recipe
 from tests.cli.conftest import EXAMPLES, Run
 
@@ -325,3 +327,34 @@ def test_an_example_runs(run: Run, path: Path, base: Path, tmp_path: Path):
 def test_the_examples_are_all_there():
     found = {path.name for path in (EXAMPLES / "configs").iterdir()}
     assert found == {"chat.yaml", "completion.yaml", "text.yaml", "lr_sweep.yaml"}
+
+
+class TestABaseThatIsNoCausalLanguageModel:
+    """It is refused before data or weights are read, and the way is named."""
+
+    @staticmethod
+    def saved(folder: Path, model: Any) -> Path:
+        model.save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize(
+        "name", ["BertForMaskedLM", "BertModel", "T5ForConditionalGeneration", "LlamaModel"]
+    )
+    def test_it_is_refused(self, run: Run, recipe: Any, tmp_path: Path, name: str):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "d_model": 32}
+        sizes |= {"num_attention_heads": 2, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
+        model_class = getattr(transformers, name)
+        model = model_class(model_class.config_class(**sizes))
+        path = recipe(base={"model": str(self.saved(tmp_path / "other", model))})
+        said = " ".join(run("train", path, code=1).stderr.split())
+        assert f"is a {name}, and hf-lora train trains causal language models" in said
+        assert "hf_lora.wrap(...)" in said
+        assert not (tmp_path / "out").exists()
+
+    def test_a_decoder_of_such_a_family_is_one(self, tmp_path: Path):
+        config = transformers.BertConfig(
+            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+            **{"num_attention_heads": 2, "vocab_size": 400, "is_decoder": True},
+        )
+        folder = self.saved(tmp_path / "other", transformers.BertLMHeadModel(config))
+        check_writes_text(load_config(Base(model=str(folder))))

@@ -16,6 +16,15 @@ from hf_lora.hf.card import Training, adapter_card, folder_card, is_untouched
 from hf_lora.hf.hub_errors import what_is_there
 from hf_lora.model.registry import registry_of
 
+TIED = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": True,
+}
+
 
 def llama(**lora: Any) -> LlamaForCausalLM:
     config = LlamaConfig(
@@ -121,6 +130,23 @@ class TestWhatTheModelIs:
         assert "pipeline_tag" not in text
         assert "base_model" not in text
 
+    def test_what_it_is_tagged_with_is_kept(self):
+        """As unsloth and others tag the models that they load; the Hub counts PEFT's format."""
+        model = llama()
+        model.add_model_tags(["made-by-me", "lora"])
+        metadata = ModelCard(card(model, training=Training(extra={"tags": ["mine"]}))).data
+        assert metadata.tags == ["hf_lora", "lora", "adapter", "made-by-me", "mine"]
+        assert metadata.library_name == "peft"
+
+    def test_only_what_can_be_installed_is_told_to_be(self, tmp_path: Path):
+        hf_lora.save(model := llama(), tmp_path)
+        saved = folder_card({"fr": read_folder(tmp_path)}, "me/mine", base="me/base")
+        for text in (card(model), saved):
+            assert "pip install hf" not in text
+            assert "`pip install peft`" in text
+        assert '`PeftModel.from_pretrained(model, "me/mine")`' in card(model)
+        assert '`PeftModel.from_pretrained(model, "me/mine", subfolder="fr")`' in saved
+
     def test_a_bare_layer(self):
         model = hf_lora.wrap(nn.Linear(4, 4), targets=".*", r=1)
         assert row(card(model, base=None), "Targets") == "`the model itself` (1)"
@@ -144,6 +170,51 @@ class TestWhatTheModelIs:
         saved = folder_card({"default": read_folder(tmp_path)}, "me/mine", base="me/base")
         assert "num_labels=3" in saved
         assert "LABEL" not in saved
+
+
+class TestOtherSoftware:
+    def test_what_each_client_makes_of_it(self, tmp_path: Path):
+        model = llama(r=4, alpha=8)
+        text = card(model)
+        assert "- vLLM can serve it, started with --max-lora-rank 8 or more.\n" in text
+        assert "- llama.cpp can use it, converted by its convert_lora_to_gguf.py.\n" in text
+        hf_lora.save(model, tmp_path)
+        saved = folder_card({"default": read_folder(tmp_path)}, "me/mine", base=None)
+        assert "- vLLM can serve it, started with --max-lora-rank 8 or more.\n" in saved
+        assert "Where the software takes adapters for this architecture" in saved
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            (
+                {"rslora": True},
+                "llama.cpp cannot use it as it is: it scales every update by 32 / r",
+            ),
+            ({"train": ["norm"]}, "vLLM cannot serve it: it refuses modules trained in full"),
+            ({"train": ["norm"]}, "llama.cpp cannot use it as it is: it drops or refuses"),
+        ],
+    )
+    def test_why_one_cannot(self, tmp_path: Path, fields: dict[str, Any], words: str):
+        model = llama(**fields)
+        hf_lora.save(model, tmp_path)
+        assert words in card(model)
+        assert words in folder_card({"default": read_folder(tmp_path)}, "me/mine", base=None)
+
+    def test_a_tied_head(self):
+        model = LlamaForCausalLM(LlamaConfig(**TIED))
+        hf_lora.wrap(model, "lm_head", r=2)
+        assert "it refuses layers that share a weight, here lm_head" in card(model)
+
+    def test_several_adapters_are_told_apart(self):
+        model = llama(r=4)
+        hf_lora.add_adapter(model, "fr", targets="q_proj", r=4, rslora=True)
+        text = card(model)
+        assert "- `default`: llama.cpp can use it" in text
+        assert "- `fr`: llama.cpp cannot use it as it is" in text
+
+    def test_a_model_that_nobody_serves(self):
+        text = card(hf_lora.wrap(nn.Sequential(nn.Linear(4, 4)), r=1), base=None)
+        assert "- vLLM cannot serve it: Sequential is none of the architectures" in text
 
 
 class TestTraining:
@@ -181,7 +252,12 @@ class TestTraining:
 
     def test_nothing_known_leaves_no_empty_headlines(self):
         text = card(llama())
-        assert re.findall(r"^#+ (.*)", text, re.MULTILINE) == ["mine", "Use it", "The adapter"]
+        assert re.findall(r"^#+ (.*)", text, re.MULTILINE) == [
+            "mine",
+            "Use it",
+            "The adapter",
+            "In other software",
+        ]
         assert "nformation" not in text
 
 
@@ -216,9 +292,9 @@ def test_what_a_repo_holds_is_said_in_a_sentence():
         return what_is_there("me/x", subfolder, "adapter_config.json", files)
 
     weights = "adapter_model.safetensors"
-    assert "pass subfolder= one of: a, b/c" in words(f"a/{weights}", f"b/c/{weights}")
+    assert "pass subfolder= one of: 'a', 'b/c'" in words(f"a/{weights}", f"b/c/{weights}")
     assert "a pickle" in words("adapter_config.json", "adapter_model.bin", f"a/{weights}")
-    assert "It has: README.md" in words("README.md")
+    assert "It has: 'README.md'" in words("README.md")
     assert words("a/x", subfolder="a").startswith("me/x/a has no adapter_config.json")
-    assert "It has: x." in words("a/x", "y", subfolder="a")
+    assert "It has: 'x'." in words("a/x", "y", subfolder="a")
     assert "It has: nothing" in words()

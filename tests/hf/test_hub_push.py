@@ -56,6 +56,21 @@ class TestWhatLands:
         assert names(hub, "user/bare") == ADAPTER
         assert 'from_pretrained("user/bare")' in card(hub, "user/bare")
 
+    def test_a_folder_pushed_without_a_user_has_a_card_that_names_one(
+        self, hub: HubServer, worker: Worker
+    ):
+        worker.run("""
+            from hf_lora.hf.folder_push import push_adapter_folder
+            adapted().save_pretrained("to-push")
+            pushed = push_adapter_folder(Path("to-push"), "bare-folder")
+            assert set(pushed.files) == {
+                "README.md", "adapter_config.json", "adapter_model.safetensors"}, pushed
+            hf_lora.from_pretrained("user/bare-folder")
+        """)
+        assert names(hub, "user/bare-folder") == ADAPTER
+        assert 'from_pretrained("user/bare-folder")' in card(hub, "user/bare-folder")
+        assert "# bare-folder\n" in card(hub, "user/bare-folder")
+
     def test_save_pretrained_can_push(self, hub: HubServer, worker: Worker):
         worker.run("""adapted().save_pretrained("saved", push_to_hub=True, repo_id="user/saved")""")
         assert names(hub, "user/saved") == ADAPTER

@@ -143,7 +143,7 @@ report([str(card), [results["eval_loss"], card.data.to_dict()]])
         loss, metadata = checked
         assert metadata["base_model"] == "user/base"
         assert metadata["base_model_relation"] == "adapter"
-        assert metadata["library_name"] == "hf_lora"
+        assert metadata["library_name"] == "peft"
         assert metadata["pipeline_tag"] == "text-generation"
         assert {"hf_lora", "lora"} <= set(metadata["tags"])
         for row in (

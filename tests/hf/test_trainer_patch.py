@@ -172,7 +172,7 @@ class TestMixin:
         assert same(training.in_file_names(second.model), end)
         first.create_model_card()
         card = (tmp_path / "first" / "README.md").read_text()
-        assert "library_name: hf_lora" in card
+        assert "library_name: peft" in card
         assert not any(map(patched, PATCHED))
 
     def test_without_both_trainer_cannot_resume(self, tmp_path: Path, no_patch: None):

@@ -52,7 +52,7 @@ class TestCheckpoints:
     def test_the_card_is_ours_with_the_tags_of_trl(self, finished: SFTTrainer):
         """TRL writes a card of its own with every checkpoint."""
         card = (Path(str(finished.args.output_dir)) / "README.md").read_text()
-        assert "library_name: hf_lora" in card
+        assert "library_name: peft" in card
         assert "- sft" in card
         assert "- trl" in card
 

@@ -130,7 +130,9 @@ def test_a_plan_as_text():
     ]
     assert lines[5].startswith("trains 1,123 parameters (")
     assert "weights 4.4 KiB, gradients 4.4 KiB, Adam 8.8 KiB, file 4.4 KiB" in lines[5]
-    assert lines[6:] == ["vLLM can serve it, started with --max-lora-rank 4 or more"]
+    assert lines[6].startswith("vLLM cannot serve it: BertForSequenceClassification is none of")
+    assert lines[7].startswith("llama.cpp cannot use it as it is: BertForSequenceClassification")
+    assert len(lines) == 8
 
 
 def test_patterns_are_counted_one_by_one():
@@ -320,15 +322,6 @@ def test_stacked_experts_and_routers_are_told():
     assert "means the parameter model.layers.0.mlp.experts.gate_up_proj of shape (4," in problem
     problem = hf_lora.plan(model, "mlp.experts", r=4).problems[0]
     assert "is not a linear layer" in problem
-
-
-def test_whether_vllm_can_serve_it():
-    assert not hf_lora.plan(classifier(), "query", r=4, train=["classifier"]).vllm
-    (reason,) = hf_lora.plan(llama(), "q_proj", r=4, train=["norm"]).vllm
-    assert reason == "it refuses modules trained in full, here model.norm"
-    wide = nn.Sequential(nn.Linear(600, 600))
-    assert hf_lora.plan(wide, "0", r=512).vllm == ()
-    assert hf_lora.plan(wide, "0", r=513).vllm == ("its highest rank is 512, here 513",)
 
 
 def test_the_dtype_is_chosen_by_the_base_or_by_the_configuration():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lora.cli.base import load_config, load_model, load_tokenizer
+from hf_lora.cli.base import check_writes_text, load_config, load_model, load_tokenizer
 from hf_lora.cli.examples import Examples, load_examples
 from hf_lora.cli.output import Result, bars, plain, tell
 from hf_lora.cli.recipe import DataSet, Recipe
@@ -56,7 +56,9 @@ def run(path: Path, *, settings: Sequence[str], output: Path | None, resume: boo
 
 def _examples(recipe: Recipe, progress: Any) -> Examples:
     task = progress.add_task("reading the data", total=None)
-    tokenizer, config = load_tokenizer(recipe.base), load_config(recipe.base)
+    config = load_config(recipe.base)
+    check_writes_text(config)
+    tokenizer = load_tokenizer(recipe.base)
     examples = load_examples(
         recipe.data,
         tokenizer,
