@@ -7,19 +7,17 @@ so that a checkpoint can be resumed on any number of processes, sharded or not.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from hf_lora.hf.in_front import Original
 from hf_lora.hf.optimizer_state import gathered, whole_states
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.trainer_deepspeed import check_loaded
 from hf_lora.hf.training_checks import check_finite
 from hf_lora.model.registry import find, registry_of
-
-Original = Callable[..., Any]
-"""The method of Trainer, bound to the trainer."""
 
 
 def save_model(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,15 +3,13 @@
 Subclasses (Seq2SeqTrainer, TRL's trainers) inherit them.
 """
 
-import functools
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-from hf_lora.errors import HfLoRAWarning
 from hf_lora.hf import trainer, trainer_fsdp
 from hf_lora.hf.after_import import no_longer, when_imported
+from hf_lora.hf.in_front import missing_parts, put_in_front, take_off, warn_of_missing
 from hf_lora.hf.trainer_card import create_model_card
 
 _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
@@ -31,9 +29,16 @@ _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
     ),
     # the base of TRL's trainers overrides this one method
     "trl.trainer.base_trainer": ("_BaseTrainer", {"create_model_card": create_model_card}),
+    # its trainers override these: they load a second model from the checkpoint, and log what fails
+    "sentence_transformers.base.trainer": (
+        "BaseTrainer",
+        {
+            "_load_from_checkpoint": trainer.load_from_checkpoint,
+            "_load_best_model": trainer.load_best_model,
+        },
+    ),
 }
 _OPTIONAL = {"trl.trainer.base_trainer"}
-_MARK = "_hf_lora_patch"
 
 _enabled = True
 
@@ -55,10 +60,9 @@ def disable() -> None:
     for name, (class_name, methods) in _METHODS.items():
         no_longer(name, _patch)
         owner = getattr(sys.modules.get(name), class_name, None)
-        for method in methods:
-            ours = vars(owner).get(method) if owner is not None else None
-            if getattr(ours, _MARK, False):
-                setattr(owner, method, ours.__wrapped__)  # type: ignore[union-attr]
+        if owner is not None:
+            for method in methods:
+                take_off(owner, method)
 
 
 def enable() -> None:
@@ -71,24 +75,13 @@ def enable() -> None:
 def _patch(module: Any) -> None:
     class_name, methods = _METHODS[module.__name__]
     owner = getattr(module, class_name, None)
-    missing = [name for name in methods if name not in (vars(owner) if owner else ())]
+    missing = missing_parts(owner, tuple(methods))
     if missing and module.__name__ not in _OPTIONAL:
-        warnings.warn(
-            f"{module.__name__}.{class_name} of this version has no {', '.join(missing)}: hf_lora "
-            "cannot hook into it, and resuming or loading the best model may fail. Install a "
-            "version of transformers that hf_lora supports.",
-            HfLoRAWarning,
-            stacklevel=2,
+        warn_of_missing(
+            f"{module.__name__}.{class_name}",
+            missing,
+            "resuming or loading the best model may fail",
         )
     for name, ours in methods.items():
-        if name not in missing and not getattr(vars(owner)[name], _MARK, False):
-            setattr(owner, name, _in_front(vars(owner)[name], ours))
-
-
-def _in_front(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(functools.partial(original, self), self, *args, **kwargs)
-
-    setattr(method, _MARK, True)
-    return method
+        if name not in missing:
+            put_in_front(owner, name, ours)
