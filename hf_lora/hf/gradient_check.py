@@ -6,8 +6,8 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
+from hf_lora.hf.owner import owner
 from hf_lora.hf.training_checks import check_finite, check_gradients, check_optimizer
-from hf_lora.model.registry import find
 
 
 class GradientCheck(TrainerCallback):
@@ -33,7 +33,7 @@ class GradientCheck(TrainerCallback):
         if self.done or not isinstance(model, nn.Module):
             return
         self.done = True
-        found = find(model)
+        found = owner(model)
         if found is None or _steps_in_backward(optimizer):
             return
         check_gradients(*found)
@@ -41,7 +41,7 @@ class GradientCheck(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raise GradientError if the adapters are nan; of losses Trainer leaves nan out."""
-        found = find(model) if isinstance(model, nn.Module) else None
+        found = owner(model) if isinstance(model, nn.Module) else None
         if found is not None:
             check_finite(found[1])
 

@@ -10,8 +10,7 @@ holds it, so that ``del model`` would free nothing before the next collection.
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,19 +18,16 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
-from hf_lora.hf import peft_guard, trainer_patch
+from hf_lora.hf import peft_guard, trainer_patch, wrapped_inside
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
-from hf_lora.hf.pretrained import is_pretrained
-from hf_lora.hf.saving import save_state
+from hf_lora.hf.own_methods import FLAG, OwnMethod
+from hf_lora.hf.pretrained import has_own_saving, is_pretrained
+from hf_lora.hf.save_pretrained import save_pretrained
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import add_adapter, delete_adapter
 from hf_lora.model.choices import Names, activate, active_adapters
-from hf_lora.model.registry import Registry, registry_of
-from hf_lora.partitions import is_partitioned
-from hf_lora.sharding import is_spread
-
-_FLAG = "_hf_peft_config_loaded"
+from hf_lora.model.registry import registry_of
 
 
 class Owner:
@@ -42,7 +38,9 @@ class Owner:
     """
 
     def __init__(self, model: nn.Module):
-        fields = {key: value for key, value in vars(model).items() if not isinstance(value, Bound)}
+        fields = {
+            key: value for key, value in vars(model).items() if not isinstance(value, OwnMethod)
+        }
         self.__setstate__((model, type(model), fields))
 
     def __setstate__(self, state: tuple[nn.Module | None, type[nn.Module], dict[str, Any]]) -> None:
@@ -65,7 +63,7 @@ class Owner:
         return model
 
 
-class Bound:
+class Bound(OwnMethod):
     """A function as a method of one model; it brings hf_lora's patches along in a pickle."""
 
     def __init__(self, function: Callable[..., Any], owner: Owner):
@@ -74,8 +72,7 @@ class Bound:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        trainer_patch.install()
-        peft_guard.install()
+        install_patches()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -88,113 +85,37 @@ class Bound:
 
 
 def install(model: nn.Module) -> None:
-    """Replace the methods on this instance, if it is a wrapped transformers model.
+    """Replace the methods on this instance, if its library saves and loads such models.
 
     What stood there, put by another library or by an earlier merge, comes back with ``uninstall``.
     """
-    if not is_pretrained(model):
+    pretrained = is_pretrained(model)
+    if not pretrained and not has_own_saving(model):
         return
     registry = registry_of(model)
-    for name in (*_METHODS, _FLAG):
+    for name in (*_METHODS, FLAG):
         before = model.__dict__.get(name)
         if before is not None and name not in registry.methods and not _is_ours(name, before):
             registry.methods[name] = before
-    # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
-    model.__dict__[_FLAG] = True
+    if pretrained:
+        # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
+        model.__dict__[FLAG] = True
     owner = Owner(model)
     for name, function in _METHODS.items():
-        model.__dict__[name] = Bound(function, owner)
-
-
-def uninstall(model: nn.Module, registry: Registry | None = None) -> None:
-    """Give the instance its class's own methods back, or those that it had for itself."""
-    for name in (*_METHODS, _FLAG):
-        model.__dict__.pop(name, None)
-    if registry is not None:
-        model.__dict__.update(registry.methods)
+        if pretrained or hasattr(type(model), name):
+            model.__dict__[name] = Bound(function, owner)
 
 
 def _is_ours(name: str, value: Any) -> bool:
-    if name == _FLAG:
+    if name == FLAG:
         return value is True
     return isinstance(value, Bound) and value.function is _METHODS[name]
 
 
-def _save_pretrained(
-    model: nn.Module,
-    save_directory: str | os.PathLike[str],
-    is_main_process: bool = True,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    push_to_hub: bool = False,
-    max_shard_size: int | str | None = None,
-    variant: str | None = None,
-    token: str | bool | None = None,
-    save_peft_format: bool = True,
-    safe_serialization: bool = True,
-    save_function: Any = None,
-    selected_adapters: Iterable[str] | None = None,
-    **hub_options: Any,
-) -> None:
-    """Save the adapters, and nothing else, into a folder; see :func:`hf_lora.save`.
-
-    Takes what transformers, Trainer and PEFT pass. Of these, sharding and save functions have no
-    meaning for an adapter; ``safe_serialization=False`` is refused.
-    """
-    if not safe_serialization or not save_peft_format or variant is not None:
-        raise StateError(
-            "An adapter is saved as adapter_model.safetensors in PEFT's format; "
-            "safe_serialization=False, save_peft_format=False and variant=... are not supported."
-        )
-    unknown = hub_options.keys() - _HUB_OPTIONS
-    if unknown or (hub_options and not push_to_hub):
-        raise TypeError(f"save_pretrained got unexpected arguments: {', '.join(hub_options)}")
-    if state_dict is not None and not state_dict:
-        raise StateError(
-            "save_pretrained was given an empty state dict, as DeepSpeed ZeRO-3 does when it "
-            "does not gather; set stage3_gather_16bit_weights_on_model_save. Nothing was written."
-        )
-    if not is_main_process and (state_dict is not None or not _all_come(model)):
-        return
-    gathered = None if state_dict is None else _without_wrappers(state_dict, model)
-    save_state(
-        model,
-        Path(save_directory),
-        adapter=list(selected_adapters or ()) or None,
-        state_dict=gathered,
-        writes=is_main_process,
-    )
-    if push_to_hub and is_main_process:
-        repo_id = hub_options.pop("repo_id", None) or Path(save_directory).name
-        push(model, repo_id, token=token, **hub_options)
-
-
-def _all_come(model: nn.Module) -> bool:
-    """Say whether every process saves, each giving its part, or the main one alone.
-
-    Under ZeRO-3 ``accelerator.get_state_dict`` hands the main process what it has gathered, and
-    the others None; they must not wait for it.
-    """
-    if any(is_partitioned(parameter) for parameter in model.parameters()):
-        return registry_of(model).all_save
-    return is_spread(model)
-
-
-def _without_wrappers(
-    state_dict: Mapping[str, torch.Tensor], model: nn.Module
-) -> Mapping[str, torch.Tensor]:
-    """Take off what DDP and torch.compile put before every name.
-
-    Trainer passes such a state dict when it was given the wrapper instead of the model.
-    """
-    for prefix in ("module.", "_orig_mod."):
-        outside = prefix.removesuffix(".") not in model._modules
-        if outside and all(name.startswith(prefix) for name in state_dict):
-            inner = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-            return _without_wrappers(inner, model)
-    return state_dict
-
-
-_HUB_OPTIONS = {"repo_id", "private", "revision", "create_pr", "commit_message"}
+def install_patches() -> None:
+    """Hook into other libraries, each now if it is imported, and otherwise when it will be."""
+    for hooks in (trainer_patch, peft_guard, wrapped_inside):
+        hooks.install()
 
 
 def _push_to_hub(
@@ -333,7 +254,7 @@ def _resize_token_embeddings(
 
 _METHODS = {
     "resize_token_embeddings": _resize_token_embeddings,
-    "save_pretrained": _save_pretrained,
+    "save_pretrained": save_pretrained,
     "push_to_hub": _push_to_hub,
     "load_adapter": _load_adapter,
     "add_adapter": _add_adapter,

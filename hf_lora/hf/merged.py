@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hf_lora.files.other_kind import check_no_adapter
-from hf_lora.hf.instance import Bound, Owner, uninstall
+from hf_lora.hf.instance import Bound, Owner
+from hf_lora.hf.own_methods import uninstall
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.merging.in_memory import keep_merged, merge
 from hf_lora.model.choices import Names

@@ -8,6 +8,7 @@ from torch import nn
 from hf_lora.errors import AdapterMismatchError
 from hf_lora.files.read import is_adapter_folder
 from hf_lora.hf.loading import restore
+from hf_lora.hf.owner import owner
 from hf_lora.hf.saving import adapter_folder
 from hf_lora.model.registry import Registry, wrapped
 
@@ -22,7 +23,7 @@ def restore_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> 
 
     The model is as it was after any of these.
     """
-    inner, registry = wrapped(model)
+    inner, registry = owner(model) or wrapped(model)
     registry.check_unmerged("load a checkpoint")
     restore(inner, registry, adapters_of_checkpoint(registry, checkpoint))
 

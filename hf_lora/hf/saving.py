@@ -1,5 +1,6 @@
 """Saving adapters: what a wrapped model holds, as a PEFT folder with a complete header."""
 
+import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -71,6 +72,7 @@ def save_state(
     base: str | bool | None = True,
     writes: bool | None = None,
     together: bool = True,
+    found: tuple[nn.Module, Registry] | None = None,
 ) -> list[Path]:
     """Save adapters as :func:`save` does, taking the tensors from ``state_dict`` if one is given.
 
@@ -81,11 +83,12 @@ def save_state(
         writes: Whether this process writes if several save together; by default the first does.
         together: Whether every process takes part where the model is spread and no ``state_dict``
             is given. If not, an adapter that is spread itself is refused.
+        found: The registry, seen from a model of which a part is wrapped.
 
     Returns:
         The folders that were written.
     """
-    model, registry = wrapped(model)
+    model, registry = found or wrapped(model)
     registry.check_in_place(model)
     names = registry.adapters if adapter is None else registry.select(adapter)
     to = as_dtype(dtype)
@@ -232,6 +235,8 @@ def _check_places(model: nn.Module, adapter: Adapter) -> None:
 def base_name(model: nn.Module) -> str | None:
     """Return the Hub id or folder that the base model was loaded from, if it says so."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if isinstance(name, os.PathLike):  # diffusers keeps what it was given
+        name = os.fspath(name)
     return name if isinstance(name, str) and name else None
 
 

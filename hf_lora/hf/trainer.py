@@ -6,7 +6,6 @@ class, which :func:`hf_lora.wrap` installs, or as :class:`LoRATrainerMixin`.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,12 @@ from torch import nn
 
 from hf_lora.hf import trainer_fsdp
 from hf_lora.hf.base_on_hub import hub_base
+from hf_lora.hf.in_front import Original
+from hf_lora.hf.owner import check_rest_frozen, check_saves_as_one, owner
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.resuming import restore_checkpoint
 from hf_lora.hf.saving import base_name
+from hf_lora.hf.sentence_models import is_sentence_model, restore_modules
 from hf_lora.hf.trainer_card import create_model_card
 from hf_lora.hf.trainer_deepspeed import check_loaded, engines_without_base
 from hf_lora.hf.trainer_optimizer import description_kept
@@ -24,10 +26,7 @@ from hf_lora.hf.trainer_push import bring_adapters, name_for_others
 from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
 from hf_lora.hf.training_run import run_of
 from hf_lora.hf.unused import reaches_all
-from hf_lora.model.registry import Registry, find
-
-Original = Callable[..., Any]
-"""The method of Trainer, bound to the trainer."""
+from hf_lora.model.registry import Registry
 
 _WITH_CHECKPOINTS = ("checkpoint", "all_checkpoints")
 _NO_GRAPH = "does not require grad"
@@ -83,6 +82,10 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         StateError: The model is merged, or the run would write into the base.
     """
     found = _ours(trainer.model)
+    if is_pretrained(trainer.model) and _will_save(trainer.args):
+        check_saves_as_one(trainer.model)
+        if found is not None:
+            check_rest_frozen(*found)
     if found is None:
         return original(*args, **kwargs)
     check_ready(*found, trainer.args)
@@ -124,10 +127,12 @@ def load_from_checkpoint(
 ) -> None:
     """Resume: give the model the adapters of a checkpoint."""
     target = trainer.model if model is None else model
-    if _saves_adapters(trainer, target):
+    if is_sentence_model(target):
+        restore_modules(target, resume_from_checkpoint)
+    elif _saves_adapters(trainer, target):
         restore_checkpoint(target, resume_from_checkpoint)
     else:
-        original(resume_from_checkpoint, model)
+        original(resume_from_checkpoint, *(() if model is None else (model,)))
 
 
 def load_best_model(original: Original, trainer: Any) -> None:
@@ -136,7 +141,10 @@ def load_best_model(original: Original, trainer: Any) -> None:
     Where that is gone, or on the disk of another node, Trainer itself says so and goes on.
     """
     checkpoint = trainer.state.best_model_checkpoint
-    if _saves_adapters(trainer, trainer.model) and os.path.isdir(checkpoint):
+    if is_sentence_model(trainer.model) and checkpoint and os.path.isdir(checkpoint):
+        trainer._load_from_checkpoint(checkpoint)  # the original only logs what it raises
+        original()
+    elif _saves_adapters(trainer, trainer.model) and os.path.isdir(checkpoint):
         restore_checkpoint(trainer.model, checkpoint)
     else:
         original()
@@ -159,7 +167,7 @@ def push_from_checkpoint(original: Original, trainer: Any, checkpoint_folder: st
 
 
 def _ours(model: Any) -> tuple[nn.Module, Registry] | None:
-    return find(model) if isinstance(model, nn.Module) else None
+    return owner(model) if isinstance(model, nn.Module) else None
 
 
 def _saves_adapters(trainer: Any, model: Any) -> bool:
@@ -174,6 +182,10 @@ def _saves_adapters(trainer: Any, model: Any) -> bool:
 def _is_ours(model: Any) -> bool:
     found = _ours(model)
     return found is not None and is_pretrained(found[0])
+
+
+def _will_save(args: Any) -> bool:
+    return args.save_strategy != "no" or args.push_to_hub
 
 
 def _own_format(trainer: Any) -> bool:

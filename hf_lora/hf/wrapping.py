@@ -10,17 +10,19 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError
 from hf_lora.files.read import read_folder
-from hf_lora.hf import instance, peft_guard, trainer_patch
+from hf_lora.hf import diffusers_models, instance
 from hf_lora.hf.after_import import when_imported
 from hf_lora.hf.base_loading import load_base, other_class
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.labels import label_arguments
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.match import MISSING
+from hf_lora.hf.own_methods import uninstall
 from hf_lora.hf.together import folder_for_all
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.layers.offloading import guard_new_hooks
 from hf_lora.model.adapters import as_config
+from hf_lora.model.cores import core_of
 from hf_lora.model.patch import patch, unpatch
 from hf_lora.model.plan import Plan
 from hf_lora.model.planning import make_plan
@@ -43,7 +45,8 @@ def wrap(
     A transformers model then saves and pushes its adapter alone, and trains with the plain Trainer.
 
     Args:
-        model: Any ``nn.Module``. Its weights may be on the meta device, to be loaded later.
+        model: Any ``nn.Module``. Its weights may be on the meta device, to be loaded later. Of a
+            ``SentenceTransformer`` or ``CrossEncoder`` it is the transformers model inside.
         targets: Patterns of the layers to adapt, as regular expressions that match a module's
             whole dotted path or a whole dotted tail of it; or ``"all-linear"``, the default.
         config: All of it in one object, instead of ``targets`` and ``fields``.
@@ -67,8 +70,9 @@ def wrap(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.lora_A', '0.lora_B']
     """
-    patch(model, as_config(targets, config, fields), adapter)
-    _hook(model)
+    inner = core_of(model) or model
+    patch(inner, as_config(targets, config, fields), adapter)
+    _hook(inner)
     return model
 
 
@@ -85,7 +89,7 @@ def unwrap(model: Model) -> Model:
     """
     registry = registry_of(model)
     inner = unpatch(model)
-    instance.uninstall(inner, registry)
+    uninstall(inner, registry)
     return inner  # type: ignore[return-value]
 
 
@@ -116,7 +120,7 @@ def plan(
     """
     if not isinstance(world, int) or isinstance(world, bool) or world < 1:
         raise ConfigError(f"world is a number of processes, 1 or more, not {world!r}")
-    return make_plan(model, as_config(targets, config, fields), world)
+    return make_plan(core_of(model) or model, as_config(targets, config, fields), world)
 
 
 def apply_lora(model: Model, r: int, alpha: float = 16.0) -> Model:
@@ -188,11 +192,12 @@ def load(
     check_adapter_name(adapter)
     if missing not in MISSING:
         raise ConfigError(f"missing is one of {', '.join(map(repr, MISSING))}, not {missing!r}")
+    inner = core_of(model) or model
     with folder_for_all(
-        model, lambda: locate(source, revision=revision, subfolder=subfolder, token=token)
+        inner, lambda: locate(source, revision=revision, subfolder=subfolder, token=token)
     ) as folder:
         load_folder(
-            model,
+            inner,
             folder,
             adapter=adapter,
             trainable=trainable,
@@ -200,7 +205,7 @@ def load(
             missing=missing,
             replace=replace,
         )
-    found = find(model)
+    found = find(inner)
     assert found is not None
     _hook(found[0])
     return model
@@ -318,6 +323,6 @@ def push_to_hub(
 
 def _hook(model: nn.Module) -> None:
     instance.install(model)
-    trainer_patch.install()
-    peft_guard.install()
+    instance.install_patches()
+    diffusers_models.install()
     when_imported("accelerate.hooks", guard_new_hooks)

@@ -15,6 +15,7 @@ from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
+from hf_lora.model.cores import core_of
 from hf_lora.partitions import is_engine, is_partitioned, shape_of
 from hf_lora.sharding import is_sharded
 
@@ -231,16 +232,23 @@ def _misfit(module: LoRALayer | TrainedModule) -> str | None:
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
-    """Return the wrapped model and its registry, looking through DDP and torch.compile, or None."""
+    """Return the wrapped model and its registry, or None.
+
+    Looks through DDP, torch.compile and the modules of sentence-transformers.
+    """
     while isinstance(model, nn.Module):
         registry = model.__dict__.get(_ATTRIBUTE)
         if registry is not None:
             return model, registry
         inner = [model._modules[name] for name in _WRAPPERS if model._modules.get(name) is not None]
-        if len(inner) != 1 or len(model._modules) != 1:
-            return None
-        model = inner[0]  # type: ignore[assignment]
+        alone = len(inner) == 1 and len(model._modules) == 1
+        model = inner[0] if alone else core_of(model)  # type: ignore[assignment]
     return None
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Say whether this very module was given to ``wrap`` or ``load``."""
+    return _ATTRIBUTE in vars(model)
 
 
 def registry_of(model: nn.Module) -> Registry:
