@@ -4,7 +4,7 @@
     python examples/dpo.py --quick    # fewer steps
 
 Of each pair of spellings the British one is preferred to the American one. DPO needs the model as
-it was before training as a reference: `base_view` is that model, made of the same tensors.
+it was before training as a reference: the trainer gets it by itself, made of the same tensors.
 """
 
 import argparse
@@ -31,14 +31,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
     model = AutoModelForCausalLM.from_pretrained(assets.smollm2(), dtype=fastest_dtype())
     model = hf_lora.wrap(model, targets="all-linear", r=16)
-    reference = hf_lora.base_view(model)
-    mine = {tensor.data_ptr() for tensor in model.parameters()}
-    own = sum(p.nbytes for p in reference.parameters() if p.data_ptr() not in mine)
-    print(f"the reference model has {own} bytes of weights of its own")
-
     trainer = DPOTrainer(
         model=model,
-        ref_model=reference,
         args=DPOConfig(
             OUTPUT,
             max_steps=10 if args.quick else 60,
@@ -55,6 +49,9 @@ def main() -> None:
         train_dataset=Dataset.from_list([preference(*pair) for pair in train]),
         processing_class=tokenizer,
     )
+    mine = {tensor.data_ptr() for tensor in model.parameters()}
+    own = sum(p.nbytes for p in trainer.ref_model.parameters() if p.data_ptr() not in mine)
+    print(f"the reference model has {own} bytes of weights of its own")
     before = prefers_british(model, tokenizer, test)
     trainer.train()
     after = prefers_british(model, tokenizer, test)

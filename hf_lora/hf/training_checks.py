@@ -49,6 +49,11 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
             "sync_ref_model=True writes into the reference model, which shares the base's weights "
             "with the model that trains; set sync_ref_model=False."
         )
+    if getattr(args, "teacher_model_kind", None) == "ema":
+        raise StateError(
+            "teacher_model_kind='ema' writes into the teacher, which shares the base's weights "
+            "with the model that trains; choose 'base' or 'live'."
+        )
     for name, adapter in registry.adapters.items():
         twice = adapted_twice(model, adapter.slots, adapter.trained)
         if twice:

@@ -1,19 +1,24 @@
-"""The frozen base of a wrapped model, as a model object of its own."""
+"""A wrapped model once more, as a model object of its own on the same tensors."""
 
 import copy
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_lora.errors import StateError
-from hf_lora.hf.instance import uninstall
+from hf_lora.hf.own_methods import uninstall
+from hf_lora.hf.owner import holder_of, owner
 from hf_lora.layers.base import restore_class
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
-from hf_lora.model.registry import forget, wrapped
-from hf_lora.sharding import is_spread
+from hf_lora.layers.routing import Routing
+from hf_lora.layers.trained import own_tensors
+from hf_lora.model.patch import detach
+from hf_lora.model.registry import Registry, forget, wrapped
+from hf_lora.sharding import all_whole, is_spread
 
 _DEPTH = 4
 """A module's fields, an object or dict among them, and one more inside (double quantization)."""
@@ -22,34 +27,126 @@ _DEPTH = 4
 def base_view(model: nn.Module) -> Any:
     """Return the frozen base of a wrapped model as a model of its own that shares every tensor.
 
-    It has the model's class and no adapters, is in eval mode, and costs no memory: a reference
-    model for TRL's ``DPOTrainer(model=model, ref_model=hf_lora.base_view(model))`` and the like.
-    Make it before the trainer. To go on from a trained adapter, whose own start is the reference,
-    use TRL's ``precompute_ref_log_probs=True`` instead.
+    It has the model's class and no adapters, is in eval mode, and costs no memory. TRL's DPO, KTO,
+    GRPO and RLOO get their reference by themselves (this view, or, where the adapter has been
+    trained before, a frozen copy of the adapter on it); for a loop of one's own, this is it.
 
     Args:
         model: A wrapped model that is not merged.
 
     Returns:
         A model of the same class. Its parameters are those of ``model``; training must not touch
-        them, and hf_lora does not.
+        them, and hf_lora does not. Only what somebody trains in the base itself is copied.
 
     Raises:
         StateError: The model is not wrapped, is merged, is spread over several processes, or has a
             forward that another library put on the object and that would lead back to the model
             with its adapters.
     """
-    inner, registry = wrapped(model)
+    inner, registry = _viewable(model)
+    return _strip(_twin(inner, shared=_frozen(inner, registry)))
+
+
+def policy_view(model: nn.Module, *, share: bool = True) -> Any:
+    """Return what a wrapped model computes at this moment, as a model that stays so.
+
+    The base is shared. The active adapters are copied, or left out where they do not change
+    anything yet.
+
+    Args:
+        model: A wrapped model that is not merged.
+        share: Whether tensors of the base are shared; a copy is for whoever shards it.
+
+    Returns:
+        A model of the same class, in eval mode, nothing of which trains.
+
+    Raises:
+        StateError: As for :func:`base_view`.
+    """
+    inner, registry = _viewable(model)
+    active = registry.routing.active
+    view = _twin(inner, shared=_frozen(inner, registry, active) if share else ())
+    if is_fresh(registry):
+        return _strip(view)
+    _, copied = wrapped(holder_of(view))
+    for name in [name for name in copied.adapters if name not in active]:
+        detach(copied, name)
+    copied.routing.active = active
+    copied.blocks.clear()
+    for parameter in view.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+    return view.eval()
+
+
+@torch.no_grad()
+def is_fresh(registry: Registry) -> bool:
+    """Say whether the active adapters leave the outputs as the base's, as they do at first.
+
+    Where they are spread, every process must ask.
+    """
+    for name in registry.routing.active:
+        held = {(path, role): t for path, _, role, t in registry.tensors(name)}
+        tensors = all_whole(held)
+        for path, module, role, _ in registry.tensors(name):
+            tensor = tensors[path, role]
+            if role == LORA_B and tensor.any():
+                return False
+            if role not in (LORA_A, LORA_B):
+                base = all_whole(dict(own_tensors(module, (role,))))[role]
+                if not torch.equal(tensor, base.to(tensor)):
+                    return False
+    return True
+
+
+def _viewable(model: nn.Module) -> tuple[nn.Module, Registry]:
+    inner, registry = owner(model) or wrapped(model)
     registry.check_unmerged("view the base")
     if is_spread(inner):
         raise StateError(
             "This model is spread over several processes, and what spreads it fetches the weights "
             "for this one object. Use hf_lora.no_adapter(model) instead."
         )
-    _check_forwards(inner)
-    shared = {id(t): t for module in inner.modules() for t in _tensors(vars(module), _DEPTH)}
-    view = copy.deepcopy(inner, shared)
-    copied = forget(view)
+    return inner, registry
+
+
+def _frozen(
+    model: nn.Module, registry: Registry, copied: Iterable[str] = ()
+) -> Iterator[torch.Tensor]:
+    """Yield the tensors that two models can share: those that no training moves."""
+    adapters = registry.all_parameters()
+    own = {id(t) for name in copied for *_, t in registry.tensors(name)}
+    own |= {id(p) for p in model.parameters() if p.requires_grad and id(p) not in adapters}
+    for module in model.modules():
+        for tensor in _tensors(vars(module), _DEPTH):
+            if id(tensor) not in own:
+                yield tensor
+
+
+def _twin(model: nn.Module, shared: Iterable[torch.Tensor]) -> nn.Module:
+    """Return a copy of the model that shares these tensors, and whose forwards are its own."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    twin = copy.deepcopy(model, memo)
+    for path, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if forward is None:
+            continue
+        own = _rebound(forward, memo)
+        if any(id(each) in memo for each in _reached(own)):
+            where = path or f"this {type(model).__name__}"
+            raise StateError(
+                f"The forward of {where} was replaced by {getattr(forward, '__module__', forward)},"
+                " and a view would call it with the adapters; call hf_lora.base_view(model) before "
+                "that is done."
+            )
+        memo[id(module)].__dict__["forward"] = own
+    return twin
+
+
+def _strip(view: nn.Module) -> nn.Module:
+    """Take everything of hf_lora off a view; the tensors themselves are not touched."""
+    holder = holder_of(view)
+    copied = forget(holder)
     for name, adapter in copied.adapters.items():
         for path in adapter.slots:
             for kind in (LORA_A, LORA_B):
@@ -59,35 +156,79 @@ def base_view(model: nn.Module) -> Any:
             module.lora_remove_copy(adapter)
     for module in (*copied.layers.values(), *copied.copies.values()):
         restore_class(module)
-    uninstall(view)
+    uninstall(holder)
+    for parameter in view.parameters():
+        if parameter.requires_grad:  # a copy of what trains in the base itself
+            parameter.requires_grad_(False)
     return view.eval()
 
 
-def _check_forwards(model: nn.Module) -> None:
-    """Raise if a copy of some module would still call the original, adapters and all.
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a forward, or what it closes over, with each object replaced by its copy in ``memo``.
 
-    A function's closure is not copied with the object that carries the function.
+    ``copy.deepcopy`` leaves functions as they are, and with them the model that they close over.
     """
-    modules = {id(module) for module in model.modules()}
-    for path, module in model.named_modules():
-        function = getattr(module.__dict__.get("forward"), "__func__", None)
-        for cell in getattr(function, "__closure__", None) or ():
-            held = cell.cell_contents
-            owner = held.__self__ if isinstance(held, types.MethodType) else held
-            if id(owner) in modules:
-                where = path or f"this {type(model).__name__}"
-                raise StateError(
-                    f"The forward of {where} was replaced by {function.__module__}, and a view "  # type: ignore[union-attr]
-                    "would call it with the adapters; call hf_lora.base_view(model) before the "
-                    "trainer is made."
-                )
+    if isinstance(value, types.MethodType):
+        return types.MethodType(_rebound(value.__func__, memo), _rebound(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        args = [_rebound(each, memo) for each in value.args]
+        made = functools.partial(_rebound(value.func, memo), *args, **value.keywords)
+        vars(made).update(vars(value))
+        return made
+    if id(value) in memo:
+        return memo[id(value)]
+    if not isinstance(value, types.FunctionType):
+        return _rebound_object(value, memo) if _is_callable_object(value) else value
+    if not value.__closure__:
+        return value
+    cells = tuple(types.CellType() for _ in value.__closure__)
+    made = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+    )
+    made.__kwdefaults__ = value.__kwdefaults__
+    memo[id(value)] = functools.update_wrapper(made, value)
+    vars(made).update(vars(value))  # and the function that it wraps itself
+    for cell, old in zip(cells, value.__closure__, strict=True):
+        cell.cell_contents = _rebound(old.cell_contents, memo)
+    return made
+
+
+def _rebound_object(value: Any, memo: dict[int, Any]) -> Any:
+    made = memo[id(value)] = object.__new__(type(value))  # not all let themselves be copied
+    vars(made).update({name: _rebound(held, memo) for name, held in vars(value).items()})
+    return made
+
+
+def _is_callable_object(value: Any) -> bool:
+    is_object = hasattr(value, "__dict__") and not isinstance(value, type | nn.Module)
+    return callable(value) and is_object
+
+
+def _reached(value: Any, depth: int = 6) -> Iterator[nn.Module]:
+    """Yield the modules to which a forward leads, through closures and what they hold."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth:
+        inside: list[Any] = []
+        if isinstance(value, types.MethodType):
+            inside = [value.__self__, value.__func__]
+        elif isinstance(value, types.FunctionType):
+            inside = [cell.cell_contents for cell in value.__closure__ or ()]
+        elif isinstance(value, functools.partial):
+            inside = [value.func, *value.args]
+        elif isinstance(value, list | tuple):
+            inside = list(value)
+        elif _is_callable_object(value):
+            inside = list(vars(value).values())
+        for each in inside:
+            yield from _reached(each, depth - 1)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
     """Yield the tensors in a module's fields, also those that quantizers keep beside the weight."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif depth and not isinstance(value, nn.Module):
+    elif depth and not isinstance(value, nn.Module | Routing):
         inside = value if isinstance(value, dict) else getattr(value, "__dict__", None)
         if isinstance(inside, dict):
             for each in list(inside.values()):

@@ -120,18 +120,66 @@ def test_a_plain_model_has_no_base_to_view():
         hf_lora.base_view(training.llama())
 
 
-def test_a_forward_on_the_object_that_leads_back_is_refused():
-    model = loud(training.wrapped())
+def doubled(model: Any) -> Any:
+    """A forward as libraries put it on the object: it closes over the one that was there."""
     original = model.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
+        output = original(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
 
-    model.forward = types.MethodType(forward, model)
+    return types.MethodType(forward, model)
+
+
+class Caller:
+    """What accelerate puts on a model that trains in 16 bits: an object that keeps its forward."""
+
+    def __init__(self, model: Any):
+        self.forward = model.forward
+
+    def __call__(self, *args: Any) -> Any:
+        output = self.forward(*args)
+        output.logits = output.logits * 2
+        return output
+
+
+def called(model: Any) -> Any:
+    caller = Caller(model)
+    return types.MethodType(lambda self, *args: caller(*args), model)
+
+
+@pytest.mark.parametrize("put", [[doubled], [called], [doubled, called, doubled]])
+def test_a_forward_on_the_object_that_leads_back_leads_to_the_view(put: list[Any]):
+    model = loud(training.wrapped())
+    for make in put:
+        model.forward = make(model)
+    expected = training.llama().eval()(X).logits * 2 ** len(put)
+    view = hf_lora.base_view(model)
+    assert torch.equal(view(X).logits, expected)
+    assert not torch.equal(model.eval()(X).logits, expected)
+
+
+def test_one_that_cannot_be_led_to_the_view_is_refused():
+    model = loud(training.wrapped())
+    held = [model]
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, *args: forward(held[0], *args), model)
     with pytest.raises(StateError, match="The forward of this LlamaForCausalLM was replaced by"):
         hf_lora.base_view(model)
     del model.forward
     assert not hasattr(hf_lora.base_view(model).lm_head, "lora_A")
+
+
+def test_what_trains_in_the_base_itself_is_copied():
+    model = training.wrapped().eval()
+    model.model.norm.weight.requires_grad_(True)
+    expected = model(X).logits
+    view = hf_lora.base_view(model)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    assert torch.equal(view(X).logits, expected)
+    assert not any(parameter.requires_grad for parameter in view.parameters())
 
 
 def test_a_forward_on_the_object_that_is_its_own_is_copied():

@@ -14,6 +14,12 @@ PREFERENCES = {
     "chosen": [" sat on mat", " ran"] * 4,
     "rejected": [" ran", " sat on the big mat"] * 4,
 }
+COMPLETIONS = {
+    "prompt": PREFERENCES["prompt"],
+    "completion": PREFERENCES["chosen"],
+    "label": [True, False] * 4,
+}
+PROMPTS = {"prompt": PREFERENCES["prompt"]}
 SENTENCES = {"text": ["the cat sat on the mat", "a big dog ran"] * 4}
 
 
@@ -52,6 +58,11 @@ def make(cls: Any, config: Any, model: Any, folder: Path, data: dict, **given: A
             processing_class=training.tokenizer(),
             **given,
         )
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Something that differs between completions, so that there is an advantage."""
+    return [completion.count("a") - 0.1 * len(completion) for completion in completions]
 
 
 def storages(model: torch.nn.Module) -> dict[str, int]:
