@@ -18,7 +18,7 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
-from hf_lora.hf import peft_guard, references, trainer_patch, wrapped_inside
+from hf_lora.hf import peft_guard, references, trainer_patch, vllm_weights, wrapped_inside
 from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.own_methods import FLAG, OwnMethod
@@ -114,7 +114,7 @@ def _is_ours(name: str, value: Any) -> bool:
 
 def install_patches() -> None:
     """Hook into other libraries, each now if it is imported, and otherwise when it will be."""
-    for hooks in (trainer_patch, peft_guard, references, wrapped_inside):
+    for hooks in (trainer_patch, peft_guard, references, vllm_weights, wrapped_inside):
         hooks.install()
 
 

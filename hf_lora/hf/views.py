@@ -64,15 +64,15 @@ def policy_view(model: nn.Module, *, share: bool = True) -> Any:
         StateError: As for :func:`base_view`.
     """
     inner, registry = _viewable(model)
-    active = registry.routing.active
+    chosen = registry.routing.now().chosen
+    active = [name for name, _ in chosen]
     view = _twin(inner, shared=_frozen(inner, registry, active) if share else ())
     if is_fresh(registry):
         return _strip(view)
     _, copied = wrapped(holder_of(view))
     for name in [name for name in copied.adapters if name not in active]:
         detach(copied, name)
-    copied.routing.active = active
-    copied.blocks.clear()
+    copied.routing.choose(chosen)
     for parameter in view.parameters():
         if parameter.requires_grad:
             parameter.requires_grad_(False)

@@ -109,12 +109,18 @@ def merged_weight(layer: LoRALayer, adapters: Weights, base: torch.Tensor | None
     weight = layer._parameters["weight"]
     assert weight is not None
     start = weight if base is None else base.to(weight.device)
-    total = start.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return {"weight": _in_place_of(weight, with_updates(layer, start, adapters).to(weight.dtype))}
+
+
+@torch.no_grad()
+def with_updates(layer: LoRALayer, weight: torch.Tensor, adapters: Weights) -> torch.Tensor:
+    """Return any weight plus the sum of the adapters' updates, in float32, rounded once."""
+    total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for name, factor in adapters:
         if name in layer.lora_slots:
             delta = layer.lora_delta(name).to(total.device, total.dtype) * factor
             total += delta if is_sharded(total) else whole(delta)
-    return {"weight": _in_place_of(weight, total.to(weight.dtype))}
+    return total.to(weight.dtype)
 
 
 @torch.no_grad()

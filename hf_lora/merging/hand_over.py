@@ -1,0 +1,115 @@
+"""A model's weights as an engine wants them: the base's names, adapters merged, one at a time."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from hf_lora.devices import present
+from hf_lora.errors import TargetError, listing
+from hf_lora.files.keys import without_wrappers
+from hf_lora.layers.base import LoRALayer, added_names, parameter_of
+from hf_lora.layers.hosts import has_float_weight
+from hf_lora.layers.merging import merge_fault, merged_copies, with_updates
+from hf_lora.layers.quantized import float_weight
+from hf_lora.layers.trained import TrainedModule
+from hf_lora.sharding import in_parts, whole
+
+Gather = Callable[[Sequence[torch.Tensor]], contextlib.AbstractContextManager[Any]]
+"""What puts together tensors that several processes hold, for as long as a block lasts."""
+
+
+def merged_tensors(
+    model: nn.Module, gather: Gather = contextlib.nullcontext
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (the base's name, value with the active adapters merged) for every parameter.
+
+    Nothing is written into the model. One merged weight is there at a time; a parameter without an
+    update is the model's own tensor. Of tied weights the first name comes alone, as everywhere.
+    Quantized weights come in floating point.
+
+    Args:
+        model: A model with wrapped layers anywhere in it.
+        gather: Called with the tensors that the next value is made of.
+
+    Raises:
+        TargetError: A layer has no weight that could say what it does, or two tied layers would
+            need different ones; all are named before the first value comes.
+    """
+    _check(model)
+    seen = set()
+    for path, module in model.named_modules():
+        hidden = added_names(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in hidden or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            ours = [p for n, p in module._parameters.items() if n in hidden and p is not None]
+            with gather([parameter, *ours]), present(module):
+                yield without_wrappers(f"{path}.{name}" if path else name), _value(module, name)
+
+
+@torch.no_grad()
+def _value(module: nn.Module, name: str) -> torch.Tensor:
+    parameter = module._parameters[name]
+    assert parameter is not None
+    if _is_trained(module, name):
+        parameter = merged_copies(module, module.lora_shares())[name]
+    elif name == "weight" and (weight := float_weight(module)) is not None:
+        parameter = weight
+        if _has_updates(module):
+            parameter = with_updates(module, weight, module.lora_routing.now().live)
+    return whole(parameter.detach())
+
+
+def _check(model: nn.Module) -> None:
+    problems = []
+    first: dict[int, tuple[str, Any]] = {}
+    for path, module in model.named_modules():
+        fault = _fault(module) if _has_updates(module) else None
+        problems += [f"{path}: {fault}"] if fault else []
+        for name, parameter in module._parameters.items():
+            if parameter is None or name in added_names(module):
+                continue
+            change = _change(module, name)
+            where, before = first.setdefault(id(parameter), (path, change))
+            if change != before:
+                problems.append(f"{path}.{name} is tied to that of {where}, and they differ now")
+    if problems:
+        raise TargetError(
+            listing(
+                "These weights cannot be handed over with their updates",
+                problems,
+                "An engine that ties two layers cannot hold different weights for them.",
+            )
+        )
+
+
+def _fault(layer: LoRALayer) -> str | None:
+    weight = parameter_of(layer, "weight")
+    if weight is None or (not in_parts(weight) and has_float_weight(layer)):
+        return merge_fault(layer)
+    return None if float_weight(layer) is not None or in_parts(weight) else merge_fault(layer)
+
+
+def _change(module: nn.Module, name: str) -> Any:
+    """Return what tells a tensor from the base's: the copies in its place, or the layer itself."""
+    if _is_trained(module, name):
+        shares = module.lora_shares()
+        return [(id(module.lora_copy(adapter)[name]), factor) for adapter, factor in shares]
+    return id(module) if name == "weight" and _has_updates(module) else None
+
+
+def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:
+    """Say whether an adapter's copy is read in the place of a tensor, now."""
+    return (
+        isinstance(module, TrainedModule)
+        and name in module.lora_names
+        and bool(module.lora_shares())
+    )
+
+
+def _has_updates(module: nn.Module) -> TypeGuard[LoRALayer]:
+    return isinstance(module, LoRALayer) and bool(module.lora_updates())
