@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from hf_lora.functional.again import differentiable_backward
 from hf_lora.functional.passes import Seen, backward_pass, forward_pass
-from hf_lora.functional.rebuild import Recipe, rebuilt_rows
+from hf_lora.functional.rebuild import Recipe, rebuild, rebuilt_rows
 from hf_lora.functional.rows import Rows
 from hf_lora.functional.spec import Factors, Facts, Perhaps, Spec, factors_of, spec_of
 
@@ -40,7 +40,12 @@ class Layer(NamedTuple):
 
 
 def fused(
-    x: torch.Tensor, layers: Sequence[Layer], dtype: torch.dtype, recipe: Recipe | None = None
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    dtype: torch.dtype,
+    recipe: Recipe | None = None,
+    *,
+    keep_h: bool = False,
 ) -> Sequence[torch.Tensor]:
     """Return each layer's output, shape (..., O), in ``dtype``.
 
@@ -49,6 +54,7 @@ def fused(
         layers: The layers. Their weights get no gradient.
         dtype: What is computed in: the type of ``x``, or autocast's.
         recipe: How ``x`` can be computed again, so that it need not be kept.
+        keep_h: Keep ``h`` as well, because somebody may write ``x`` before the backward pass.
     """
     spec = spec_of(
         dtype,
@@ -60,7 +66,7 @@ def fused(
     tensors = [layer.weight_OI if layer.y is None else layer.y for layer in layers]
     tensors += [update.a_RI for layer in layers for update in layer.updates]
     tensors += [update.b_OR for layer in layers for update in layer.updates]
-    call = _Call(spec, recipe, layers)
+    call = _Call(spec, recipe, layers, keep_h)
     if torch.is_grad_enabled():
         return _Fused.apply(call, x, *tensors)  # type: ignore[return-value]
     with _no_autocast(x):
@@ -73,6 +79,7 @@ class _Call(NamedTuple):
     spec: Spec
     recipe: Recipe | None
     layers: Sequence[Layer]
+    keep_h: bool
 
     def forward(
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor]
@@ -98,16 +105,20 @@ class _Fused(torch.autograd.Function):
         ctx: Any, call: _Call, x: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         with _no_autocast(x):
-            outputs, weights, (a_QI, a, b), (masks, h) = call.forward(x, tensors)
+            outputs, weights, (a_QI, a, b), (masks, h, h_NQ) = call.forward(x, tensors)
         recipe = call.recipe
         kept = (x,) if recipe is None else recipe.kept
         ctx.spec, ctx.shape, ctx.expression = call.spec, x.shape, recipe and recipe.expression
-        ctx.save_for_backward(*weights, a_QI, *a, *b, *masks, *h, *kept)
+        ctx.factors = tensors[len(call.layers) :]
+        ctx.versions = [factor._version for factor in ctx.factors]
+        h_NQ = h_NQ if call.keep_h else None
+        ctx.save_for_backward(*weights, a_QI, *a, *b, *masks, *h, h_NQ, *kept)
         ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(*_constant(call, outputs, ctx.needs_input_grad[2:]))
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(  # type: ignore[override]
         ctx: Any, *dys: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
@@ -117,8 +128,8 @@ class _Fused(torch.autograd.Function):
         if some is None:
             return (None,) * len(needs)
         layers, updates, apart = len(dys), len(spec.updates), len(spec.apart)
-        weights, a_QI, a, b, masks, h, kept = _cut(
-            ctx.saved_tensors, layers, 1, apart, updates, apart, apart
+        weights, a_QI, a, b, masks, h, h_NQ, kept = _cut(
+            ctx.saved_tensors, layers, 1, apart, updates, apart, apart, 1
         )
 
         def input_rows() -> Rows:
@@ -128,12 +139,44 @@ class _Fused(torch.autograd.Function):
 
         wanted = needs[1], needs[2 + layers : 2 + layers + updates], needs[2 + layers + updates :]
         with _no_autocast(some):
-            dx_NI, da, db = backward_pass(
-                spec, dys, weights, Factors(a_QI[0], a, b), Seen(masks, h), input_rows, wanted
-            )
+            if torch.is_grad_enabled():  # somebody will differentiate again
+                x = kept[0] if ctx.expression is None else rebuild(ctx.expression, kept)
+                factors = _unchanged(ctx.factors, ctx.versions)
+                dx_NI, da, db = differentiable_backward(
+                    spec, dys, weights, factors, masks, spec.rows(x), wanted
+                )
+            else:
+                seen = Seen(masks, h, h_NQ[0])
+                dx_NI, da, db = backward_pass(
+                    spec, dys, weights, Factors(a_QI[0], a, b), seen, input_rows, wanted
+                )
         dx = None if dx_NI is None else dx_NI.view(ctx.shape)
         dy_on_top = [dy if want else None for dy, want in zip(dys, needs[2:], strict=False)]
         return None, dx, *dy_on_top, *da, *db
+
+
+def _constant(
+    call: _Call, outputs: Sequence[torch.Tensor], needs: Sequence[bool]
+) -> list[torch.Tensor]:
+    """Return the outputs that depend on nothing that a gradient is asked for, x being none."""
+    layers, updates = len(call.layers), len(call.spec.updates)
+    return [
+        y
+        for number, (y, numbers) in enumerate(zip(outputs, call.spec.numbers, strict=True))
+        if not needs[number]
+        and not any(needs[layers + i] or needs[layers + updates + i] for i in numbers)
+    ]
+
+
+def _unchanged(factors: Sequence[torch.Tensor], versions: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Return the factors that the forward pass had, or raise as autograd does for what it keeps."""
+    if [factor._version for factor in factors] != list(versions):
+        raise RuntimeError(
+            "a factor of a LoRA layer needed for a second derivative has been modified by an "
+            "inplace operation since the forward pass, such as an optimizer's step; "
+            "differentiate before it"
+        )
+    return factors
 
 
 def _cut(saved: Perhaps, *lengths: int) -> list[Any]:

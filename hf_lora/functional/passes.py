@@ -17,6 +17,9 @@ from hf_lora.functional.dropout import keep_mask, masked, unpacked
 from hf_lora.functional.rows import Rows
 from hf_lora.functional.spec import Factors, Perhaps, Spec, Tensors
 
+_reshaped = torch.ops.aten._unsafe_view.default
+"""What PyTorch's own linear layers end with: a tensor of another shape that counts as no view."""
+
 
 class Seen(NamedTuple):
     """What the updates with dropout saw, for the backward pass."""
@@ -26,6 +29,9 @@ class Seen(NamedTuple):
 
     h: Tensors
     """s · x Aᵀ, (N, R), of what was kept of x."""
+
+    h_NQ: torch.Tensor | None = None
+    """The same of the updates that saw all of x, where somebody may write x in between."""
 
 
 def forward_pass(
@@ -43,6 +49,7 @@ def forward_pass(
     """
     x_NI = spec.rows(x)
     h: dict[int, torch.Tensor] = {}
+    h_NQ = None
     if factors.a_QI is not None:
         h_NQ = torch.mm(x_NI, factors.a_QI.t())
         h.update(zip(spec.together, spec.parts(h_NQ, spec.together, 1), strict=True))
@@ -64,8 +71,9 @@ def forward_pass(
             y_NO = torch.addmm(bias.to(spec.dtype), x_NI, weight_OI.t())
         for i in numbers:
             y_NO.addmm_(h[i], factors.b[i].t())
-        outputs.append(y_NO.view(*leading, y_NO.shape[-1]))
-    return outputs, Seen(masks, [h[i] for i in spec.apart])
+        # a view made in here could not be edited in place, as other layers' outputs can
+        outputs.append(_reshaped(y_NO, [*leading, y_NO.shape[-1]]))
+    return outputs, Seen(masks, [h[i] for i in spec.apart], h_NQ)
 
 
 class Gradients(NamedTuple):
@@ -101,7 +109,10 @@ def backward_pass(
     x = input_rows() if any(a_wanted) or any(b_wanted) else None
     h = dict(zip(spec.apart, seen.h, strict=True))
     if x is not None and a_QI is not None and any(b_wanted[i] for i in together):
-        h.update(zip(together, spec.parts(x.times(a_QI), together, 1), strict=True))
+        if seen.h_NQ is not None:
+            h.update(zip(spec.together, spec.parts(seen.h_NQ, spec.together, 1), strict=True))
+        else:
+            h.update(zip(together, spec.parts(x.times(a_QI), together, 1), strict=True))
     dh, db = _through_b(spec, dys, factors.b, h, b_wanted)
     dx = _Sum()
     da = _through_masks(spec, dh, factors, seen, x, dx if x_wanted else None, a_wanted)

@@ -52,7 +52,7 @@ def recipe_of(x: torch.Tensor) -> Recipe | None:
         return None
     if expression is None or expression[0] == "kept":
         return None
-    return Recipe(expression, tuple(tensor.detach() for tensor in kept))
+    return Recipe(expression, tuple(kept))
 
 
 def _others_keep() -> bool:
@@ -158,7 +158,8 @@ def _multiplied(left: Expression, right: Expression, kept: Sequence[torch.Tensor
     a, b = rebuild(left, kept), rebuild(right, kept)
     for own, other in ((a, b), (b, a)):
         if (
-            own.dtype == torch.result_type(own, other)
+            not torch.is_grad_enabled()
+            and own.dtype == torch.result_type(own, other)
             and own.shape == torch.broadcast_shapes(own.shape, other.shape)
             and not any(own is tensor for tensor in kept)
         ):

@@ -92,6 +92,8 @@ def fused_forward(
     sharing = layer.lora_routing.sharing
     group, layers = [layer], [own]
     for other in sharing.followers(layer):
+        if group[-1]._forward_hooks or other._forward_pre_hooks:
+            break  # one that runs before the next layer may write x through .data
         found = _as_follower(layer, other, x, dtype)
         if found is not None:
             group.append(other)
@@ -119,8 +121,10 @@ def _compute(
 ) -> Sequence[torch.Tensor]:
     if is_small(x, layers):
         return composed(x, layers)
-    recipe = _recipe(layer, x) if torch.is_grad_enabled() else None
-    return fused(x, layers, dtype, recipe)
+    if not torch.is_grad_enabled():
+        return fused(x, layers, dtype)
+    hooked = layer.lora_routing.sharing.hooks.any()
+    return fused(x, layers, dtype, None if hooked else _recipe(layer, x), keep_h=hooked)
 
 
 def _with_weight(
@@ -161,8 +165,6 @@ def _as_follower(
     """Return another layer of the group as it will be when its turn comes, or None."""
     if vars(other).get("lora_routing") is not leader.lora_routing or _is_apart(other):
         return None
-    if other._forward_pre_hooks:  # may change its input, or fetch its weights
-        return None
     updates = other.lora_updates()
     if not updates or draws_apart(other, (update.dropout for update in updates)):
         return None
@@ -190,7 +192,8 @@ def _recipe(layer: LoRALayer, x: torch.Tensor) -> Recipe | None:
     sharing = layer.lora_routing.sharing
     proven = sharing.is_proven(layer, recipe.expression)
     if proven is None:
-        again = rebuild(recipe.expression, recipe.kept).reshape(x.shape)
+        with torch.no_grad():
+            again = rebuild(recipe.expression, recipe.kept).reshape(x.shape)
         proven = again.dtype == x.dtype and torch.equal(again, x)
         sharing.prove(layer, recipe.expression, proven)
     return recipe if proven else None

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_lora.layers.arguments import check_arguments
+from hf_lora.layers.hooks import Hooks
 from hf_lora.layers.tracing import same_input_groups
 
 _PATIENCE = 3
@@ -37,6 +38,9 @@ class Sharing:
 
     def __init__(self) -> None:
         self.traced = False
+        self.hooks = Hooks()
+        """The hooks on the model's modules."""
+
         self._followers: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]
         self._followers = weakref.WeakKeyDictionary()
         self._missed: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -52,6 +56,7 @@ class Sharing:
         """Trace the model at its first forward with gradients; a forward pre-hook."""
         if kwargs:
             check_arguments(model, kwargs)
+        self.hooks.look_at(model)
         if (
             self.traced
             or torch.compiler.is_compiling()
@@ -65,6 +70,7 @@ class Sharing:
 
     def watch(self, model: nn.Module) -> None:
         """Have the model traced when it is first trained."""
+        self.hooks.look_at(model)
         model.register_forward_pre_hook(self.learn, with_kwargs=True)
 
     def followers(self, leader: nn.Module) -> list[nn.Module]:

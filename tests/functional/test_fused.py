@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hf_lora.functional.composed import composed
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.low_rank import low_rank
+from hf_lora.functional.rebuild import recipe_of
 
 IN, OUTS, RANKS = 6, (5, 4), ((2, 3), (1,))
 TYPE = torch.float64
@@ -151,13 +152,87 @@ def test_a_second_backward_is_right():
     assert all(map(torch.equal, first, second))
 
 
-def test_differentiating_twice_is_refused():
-    x = tensor(3, IN)
-    (dx,) = torch.autograd.grad(
-        (fused(x, layers(factors()), TYPE)[0] ** 2).sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("on_top", [False, True])
+def test_second_derivatives(dropout: float, on_top: bool):
+    ys = [tensor(2, 3, out) for out in OUTS] if on_top else []
+
+    def seeded(x: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        split = len(given) - len(ys)
+        updates = layers(given[:split], dropout, given[split:] or None)
+        torch.manual_seed(7)
+        return tuple(fused(x, updates, TYPE))
+
+    assert torch.autograd.gradgradcheck(seeded, (tensor(2, 3, IN), *factors(), *ys))
+
+
+def test_second_derivatives_through_an_input_that_is_computed_again():
+    def gated(gate: torch.Tensor, up: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.silu(gate) * up
+        recipe = recipe_of(x)
+        assert recipe is not None
+        return fused(x, layers(given), TYPE, recipe)[1]
+
+    assert torch.autograd.gradgradcheck(gated, (tensor(3, IN), tensor(3, IN), *factors()))
+
+
+def test_a_second_derivative_after_a_step_is_refused():
+    given, x = factors(), tensor(3, IN)
+    loss = (fused(x, layers(given), TYPE)[0] ** 2).sum()
+    with torch.no_grad():
+        given[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(3, IN), (2, 3, IN), (IN,)])
+@pytest.mark.parametrize("on_top", [False, True])
+def test_an_output_is_edited_in_place_as_another_layer_s(shape: tuple[int, ...], on_top: bool):
+    given, x = factors(), tensor(*shape)
+    ys = [tensor(*shape[:-1], out) for out in OUTS] if on_top else None
+
+    def edited(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        first, second = outputs
+        first /= 3
+        first[..., :2] *= x[..., :2]
+        second.view(-1).mul_(2)
+        return [first.relu_(), second]
+
+    with torch.no_grad():
+        outside = fused(x, layers(given, ys=ys), TYPE)
+    outside[0].mul_(x.sum())  # made without a graph, and brought into one
+    flow = [torch.randn_like(y) for y in outside]
+    found = torch.autograd.grad(edited(fused(x, layers(given, ys=ys), TYPE)), [x, *given], flow)
+    wanted = torch.autograd.grad(edited(plain(x, layers(given, ys=ys))), [x, *given], flow)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_output_keeps_its_gradient_and_runs_hooks():
+    given, x, seen = factors(), tensor(3, IN), []
+    outputs = fused(x, layers(given), TYPE)
+    for y in outputs:
+        y.retain_grad()
+        y.register_hook(lambda dy: (seen.append(dy), dy * 2)[1])
+    sum((y**2).sum() for y in outputs).backward()
+    assert len(seen) == 2
+    for y in outputs:
+        torch.testing.assert_close(y.grad, 4 * y.detach())
+
+
+def test_an_output_that_nothing_trained_leads_to_needs_no_gradient():
+    given, x = factors(), tensor(3, IN, grad=False)
+    for factor in given[4:]:
+        factor.requires_grad_(False)
+    first, second = fused(x, layers(given), TYPE)
+    assert first.requires_grad
+    assert not second.requires_grad
+    assert second.is_leaf
+    second.add_(1)
+    (first.sum() + second.sum()).backward()
+    wanted = torch.autograd.grad(plain(x, layers(given))[0].sum(), given[:4])
+    for factor, other in zip(given[:4], wanted, strict=True):
+        torch.testing.assert_close(factor.grad, other)
 
 
 def test_what_is_changed_in_place_before_the_backward_is_noticed():

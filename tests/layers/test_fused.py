@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LongformerConfig, LongformerModel
 
 import hf_lora
 from hf_lora.functional import composed
@@ -298,6 +299,21 @@ class TestFallingBack:
             assert all(g.dtype == torch.float32 for g in found)
             trials.append((found, plain, in_float64(model, INPUTS)))
         assert_rounded_alike(*trials)
+
+    def test_a_model_that_edits_what_its_layers_give(self):
+        """Longformer divides its queries in place."""
+        torch.manual_seed(0)
+        config = LongformerConfig(
+            vocab_size=48,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            attention_window=4,
+        )
+        model = hf_lora.wrap(LongformerModel(config), "all-linear", r=4).train()
+        assert_rounded_alike(*trials(model, {"input_ids": torch.arange(16).view(2, 8) + 2}))
 
     def test_mixed_types_fail_as_the_plain_layer_does(self):
         layer = hf_lora.LoRALinear(nn.Linear(8, 8), 2)
