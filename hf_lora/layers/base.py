@@ -135,6 +135,7 @@ def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
     host = type(module)
     module.__class__ = cls
     module.__dict__["lora_routing"] = routing
+    routing.sharing.reconsider()
     rebind_forwards(module, module, host)
     if split_of(module) is not None:
         module.__dict__[COMPUTES_LOCALLY] = True

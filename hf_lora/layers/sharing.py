@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_lora.layers.arguments import check_arguments
 from hf_lora.layers.hooks import Hooks
-from hf_lora.layers.tracing import same_input_groups
+from hf_lora.layers.tracing import may_share, same_input_groups
 
 _PATIENCE = 3
 """How often a layer may fail to come before it is left out; an exception in between counts."""
@@ -38,6 +38,7 @@ class Sharing:
 
     def __init__(self) -> None:
         self.traced = False
+        self._needed = True
         self.hooks = Hooks()
         """The hooks on the model's modules."""
 
@@ -65,8 +66,15 @@ class Sharing:
         ):
             return
         self.traced = True
+        self._needed = may_share(model)
+        if not self._needed:
+            return
         for leader, *followers in same_input_groups(model, args, kwargs):
             self._followers[leader] = [weakref.ref(layer) for layer in followers]
+
+    def reconsider(self) -> None:
+        """Ask again whether a trace is needed, as there is another layer."""
+        self.traced &= self._needed
 
     def watch(self, model: nn.Module) -> None:
         """Have the model traced when it is first trained."""
