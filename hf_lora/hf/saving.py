@@ -27,6 +27,7 @@ from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Adapter, Registry, wrapped
+from hf_lora.model.unfrozen import adopt_unfrozen
 from hf_lora.sharding import all_whole, is_spread, reshard
 from hf_lora.targets import shortest_names
 
@@ -90,6 +91,7 @@ def save_state(
     """
     model, registry = found or wrapped(model)
     registry.check_in_place(model)
+    adopt_unfrozen(model, registry)
     names = registry.adapters if adapter is None else registry.select(adapter)
     to = as_dtype(dtype)
     reshard(model)

@@ -11,6 +11,7 @@ from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
 from hf_lora.layers.parallel import here
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Registry
+from hf_lora.model.unfrozen import adopt_unfrozen
 from hf_lora.sharding import in_parts
 
 _REASONS = (
@@ -38,7 +39,8 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
 
     Raises:
         GradientError: Everything is frozen, or what is not is not active.
-        StateError: The model is merged, or TRL would write into the reference model.
+        StateError: The model is merged, or TRL would write into the reference model, or parameters
+            of the base were unfrozen that no file could hold.
 
     Warns:
         HfLoRAWarning: An adapter trains at another strength than it is saved and loaded with.
@@ -67,6 +69,7 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
                 HfLoRAWarning,
                 stacklevel=2,
             )
+    adopt_unfrozen(model, registry)
     weighed = [
         f"{name}: {factor:g}"
         for name, factor in registry.routing.now().chosen

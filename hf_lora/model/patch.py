@@ -223,15 +223,21 @@ def attach(
                 adapter.slots[path] = slot
             for top in trained:
                 for path, module in _with_tensors(modules[top], top):
-                    copies = _as_trained(module, registry, path)
-                    with present(module):
-                        copies.lora_add_copy(name, chosen_dtype(config))
+                    train_module(registry, name, path, module)
             if is_spread(model):
                 spread(model, registry, name, drawn=init is not None)
     except BaseException:
         detach(registry, name)
         raise
     return adapter
+
+
+def train_module(registry: Registry, name: str, path: str, module: nn.Module) -> TrainedModule:
+    """Give an adapter copies of a module's own tensors, and return the module as it is then."""
+    copies = _as_trained(module, registry, path)
+    with present(module):
+        copies.lora_add_copy(name, chosen_dtype(registry.adapter(name).config))
+    return copies
 
 
 def detach(registry: Registry, name: str) -> None:
@@ -242,6 +248,10 @@ def detach(registry: Registry, name: str) -> None:
     for path, layer in list(registry.layers.items()):
         if not layer.lora_slots:
             restore_class(registry.layers.pop(path))
+    for adopted in registry.adopted:
+        if adopted.adapter == name:
+            adopted.give_back()
+    registry.adopted = [adopted for adopted in registry.adopted if adopted.adapter != name]
     for path, module in list(registry.copies.items()):
         if name in module.lora_copies:
             module.lora_remove_copy(name)

@@ -46,6 +46,24 @@ class Adapter:
 
 
 @dataclasses.dataclass
+class Adopted:
+    """A Parameter of the base that became an adapter's copy; the base has its values in another."""
+
+    adapter: str
+    module: TrainedModule
+    role: str
+    parameter: nn.Parameter
+
+    def give_back(self) -> None:
+        """Put the Parameter where it was, with the values that the base has."""
+        kept = self.module._parameters[self.role]
+        if kept is not self.parameter and kept is not None:
+            self.parameter.data = kept.data
+            self.parameter.requires_grad = False
+            self.module._parameters[self.role] = self.parameter
+
+
+@dataclasses.dataclass
 class Registry:
     """The adapters of one model and the modules that carry them."""
 
@@ -70,6 +88,9 @@ class Registry:
 
     repacked: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
     """Quantized layers whose packing for inference was switched off, and what they said before."""
+
+    adopted: list["Adopted"] = dataclasses.field(default_factory=list)
+    """Parameters of the base that were unfrozen, and are an adapter's copies until it goes."""
 
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the model object itself had under the names of methods that are replaced on it."""
