@@ -115,7 +115,7 @@ def check_gradients(model: nn.Module, registry: Registry) -> None:
     missing: list[str] = []
     reached = False
     for name in registry.adapters:
-        tensors = _trainable(registry, name)
+        tensors = _own(registry, name)
         without = [key for key, parameter in tensors.items() if parameter.grad is None]
         reached = reached or len(without) < len(tensors)
         if without and name not in registry.routing.active:
@@ -145,7 +145,7 @@ def check_optimizer(model: nn.Module, registry: Registry, optimizer: Any) -> Non
     held = [tensor for group in groups for tensor in group["params"]]
     wanted: dict[str, nn.Parameter] = {}
     for name in registry.routing.active:
-        wanted |= _trainable(registry, name)
+        wanted |= _own(registry, name)
     ids = {id(tensor) for tensor in held}
     missing = {key: tensor for key, tensor in wanted.items() if id(tensor) not in ids}
     if not missing or not held or _are_replaced([*held, *wanted.values()]):
@@ -204,7 +204,7 @@ def check_finite(registry: Registry) -> None:
 
 def nothing_trains(model: nn.Module, registry: Registry) -> GradientError:
     """Return the error for a run in which no gradient reaches any adapter."""
-    keys = [key for name in registry.routing.active for key in _trainable(registry, name)]
+    keys = [key for name in registry.routing.active for key in _own(registry, name)]
     return GradientError(
         listing(
             "No adapter tensor received a gradient, so training would change nothing",
@@ -216,6 +216,12 @@ def nothing_trains(model: nn.Module, registry: Registry) -> GradientError:
 
 def _trainable(registry: Registry, name: str) -> dict[str, nn.Parameter]:
     return {key: p for key, p in registry.parameters(name) if p.requires_grad}
+
+
+def _own(registry: Registry, name: str) -> dict[str, nn.Parameter]:
+    """Return what trains of an adapter, without what somebody unfroze beside it."""
+    beside = {id(adopted.parameter) for adopted in registry.adopted}
+    return {key: p for key, p in _trainable(registry, name).items() if id(p) not in beside}
 
 
 def _state(registry: Registry, name: str) -> str:

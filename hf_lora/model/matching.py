@@ -79,8 +79,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
     tree = Tree(model)
     named = tree.trained(config.train or (), problems)
     fresh, unfilled = tree.unfilled(config.train, named)
-    named = {path: None for path in named if not inside(path, fresh)}
-    trained = {path: None for path in tree.modules if path in fresh or path in named}
+    trained = {path: None for path in named if not inside(path, fresh)} | dict.fromkeys(fresh)
     excluded = tree.excluded(config.exclude, problems)
     meant = tree.targets(config, problems)
     left_out: dict[str, str] = {}
