@@ -82,8 +82,8 @@ def _train(
     # it prints to stdout, which belongs to the result
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Bars(bars, f"learning rate {rate:g}"))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    begun = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
+    result = trainer.train(resume_from_checkpoint=begun)
     loss = _eval_loss(trainer) if examples.eval else math.nan
     return Try(
         learning_rate=rate,

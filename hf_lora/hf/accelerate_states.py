@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import inspect
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from hf_lora.errors import ConfigError, StateError
+from hf_lora.errors import AdapterFileError, ConfigError, StateError
+from hf_lora.files.manifest import begin_manifest, finish_manifest, has_manifest, is_unfinished
+from hf_lora.hf.checkpoints import (
+    Verdict,
+    check_whole,
+    damage,
+    newest_whole,
+    numbered,
+    random_states,
+)
 from hf_lora.hf.optimizer_state import whole_states
 from hf_lora.hf.resuming import restore_checkpoint
 from hf_lora.hf.saving import save_state
@@ -19,6 +31,8 @@ from hf_lora.model.registry import find
 from hf_lora.sharding import is_spread
 
 _MARK = "_hf_lora_registered"
+_NUMBERED = r"checkpoint_(\d+)"
+_RANDOM_STATE = re.compile(r"random_states_(\d+)\.pkl")
 
 
 def register(accelerator: Any) -> None:
@@ -29,7 +43,9 @@ def register(accelerator: Any) -> None:
     - ``accelerator.save_state(folder)`` writes the adapter, in PEFT's format, into the folder
       itself (that of a second model into ``models/1`` inside), beside what accelerate keeps there;
     - ``accelerator.load_state(folder)`` puts it back, exactly. The folder may come from another
-      number of processes, with FSDP2 or without;
+      number of processes, with FSDP2 or without. A state that is not whole, because its save was
+      cut short or a file was lost or damaged, is refused; of those that accelerate numbers itself
+      the newest whole one is taken;
     - ``accelerator.save_model(model, folder)`` writes the adapter, as :func:`hf_lora.save` does.
 
     Every process calls these, as accelerate asks; the main one writes. Models that are not wrapped
@@ -55,8 +71,8 @@ def register(accelerator: Any) -> None:
     accelerator.register_save_state_pre_hook(functools.partial(_save_models, accelerator))
     accelerator.register_load_state_pre_hook(functools.partial(_load_models, accelerator))
     for name, function in (
-        ("save_state", _state),
-        ("load_state", _state),
+        ("save_state", _save_state),
+        ("load_state", _load_state),
         ("save_model", _save_model),
     ):
         method = getattr(accelerator, name)
@@ -66,6 +82,8 @@ def register(accelerator: Any) -> None:
 
 def _save_models(accelerator: Any, models: list[nn.Module], weights: list, folder: str) -> None:
     """Save the adapters of wrapped models, and take these out of what accelerate saves."""
+    if _has_ours(accelerator) and _here(accelerator):
+        begin_manifest(Path(folder))
     for index in reversed(range(len(models))):
         if find(models[index]) is not None:
             _save(accelerator, models[index], _place(folder, index))
@@ -102,14 +120,22 @@ def _save_model(
 
 
 def _save(accelerator: Any, model: nn.Module, folder: Path) -> None:
-    each_node = accelerator.project_configuration.save_on_each_node
-    here = accelerator.is_local_main_process if each_node else accelerator.is_main_process
+    here = _here(accelerator)
     if is_spread(model):
         save_state(model, folder, writes=here)
     elif dist.is_initialized():
         write_together(lambda: _write(model, folder), here=here)
     else:
         _write(model, folder)
+
+
+def _here(accelerator: Any) -> bool:
+    each_node = accelerator.project_configuration.save_on_each_node
+    return accelerator.is_local_main_process if each_node else accelerator.is_main_process
+
+
+def _has_ours(accelerator: Any) -> bool:
+    return any(find(model) is not None for model in accelerator._models)
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -119,6 +145,57 @@ def _write(model: nn.Module, folder: Path) -> None:
 def _place(folder: str, index: int) -> Path:
     # below a folder that is no adapter's, so that it is not taken for one of the first model's
     return Path(folder, "models", str(index)) if index else Path(folder)
+
+
+def _save_state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Save a state with a manifest, by which a state that is not whole can be told."""
+    ours = _has_ours(accelerator)
+    given = inspect.signature(original).bind(*args, **kwargs).arguments.get("output_dir")
+    # accelerate refuses folders of its own naming that exist; those are begun once it has made them
+    automatic = accelerator.project_configuration.automatic_checkpoint_naming
+    if ours and given is not None and not automatic and _here(accelerator):
+        begin_manifest(Path(given))
+    saved = _state(accelerator, original, *args, **kwargs)
+    accelerator.wait_for_everyone()
+    if ours and _here(accelerator):
+        finish_manifest(Path(saved))
+    return saved
+
+
+def _load_state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load a state that is whole: the one that is named, or the newest of accelerate's naming.
+
+    Raises:
+        AdapterFileError: It is not, or none of them is.
+    """
+    given = inspect.signature(original).bind(*args, **kwargs)
+    wanted = given.arguments.get("input_dir")
+    automatic = accelerator.project_configuration.automatic_checkpoint_naming
+    judge, reads = functools.partial(_judge, accelerator), accelerator.is_local_main_process
+    if _has_ours(accelerator) and wanted is not None and os.path.isdir(os.path.expanduser(wanted)):
+        named = Path(os.path.expanduser(wanted))
+        check_whole(named, numbered(named.parent, _NUMBERED), judge, reads=reads)
+    elif _has_ours(accelerator) and wanted is None and automatic:
+        directory = Path(accelerator.project_dir, "checkpoints")
+        there = numbered(directory, _NUMBERED)
+        newest = newest_whole(there, judge, reads=reads) if there else None
+        if newest is None:
+            raise AdapterFileError(f"{directory} holds no state that was saved to its end.")
+        given.arguments["input_dir"] = str(newest)
+    return _state(accelerator, original, *given.args, **given.kwargs)
+
+
+def _judge(accelerator: Any, folder: Path) -> Verdict:
+    found = (_RANDOM_STATE.fullmatch(name) for name in os.listdir(folder))
+    numbers = {match[1] for match in found if match}
+    faults = damage(folder)
+    if not numbers and not has_manifest(folder):
+        # accelerate would say nothing of it
+        faults.append("random_states_0.pkl, which is written last, is missing")
+    # a run of one process gives its file a number as well
+    random = random_states({""} if numbers == {"0"} else numbers, accelerator.num_processes)
+    unfinished = is_unfinished(folder) or not (numbers or has_manifest(folder))
+    return Verdict((*faults, *random.faults), random.lacks, unfinished=unfinished)
 
 
 def _state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

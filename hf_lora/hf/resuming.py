@@ -39,7 +39,7 @@ def adapters_of_checkpoint(
     directory = Path(checkpoint)
     if not os.path.isdir(directory):
         raise AdapterMismatchError(f"{directory} is not a folder, so it is no checkpoint.")
-    there = _adapters_in(directory)
+    there = adapters_in(directory)
     here = {name: adapter_folder(directory, name) for name in registry.adapters}
     if there != set(here.values()):
         found = ", ".join(sorted(_shown(directory, folder) for folder in there)) or "no adapter"
@@ -51,7 +51,8 @@ def adapters_of_checkpoint(
     return here
 
 
-def _adapters_in(checkpoint: Path) -> set[Path]:
+def adapters_in(checkpoint: Path) -> set[Path]:
+    """Return the adapter folders of a checkpoint: itself, and those right below it."""
     inside = {folder for folder in checkpoint.iterdir() if folder.is_dir()}
     return {folder for folder in {checkpoint, *inside} if is_adapter_folder(folder)}
 

@@ -42,7 +42,7 @@ def write_together(write: Callable[[], None], *, here: bool) -> None:
             write()
     except Exception as error:  # the others must not wait for a process that has given up
         fault = error
-    faults = _from_all(None if fault is None else f"{fault}")
+    faults = from_all(None if fault is None else f"{fault}")
     if fault is not None:
         raise fault
     for rank, text in enumerate(faults):
@@ -68,7 +68,7 @@ def folder_for_all(model: nn.Module, find: Callable[[], Path]) -> Iterator[Path]
         folder = find()
     except (HfLoRAError, OSError) as error:
         fault = error
-    have = _from_all(folder is not None and (folder / WEIGHTS_FILE).is_file())
+    have = from_all(folder is not None and (folder / WEIGHTS_FILE).is_file())
     if all(have) or not any(have):
         if folder is None:
             assert fault is not None
@@ -91,7 +91,8 @@ def folder_for_all(model: nn.Module, find: Callable[[], Path]) -> Iterator[Path]
         yield copy
 
 
-def _from_all(value: Any) -> list[Any]:
+def from_all(value: Any) -> list[Any]:
+    """Return what each process hands in, by rank; all of them must call this."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found

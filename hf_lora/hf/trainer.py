@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_lora.files.manifest import finish_manifest, has_manifest
 from hf_lora.hf import trainer_fsdp
 from hf_lora.hf.base_on_hub import hub_base
 from hf_lora.hf.in_front import Original
@@ -23,6 +24,11 @@ from hf_lora.hf.trainer_card import create_model_card
 from hf_lora.hf.trainer_deepspeed import check_loaded, engines_without_base
 from hf_lora.hf.trainer_optimizer import description_kept
 from hf_lora.hf.trainer_push import bring_adapters, name_for_others
+from hf_lora.hf.trainer_resume import (
+    resuming,
+    run_epoch,
+    save_checkpoint,
+)
 from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropout_off
 from hf_lora.hf.training_run import run_of
 from hf_lora.hf.unused import reaches_all
@@ -50,6 +56,12 @@ class LoRATrainerMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card; takes the arguments of ``Trainer.create_model_card``."""
         create_model_card(super().create_model_card, self, *args, **kwargs)  # type: ignore[misc]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        return run_epoch(super()._run_epoch, self, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        save_checkpoint(super()._save_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         load_from_checkpoint(super()._load_from_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
@@ -79,6 +91,7 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         GradientError: Nothing of the model trains, no gradient reaches any adapter, or the
             optimizer holds none.
+        AdapterFileError: The checkpoint to resume from, or each that is there, is not whole.
         StateError: The model is merged, or the run would write into the base.
     """
     found = _ours(trainer.model)
@@ -93,7 +106,11 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         switch_dropout_off(found[1])
     _add_gradient_check(trainer)
     try:
-        with description_kept(trainer), engines_without_base(trainer.accelerator):
+        with (
+            resuming(original, trainer, args, kwargs) as (args, kwargs),
+            description_kept(trainer),
+            engines_without_base(trainer.accelerator),
+        ):
             result = original(*args, **kwargs)
     except RuntimeError as error:
         if _NO_GRAPH not in str(error):
@@ -163,6 +180,8 @@ def push_from_checkpoint(original: Original, trainer: Any, checkpoint_folder: st
         pushed = [output, checkpoint] if strategy in _WITH_CHECKPOINTS else [output]
         for folder in pushed:
             name_for_others(model, registry, folder, hub_base(base_name(model)))
+        if checkpoint in pushed and has_manifest(checkpoint):
+            finish_manifest(checkpoint)  # its adapters may have got another base's name
     original(checkpoint_folder)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_lora.hf import trainer, trainer_fsdp
+from hf_lora.hf import trainer, trainer_fsdp, trainer_resume
 from hf_lora.hf.after_import import no_longer, when_imported
 from hf_lora.hf.in_front import missing_parts, put_in_front, take_off, warn_of_missing
 from hf_lora.hf.trainer_card import create_model_card
@@ -21,6 +21,8 @@ _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
             "_load_from_checkpoint": trainer.load_from_checkpoint,
             "_load_best_model": trainer.load_best_model,
             "_push_from_checkpoint": trainer.push_from_checkpoint,
+            "_save_checkpoint": trainer_resume.save_checkpoint,
+            "_run_epoch": trainer_resume.run_epoch,
             "_build_accelerator_args": trainer.build_accelerator_args,
             "save_model": trainer_fsdp.save_model,
             "_save_optimizer_and_scheduler": trainer_fsdp.save_optimizer_and_scheduler,

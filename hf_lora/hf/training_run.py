@@ -49,7 +49,9 @@ class Run:
         ids = _listed(given.get("dataset_tags")) or [name for name in names if _is_id(name)]
         ids = ids or ([] if names else list(self.datasets))
         words = [name for name in names if name not in ids] + _listed(given.get("dataset_args"))
-        losses = [log["train_loss"] for log in self.history if "train_loss" in log]
+        # that of a resumed run which was finished already is none
+        ends = [log for log in self.history if log.get("train_steps_per_second", 1)]
+        losses = [log["train_loss"] for log in ends if "train_loss" in log]
         tasks = _listed(given.get("tasks"))
         extra = {name: given.get(name) for name in ("language", *LICENSE_FIELDS)}
         extra["tags"] = [*_listed(given.get("tags")), *self.tags]

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_lora
+from hf_lora.files.manifest import MANIFEST_FILE
 from tests.distributed import bytes_worker
 from tests.distributed.deepspeed_worker import (
     FEW,
@@ -95,6 +96,7 @@ def trainers(folder: Path) -> dict[str, Any]:
             shutil.copytree(folder / kind / "checkpoint-2", mixed)
             later = folder / kind / "checkpoint-4" / "adapter_model.safetensors"
             shutil.copy(later, mixed / later.name)
+            (mixed / MANIFEST_FILE).unlink()  # which would say so at once
         dist.barrier()
         told[f"{kind} mixed"] = refusal(lambda kind=kind, at=mixed: run(folder, kind, "never", at))
     return told

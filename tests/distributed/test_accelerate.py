@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import hf_lora
+from hf_lora.files.manifest import MANIFEST_FILE
 from tests.distributed import fsdp_worker
 from tests.distributed.accelerate_worker import KINDS, Loop, equal
 from tests.distributed.launch import ROOT, environment, launch, torchrun
@@ -37,7 +38,7 @@ def test_a_state_holds_the_adapter_and_resumes_to_the_bit(exchanged: Any, kind: 
     told = exchanged[1][kind]
     second = {"ddp": ["model.safetensors"], "fsdp": []}[kind]  # the model that is not wrapped
     randoms = [f"random_states_{rank}.pkl" for rank in (0, 1)]
-    assert told["files"] == sorted([*ADAPTER, *second, "optimizer.bin", *randoms])
+    assert told["files"] == sorted([*ADAPTER, *second, MANIFEST_FILE, "optimizer.bin", *randoms])
     assert told["loaded"] is True
     assert told["goes on"] is True
     assert (
@@ -59,7 +60,8 @@ def test_one_process_and_two_load_each_others_state(exchanged: Any, kind: str):
     # one process has the second model beside, as the two under DDP had
     if kind == "ddp":
         loop = Loop("alone", seed=9)
-        loop.accelerator.load_state(str(folder / kind))
+        with pytest.warns(hf_lora.HfLoRAWarning, match="of a run of 2 processes"):
+            loop.accelerator.load_state(str(folder / kind))
         assert training.same(training.in_file_names(loop.model), training.saved(folder / kind))
 
 
@@ -104,6 +106,7 @@ def test_a_state_of_another_adapter_is_refused(tmp_path: Path):
     loop = Loop("alone", seed=1)
     loop.accelerator.save_state(str(tmp_path))
     hf_lora.save(training.wrapped(r=2), tmp_path)
+    (tmp_path / MANIFEST_FILE).unlink()  # which would say so at once
     before = training.adapter_tensors(loop.model)
     with pytest.raises(hf_lora.AdapterMismatchError, match="another adapter"):
         loop.accelerator.load_state(str(tmp_path))

@@ -10,7 +10,8 @@ from tests.hub_server import HubServer
 
 WEIGHTS = {"adapter_config.json", "adapter_model.safetensors"}
 PUSHED = WEIGHTS | {"training_args.bin", "tokenizer.json", "tokenizer_config.json"}
-STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} | PUSHED
+STATES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+STATE = STATES | {"checkpoint_manifest.json"} | PUSHED
 
 TRAINER = """
 from transformers import Trainer, TrainingArguments

@@ -184,7 +184,9 @@ class TestMixin:
     def test_with_both_nothing_happens_twice(self, tmp_path: Path):
         trainer = training.trainer(training.wrapped(), tmp_path, Mixed, max_steps=1, save_steps=1)
         trainer.train()
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        with pytest.warns(HfLoRAWarning) as told:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert [w.category for w in told] == [HfLoRAWarning]  # nothing was left to train
         checks = [c for c in trainer.callback_handler.callbacks if isinstance(c, GradientCheck)]
         assert len(checks) == 1
 

@@ -32,6 +32,7 @@ LENGTH = 10
 CHECKPOINT = {
     "adapter_config.json",
     "adapter_model.safetensors",
+    "checkpoint_manifest.json",
     "optimizer.pt",
     "rng_state.pth",
     "scheduler.pt",
