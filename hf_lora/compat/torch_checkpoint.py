@@ -1,10 +1,11 @@
 """Activation checkpointing: the functions that PyTorch runs again in the backward pass.
 
-Seen on PyTorch 2.13. Both ways are changed where every caller passes, however it came by
-``checkpoint``: the autograd function of the reentrant one, and the class whose instance holds what
-the other will run.
+Seen on PyTorch 2.13, and on DeepSpeed 0.19, which has two ways of its own. All are changed where
+every caller passes, however it came by ``checkpoint``: the autograd function of a reentrant one,
+and the class whose instance holds what the other will run.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +27,36 @@ def keep_functions(keep: Callable[[Function], Function]) -> None:
     """
     if hasattr(checkpoints.CheckpointFunction, _MARK):
         return
-    _keep_reentrant(keep)
+    _keep_reentrant(checkpoints.CheckpointFunction, keep)
     _keep_other(keep)
-    setattr(checkpoints.CheckpointFunction, _MARK, True)
 
 
-def _keep_reentrant(keep: Callable[[Function], Function]) -> None:
-    original = checkpoints.CheckpointFunction.forward
+def keep_functions_of_deepspeed(module: Any, keep: Callable[[Function], Function]) -> None:
+    """Do the same for DeepSpeed's module of that name, ``activation_checkpointing.checkpointing``.
 
-    def forward(ctx: Any, run_function: Function, preserve_rng_state: bool, *args: Any) -> Any:
-        return original(ctx, keep(run_function), preserve_rng_state, *args)
+    Raises:
+        AttributeError: This version of DeepSpeed does it in another way.
+    """
+    if hasattr(module.CheckpointFunction, _MARK):
+        return
+    original = module.non_reentrant_checkpoint
 
-    checkpoints.CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign]
+    @functools.wraps(original)
+    def non_reentrant_checkpoint(function: Function, *args: Any) -> Any:
+        return original(keep(function), *args)
+
+    _keep_reentrant(module.CheckpointFunction, keep)
+    module.non_reentrant_checkpoint = non_reentrant_checkpoint
+
+
+def _keep_reentrant(owner: Any, keep: Callable[[Function], Function]) -> None:
+    original = owner.forward
+
+    def forward(ctx: Any, run_function: Function, *args: Any) -> Any:
+        return original(ctx, keep(run_function), *args)
+
+    owner.forward = staticmethod(forward)
+    setattr(owner, _MARK, True)
 
 
 def _keep_other(keep: Callable[[Function], Function]) -> None:

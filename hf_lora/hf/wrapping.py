@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hf_lora.compat.torch_checkpoint import keep_functions_of_deepspeed
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError
 from hf_lora.files.read import read_folder
@@ -21,6 +22,7 @@ from hf_lora.hf.own_methods import uninstall
 from hf_lora.hf.together import folder_for_all
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.layers.offloading import guard_new_hooks
+from hf_lora.layers.routing import as_at_first
 from hf_lora.model.adapters import as_config
 from hf_lora.model.cores import core_of
 from hf_lora.model.patch import patch, unpatch
@@ -326,3 +328,8 @@ def _hook(model: nn.Module) -> None:
     instance.install_patches()
     diffusers_models.install()
     when_imported("accelerate.hooks", guard_new_hooks)
+    when_imported("deepspeed.runtime.activation_checkpointing.checkpointing", _keep_functions)
+
+
+def _keep_functions(module: Any) -> None:
+    keep_functions_of_deepspeed(module, as_at_first)

@@ -5,6 +5,8 @@ training without activation checkpointing.
 """
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -273,3 +275,11 @@ def test_the_parts_of_pytorch_are_changed_once():
     assert torch.utils.checkpoint.CheckpointFunction.forward is forward
     assert torch.utils.checkpoint._checkpoint_hook is hook
     assert hook.__mro__[1].__name__ == "_checkpoint_hook"
+
+
+def test_deepspeeds_own_two_ways_to_checkpoint():
+    """In a process of its own, because DeepSpeed changes the one that imports it."""
+    command = [sys.executable, "-m", "tests.distributed.checkpointing_worker"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("the same\n")
