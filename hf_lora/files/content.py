@@ -63,5 +63,8 @@ class Content:
     fan_in_fan_out: bool
     fingerprint: dict[str, Any] | None
 
+    base_changed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """In what the base is known not to be the one that is named; see ``hf.base_on_disk``."""
+
     labels: dict[str, Any] | None = None
     """The names of a classifier's labels; see ``files.labels``."""

@@ -22,8 +22,12 @@ HEADER_KEY = "hf_lora"
 ADAPTER_CONFIG = "adapter_config"
 """The entry that repeats ``adapter_config.json``."""
 
+BASE_CHANGED = "base_changed"
+"""The entry for what makes the base another than the one that is named."""
+
 _ENTRIES = {
     ADAPTER_CONFIG,
+    BASE_CHANGED,
     "config",
     "fingerprint",
     "format",
@@ -80,6 +84,8 @@ def make_header(content: Content, fields: Mapping[str, Any]) -> str:
         "slots": {path: dataclasses.asdict(slot) for path, slot in content.slots.items()},
         "trained": list(content.trained),
     }
+    if content.base_changed:
+        entries[BASE_CHANGED] = content.base_changed
     if content.labels is not None:
         entries[LABELS] = content.labels
     return json.dumps(entries)

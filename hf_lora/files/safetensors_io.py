@@ -167,6 +167,23 @@ class TensorFile:
                 tensor = flat.view(entry.dtype) if data else flat.to(entry.dtype)
                 yield name, tensor.reshape(entry.shape)
 
+    def pick(self, name: str, at: range) -> torch.Tensor:
+        """Return single numbers of a flattened floating-point tensor, as float32.
+
+        Raises:
+            AdapterFileError: As for :meth:`read`.
+        """
+        entry = self._entries[name]
+        size = entry.dtype.itemsize
+        data = bytearray()
+        with self._open() as (file, _):
+            for place in at:
+                file.seek(self._start + entry.start + place * size)
+                data += file.read(size)
+        if len(data) != size * len(at):
+            raise AdapterFileError(f"{self.path} became shorter while it was read")
+        return torch.frombuffer(data, dtype=entry.dtype).float() if data else torch.empty(0)
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[BinaryIO, int]]:
         with opened(self.path) as (file, size):

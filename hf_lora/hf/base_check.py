@@ -106,9 +106,9 @@ class _Comparison:
         then, now = self.then.vocabulary, self.base.vocabulary
         if then is not None and now is not None and now < then:
             self.lines_found.append(
-                f"the base had a vocabulary of {then} tokens, this model has {now}; "
-                f"model.resize_token_embeddings({then}) makes room, and "
-                "hf_lora.from_pretrained does so by itself"
+                f"the base had a vocabulary of {then} tokens, this model has {now}; load one with "
+                f"the added tokens (model.resize_token_embeddings({then}) makes room, with rows of "
+                "its own)"
             )
 
     def _compare_shapes(self, name: str, held: BaseTensor, recorded: Sample) -> None:

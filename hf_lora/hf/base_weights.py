@@ -59,7 +59,7 @@ class BaseTensors:
         self.ties: dict[str, str] = {}
         """Name of a tensor to the name of the same one in ``tensors``."""
 
-        self.vocabulary = _vocabulary(model)
+        self.vocabulary = vocabulary(model)
         found = find(model)
         originals = {id(each.module): each for each in found[1].originals} if found else {}
         first: dict[int, str] = {}
@@ -151,7 +151,7 @@ def _source(held: BaseTensor, at: range) -> tuple[torch.Tensor, range] | None:
     return values, range(len(values))
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary(model: nn.Module) -> int | None:
     """Return how many tokens the input embeddings have, if the model says which those are."""
     getter = getattr(model, "get_input_embeddings", None)
     if not callable(getter):

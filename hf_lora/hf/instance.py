@@ -23,6 +23,7 @@ from hf_lora.hf.hub import locate, push
 from hf_lora.hf.loading import load_folder
 from hf_lora.hf.own_methods import FLAG, OwnMethod
 from hf_lora.hf.pretrained import has_own_saving, is_pretrained
+from hf_lora.hf.save_merged import SaveMerged
 from hf_lora.hf.save_pretrained import save_pretrained
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import add_adapter, delete_adapter
@@ -97,6 +98,8 @@ def install(model: nn.Module) -> None:
         before = model.__dict__.get(name)
         if before is not None and name not in registry.methods and not _is_ours(name, before):
             registry.methods[name] = before
+            if isinstance(before, Bound) and isinstance(before.function, SaveMerged):
+                registry.merged_before = before.function.names
     if pretrained:
         # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
         model.__dict__[FLAG] = True

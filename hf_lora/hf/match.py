@@ -14,6 +14,7 @@ from hf_lora.errors import (
     listing,
 )
 from hf_lora.files.content import CONFIG_FILE, Factors
+from hf_lora.files.header import BASE_CHANGED
 from hf_lora.files.patterns import endings, parents
 from hf_lora.files.peft_targets import (
     TARGET_FIELDS,
@@ -23,6 +24,8 @@ from hf_lora.files.peft_targets import (
 )
 from hf_lora.files.read import AdapterFolder
 from hf_lora.hf.base_check import base_differences
+from hf_lora.hf.base_on_disk import describe_changes
+from hf_lora.hf.base_weights import vocabulary
 from hf_lora.hf.resolve import Resolution, resolve
 from hf_lora.hf.tasks import BY_PEFT, HEADS
 from hf_lora.layers.base import Slot
@@ -223,9 +226,10 @@ class _Matching:
     def _check_fit(self, key: str, place: Place) -> None:
         tensor, file = self._base_tensor(place), self.folder.file
         if file.shapes[key] != shape_of(tensor):
-            self.problems.append(
-                f"{key}: shape {file.shapes[key]}, in the model {shape_of(tensor)}"
-            )
+            there, here = file.shapes[key], shape_of(tensor)
+            tokens = here[:1] == (vocabulary(self.model),) and there[1:] == here[1:]
+            way = f"; model.resize_token_embeddings({there[0]}) makes room" if tokens else ""
+            self.problems.append(f"{key}: shape {there}, in the model {here}{way}")
         elif file.dtypes[key].is_floating_point != tensor.is_floating_point():
             self.problems.append(f"{key}: {file.dtypes[key]}, in the model {tensor.dtype}")
 
@@ -318,6 +322,11 @@ class _Matching:
         found = base_differences(fingerprint, self.model, self.names, others)
         if found:
             base = self.folder.base or "another model"
+            changed = (self.folder.header or {}).get(BASE_CHANGED)
+            if isinstance(changed, dict):
+                found += [
+                    f"the file says of its base: {line}" for line in describe_changes(changed)
+                ]
             raise BaseMismatchError(
                 listing(
                     f"{self.folder.directory} was trained on {base}, and this model's weights are "

@@ -1,21 +1,16 @@
 """Leaving a wrapped model for good with its adapters merged into it."""
 
-import dataclasses
-import functools
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_lora.files.other_kind import check_no_adapter
 from hf_lora.hf.instance import Bound, Owner
 from hf_lora.hf.own_methods import uninstall
 from hf_lora.hf.pretrained import is_pretrained
+from hf_lora.hf.save_merged import SaveMerged
 from hf_lora.merging.in_memory import keep_merged, merge
 from hf_lora.model.choices import Names
-from hf_lora.model.registry import Registry, wrapped
+from hf_lora.model.registry import wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +38,7 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     inner, registry = wrapped(model)
     if names is not None or not registry.routing.merged:
         merge(inner, names)
-    merged = (*merged_before(registry), *registry.routing.merged)
+    merged = (*registry.merged_before, *registry.routing.merged)
     keep_merged(inner)
     uninstall(inner, registry)
     if is_pretrained(inner):
@@ -52,31 +47,6 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
         earlier = own if mark is None else mark.earlier
         inner.__dict__[_METHOD] = Bound(SaveMerged(merged, earlier), Owner(inner))
     return inner  # type: ignore[return-value]
-
-
-def merged_before(registry: Registry) -> tuple[str, ...]:
-    """Return the names of the adapters that were merged into a model before it was wrapped."""
-    mark = _mark(registry.methods.get(_METHOD))
-    return () if mark is None else mark.names
-
-
-@dataclasses.dataclass(frozen=True)
-class SaveMerged:
-    """``save_pretrained`` of a merged model: in full, but not into an adapter's folder."""
-
-    names: tuple[str, ...]
-    """The adapters that were merged, in order."""
-
-    earlier: Callable[..., Any] | None
-    """What the model itself had as ``save_pretrained`` before; by default its class's."""
-
-    def __call__(
-        self, model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Save as ever, or raise SaveError."""
-        check_no_adapter(Path(save_directory))
-        save = self.earlier or functools.partial(type(model).save_pretrained, model)  # type: ignore[attr-defined]
-        return save(save_directory, *args, **kwargs)
 
 
 def _mark(method: Any) -> SaveMerged | None:

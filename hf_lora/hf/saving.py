@@ -17,6 +17,7 @@ from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
 from hf_lora.hf.base_check import take_fingerprint
+from hf_lora.hf.base_on_disk import base_changes, describe_changes
 from hf_lora.hf.base_weights import BaseTensors
 from hf_lora.hf.labels import labels_of
 from hf_lora.hf.peft_conversion import taken_for_experts
@@ -181,6 +182,8 @@ def collect(
             HfLoRAWarning,
             stacklevel=3,
         )
+    fingerprint = take_fingerprint(BaseTensors(model, together=together), trained)
+    purpose = _purpose(model, adapter.origin, base, trained_names)
     return Content(
         config=adapter.config,
         slots=slots,
@@ -189,10 +192,11 @@ def collect(
         target_names=_target_names(modules, slots.keys() - set(by_weight), trained),
         by_weight=by_weight,
         trained_names=trained_names,
-        **_purpose(model, adapter.origin, base, trained_names),
+        **purpose,
         fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
         labels=labels_of(model, copies),
-        fingerprint=take_fingerprint(BaseTensors(model, together=together), trained),
+        fingerprint=fingerprint,
+        base_changed=_base_changed(model, registry, purpose["base"], fingerprint),
     )
 
 
@@ -217,6 +221,28 @@ def _purpose(
         "task": task,
         "auto_mapping": auto_mapping(model) if task is None else None,
     }
+
+
+def _base_changed(
+    model: nn.Module, registry: Registry, base: str | None, fingerprint: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return, and warn of, what makes the base in memory another than the one that is named."""
+    if not is_first():
+        return {}
+    changes = base_changes(model, base_name(model), fingerprint, registry.merged_before)
+    if changes:
+        warnings.warn(
+            listing(
+                f"This adapter names {base or 'no base'} as its base, and the base that it was "
+                "trained on is another, which only this process has",
+                describe_changes(changes),
+                "hf_lora.from_pretrained will refuse what does not fit. Save the base in full as "
+                "well (before wrapping: model.save_pretrained(folder)), and load it from there.",
+            ),
+            HfLoRAWarning,
+            stacklevel=4,
+        )
+    return changes
 
 
 def _check_places(model: nn.Module, adapter: Adapter) -> None:

@@ -20,6 +20,7 @@ from hf_lora.hf.loading import load_folder
 from hf_lora.hf.match import MISSING
 from hf_lora.hf.own_methods import uninstall
 from hf_lora.hf.together import folder_for_all
+from hf_lora.hf.vocabulary import fit_vocabulary
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.layers.offloading import guard_new_hooks
 from hf_lora.layers.routing import as_at_first
@@ -268,6 +269,7 @@ def from_pretrained(
         model_kwargs.setdefault("token", token)
     model_kwargs |= label_arguments(content, model_kwargs)
     model, why = load_base(content, asked, model_class, model_kwargs)
+    fit_vocabulary(model, content)
     try:
         return load(model, folder, trainable=trainable, check_base=check_base, missing=missing)
     except BaseMismatchError:

@@ -95,6 +95,9 @@ class Registry:
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the model object itself had under the names of methods that are replaced on it."""
 
+    merged_before: tuple[str, ...] = ()
+    """The adapters that were merged into the base for good before it was wrapped."""
+
     def adapter(self, name: str) -> Adapter:
         """Return an adapter by name.
 

@@ -137,6 +137,7 @@ class TestAnAdapterIntoAModelsFolder:
         (tmp_path / file).write_bytes(b"")
         hf_lora.save(trained(tiny.Net()), tmp_path)
 
+    @pytest.mark.filterwarnings("ignore:This adapter names:hf_lora.errors.HfLoRAWarning")
     def test_after_a_merge_into_the_models_own_folder(self, tmp_path: Path):
         merged = hf_lora.merge_and_unwrap(trained(llama()))
         merged.save_pretrained(tmp_path)
