@@ -255,7 +255,17 @@ def _resize_token_embeddings(
     return embeddings
 
 
+def _dequantize(model: nn.Module, *_: Any, **__: Any) -> None:
+    """Refuse to replace the layers that carry adapters by new ones."""
+    raise StateError(
+        "dequantize() would put new layers in the place of those that carry adapters. Take the "
+        "adapters over by way of a folder: hf_lora.save(model, folder), hf_lora.unwrap(model), "
+        "model.dequantize(), hf_lora.load(model, folder)."
+    )
+
+
 _METHODS = {
+    "dequantize": _dequantize,
     "resize_token_embeddings": _resize_token_embeddings,
     "save_pretrained": save_pretrained,
     "push_to_hub": _push_to_hub,

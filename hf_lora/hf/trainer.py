@@ -33,6 +33,7 @@ from hf_lora.hf.training_checks import check_ready, nothing_trains, switch_dropo
 from hf_lora.hf.training_run import run_of
 from hf_lora.hf.unused import reaches_all
 from hf_lora.model.registry import Registry
+from hf_lora.model.watch import heads_heard
 
 _WITH_CHECKPOINTS = ("checkpoint", "all_checkpoints")
 _NO_GRAPH = "does not require grad"
@@ -49,6 +50,14 @@ class LoRATrainerMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; takes the arguments of ``Trainer.train``."""
         return train(super().train, self, *args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute a step; takes the arguments of ``Trainer.training_step``."""
+        return training_step(super().training_step, self, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; takes the arguments of ``Trainer.evaluation_loop``."""
+        return evaluation_loop(super().evaluation_loop, self, *args, **kwargs)  # type: ignore[misc]
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         return build_accelerator_args(super()._build_accelerator_args, self, **kwargs)  # type: ignore[misc]
@@ -122,6 +131,32 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if any(parameter.requires_grad for _, parameter in registry.parameters(name)):
             registry.adapter(name).training = run
     return result
+
+
+def training_step(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute a step, with what carries adapters in its place and heard in the loss.
+
+    Raises:
+        StateError: Adapted layers were replaced since.
+    """
+    found = _ours(trainer.model)
+    if found is None:
+        return original(*args, **kwargs)
+    found[1].gradients_checked = not _own_format(trainer)
+    try:
+        with heads_heard(*found, "step"):
+            return original(*args, **kwargs)
+    finally:
+        found[1].gradients_checked = False
+
+
+def evaluation_loop(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate, with what carries adapters in its place and heard in what is computed."""
+    found = _ours(trainer.model)
+    if found is None:
+        return original(*args, **kwargs)
+    with heads_heard(*found, "evaluation"):
+        return original(*args, **kwargs)
 
 
 def build_accelerator_args(original: Original, trainer: Any, **kwargs: Any) -> dict[str, Any]:

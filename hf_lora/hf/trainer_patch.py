@@ -27,6 +27,8 @@ _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
             "save_model": trainer_fsdp.save_model,
             "_save_optimizer_and_scheduler": trainer_fsdp.save_optimizer_and_scheduler,
             "_load_optimizer_and_scheduler": trainer_fsdp.load_optimizer_and_scheduler,
+            "training_step": trainer.training_step,
+            "evaluation_loop": trainer.evaluation_loop,
         },
     ),
     # the base of TRL's trainers overrides this one method

@@ -18,6 +18,7 @@ from torch import nn
 from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
+from hf_lora.layers.casting import sparing
 from hf_lora.layers.forwards import rebind_forwards
 from hf_lora.layers.fused import fused_forward, fused_on_top, is_ordinary, taken
 from hf_lora.layers.materializing import keep_values, refill, set_whole
@@ -84,9 +85,9 @@ class Patched(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Move or cast as ever, but let no tensor of ours come out of ``to_empty`` as garbage."""
+        """Move or cast, but let no tensor of ours lose precision or come out as garbage."""
         kept = keep_values(self, fn)
-        result = super()._apply(fn, *args, **kwargs)
+        result = super()._apply(sparing(self, fn), *args, **kwargs)
         refill(self, kept)
         return result
 

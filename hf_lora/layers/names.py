@@ -12,6 +12,9 @@ from hf_lora.errors import ConfigError
 DEFAULT = "default"
 """The adapter whose parameters carry no suffix, as in the texts that LoRA is taught with."""
 
+REGISTRY = "_hf_lora"
+"""The attribute of a wrapped model under which its registry is kept."""
+
 LORA_A = "lora_A"
 LORA_B = "lora_B"
 

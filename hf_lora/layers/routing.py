@@ -52,6 +52,9 @@ class Routing:
         self.plain = False
         """Whether every layer takes the plain path: the oracle of the fused one."""
 
+        self.owned = False
+        """Whether it is a wrapped model's, and not that of a layer which was built by itself."""
+
         self.sharing = Sharing()
         """Which layers read the same tensor and are computed together."""
 

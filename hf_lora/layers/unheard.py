@@ -16,9 +16,6 @@ from torch import nn
 
 from hf_lora.layers.names import LORA_A
 
-_SET_UP = ("__init__", "init", "_init", "reset", "_reset")
-"""How methods begin that only fill the weights."""
-
 
 def unheard(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the path of every layer that is never called, or not in eval mode, to the reason."""
@@ -65,20 +62,34 @@ def reader_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | 
 
 @functools.cache
 def weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
-    """Return what lies below and has its ``weight`` read by the class's own code, by dotted paths.
+    """Return what lies below and has its ``weight`` read by the class's forward, by dotted paths.
 
-    As far as its source says. Reading a property of it (``self.wo.weight.dtype``) or asking for its
-    type does not count.
+    As far as the source of what its forward calls says. Reading a property of it
+    (``self.wo.weight.dtype``) or asking for its type does not count.
     """
-    names: set[str] = set()
+    methods: dict[str, list[types.FunctionType]] = {}
     for cls in parent.__mro__:
         for name, value in vars(cls).items() if issubclass(cls, nn.Module) else ():
-            function = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
-            if function is None or name.startswith(_SET_UP):
-                continue
-            if "weight" in function.__code__.co_names:
+            if isinstance(value, types.FunctionType):
+                methods.setdefault(name, []).append(inspect.unwrap(value))  # type: ignore[arg-type]
+    # what only fills, prunes or fuses weights is not part of a forward
+    reached, left = {"forward"}, ["forward"]
+    names: set[str] = set()
+    while left:
+        for function in methods.get(left.pop(), ()):
+            spoken = _names(function.__code__)
+            new = (spoken & methods.keys()) - reached
+            reached |= new
+            left += new
+            if "weight" in spoken:
                 names.update(_reads(function))
     return frozenset(names)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the names that a function's code speaks of, also in functions inside of it."""
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _reads(function: Callable) -> Iterator[str]:

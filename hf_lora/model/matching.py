@@ -149,6 +149,7 @@ class Tree:
         self.unheard = unheard(self.modules)
         self.stacks = list(stacks(self.modules))
         self._meant: dict[str, list[str]] = {}
+        self._fits: bool | None = None
         self._trials: dict[tuple, str | None] = {}
 
     def meant(self, text: str) -> list[str]:
@@ -182,10 +183,24 @@ class Tree:
         # what is packed is tried when it is wrapped, once it is no longer packed for inference
         tried = not is_plain(module) and not is_packed(module)
         fault = self._trial(module) if tried else None
-        said = (fields for text, fields in config.overrides.items() if path in self.meant(text))
-        if fault is None and "r" not in next(said, {}) and rank_fault(module, config.r):
+        small = not self._has_own_rank(path, config) and rank_fault(module, config.r)
+        if fault is None and small and self._some_take(config):
             return f"smaller than r={config.r}"
         return fault
+
+    def _has_own_rank(self, path: str, config: LoRAConfig) -> bool:
+        said = (fields for text, fields in config.overrides.items() if path in self.meant(text))
+        return "r" in next(said, {})
+
+    def _some_take(self, config: LoRAConfig) -> bool:
+        """Say whether the rank fits some layer at all: if not, it is the rank that is wrong."""
+        if self._fits is None:
+            self._fits = any(
+                not rank_fault(self.modules[path], config.r)
+                for path in self.linear
+                if path not in self.head and not self._has_own_rank(path, config)
+            )
+        return self._fits
 
     def _trial(self, module: nn.Module) -> str | None:
         same = kind(module)

@@ -37,6 +37,7 @@ from hf_lora.model.registry import (
     wrapped,
 )
 from hf_lora.model.replicas import spread
+from hf_lora.model.watch import Places
 from hf_lora.partitions import have_engine
 from hf_lora.sharding import is_spread
 from hf_lora.targets import inside
@@ -229,6 +230,7 @@ def attach(
     except BaseException:
         detach(registry, name)
         raise
+    registry.places = Places(model, registry, registry.places)
     return adapter
 
 
@@ -243,6 +245,8 @@ def train_module(registry: Registry, name: str, path: str, module: nn.Module) ->
 def detach(registry: Registry, name: str) -> None:
     """Take an adapter's tensors away, and the patch off every module that carries no other."""
     adapter = registry.adapters.pop(name)
+    if registry.places is not None:
+        registry.places.stale = True
     for path in adapter.slots:
         registry.layers[path].lora_remove(name)
     for path, layer in list(registry.layers.items()):

@@ -10,16 +10,17 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
 from hf_lora.layers.base import LoRALayer, Patched, Slot, is_ours
+from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.merging import Original
-from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.names import LORA_A, LORA_B, REGISTRY, parameter_name
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.trained import TrainedModule
+from hf_lora.model import watch
 from hf_lora.model.cores import core_of
 from hf_lora.partitions import is_engine, is_partitioned, shape_of
 from hf_lora.sharding import is_sharded
 
-_ATTRIBUTE = "_hf_lora"
 _WRAPPERS = ("module", "_orig_mod")
 _OUTSIDE = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _OUTSIDE_CHILDREN = {"_orig_mod", "_fsdp_wrapped_module"}
@@ -85,6 +86,15 @@ class Registry:
 
     mesh: Any = None
     """Of a model under tensor parallelism: the processes over which adapters are spread."""
+
+    places: watch.Places | None = None
+    """Where the modules that carry adapters stood at the last forward."""
+
+    gradients_checked: bool = False
+    """While a Trainer runs whose first step says which tensors receive no gradient."""
+
+    heard: set[Any] = dataclasses.field(default_factory=set)
+    """The ways to compute in which an adapted output head was listened for."""
 
     repacked: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
     """Quantized layers whose packing for inference was switched off, and what they said before."""
@@ -188,10 +198,12 @@ class Registry:
             )
 
     def check_in_place(self, model: nn.Module) -> None:
-        """Raise StateError if a patched module was replaced, resized or offloaded since."""
+        """Raise StateError if a patched module was replaced, hidden, resized or offloaded since."""
         problems = []
+        there = set(model.modules())
         for path, module in (*self.layers.items(), *self.copies.items()):
-            fault = _absence(model, path, module) or _misfit(module)
+            fault = None if module in there else "is no longer part of the model: it was replaced"
+            fault = fault or _misfit(module)
             if fault:
                 problems.append(f"{path or 'the model itself'} {fault}")
         if problems:
@@ -199,7 +211,8 @@ class Registry:
                 listing(
                     "Adapted layers of this model are not what they were",
                     problems,
-                    "Resize embeddings, replace layers and offload before wrapping.",
+                    "Convert, quantize, replace or resize layers before wrapping; hf_lora.unwrap "
+                    "takes the adapters off, and what is in a folder loads again afterwards.",
                 )
             )
 
@@ -233,15 +246,9 @@ class Registry:
             )
 
 
-def _absence(model: nn.Module, path: str, module: nn.Module) -> str | None:
-    try:
-        found: Any = model.get_submodule(path)
-    except AttributeError:
-        found = None
-    return None if found is module else "is no longer part of the model: something replaced it"
-
-
 def _misfit(module: LoRALayer | TrainedModule) -> str | None:
+    if has_foreign_forward(module):
+        return "has a forward of another library's on the instance now, which hides its adapter"
     for name in module.lora_added():
         tensor = module._parameters.get(name)
         if tensor is not None and tensor.is_meta:
@@ -261,7 +268,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
     Looks through DDP, torch.compile and the modules of sentence-transformers.
     """
     while isinstance(model, nn.Module):
-        registry = model.__dict__.get(_ATTRIBUTE)
+        registry = model.__dict__.get(REGISTRY)
         if registry is not None:
             return model, registry
         inner = [model._modules[name] for name in _WRAPPERS if model._modules.get(name) is not None]
@@ -272,7 +279,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Say whether this very module was given to ``wrap`` or ``load``."""
-    return _ATTRIBUTE in vars(model)
+    return REGISTRY in vars(model)
 
 
 def registry_of(model: nn.Module) -> Registry:
@@ -335,20 +342,23 @@ def create(model: nn.Module) -> Registry:
     """
     check_fresh(model)
     registry = Registry()
+    registry.routing.owned = True
     for name, parameter in model.named_parameters(remove_duplicate=False):
         registry.base_flags[name] = parameter.requires_grad
     for parameter in model.parameters():
         parameter.requires_grad = False  # the method of that name fails on lazy modules
-    model.__dict__[_ATTRIBUTE] = registry
+    model.__dict__[REGISTRY] = registry
     registry.routing.enlist()
     registry.routing.sharing.watch(model)
+    watch.watch(model)
     return registry
 
 
 def forget(model: nn.Module) -> Registry:
     """Take the registry off the model and return it."""
     unwatch(model)
-    return model.__dict__.pop(_ATTRIBUTE)
+    watch.unwatch(model)
+    return model.__dict__.pop(REGISTRY)
 
 
 def discard(model: nn.Module) -> None:
