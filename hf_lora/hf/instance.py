@@ -26,9 +26,10 @@ from hf_lora.hf.pretrained import has_own_saving, is_pretrained
 from hf_lora.hf.save_merged import SaveMerged
 from hf_lora.hf.save_pretrained import save_pretrained
 from hf_lora.layers.names import DEFAULT
-from hf_lora.model.adapters import add_adapter, delete_adapter
+from hf_lora.model.adapters import add, as_config, delete_adapter
 from hf_lora.model.choices import Names, activate, active_adapters
 from hf_lora.model.registry import registry_of
+from hf_lora.model.transaction import Transaction
 
 
 class Owner:
@@ -171,15 +172,17 @@ def _load_adapter(
     """
     name = adapter_name or DEFAULT
     folder = locate(peft_model_id, revision=revision, subfolder=subfolder, token=token)
-    load_folder(
-        model,
-        folder,
-        adapter=name,
-        trainable=is_trainable,
-        check_base=check_base,
-        replace=replace or hotswap is True,
-    )
-    activate(model, name)
+    with Transaction(model) as change:
+        load_folder(
+            model,
+            folder,
+            adapter=name,
+            trainable=is_trainable,
+            check_base=check_base,
+            replace=replace or hotswap is True,
+        )
+        activate(model, name)
+        change.commit()
 
 
 def _add_adapter(
@@ -187,8 +190,10 @@ def _add_adapter(
 ) -> None:
     """Add a fresh adapter and use it; see :func:`hf_lora.add_adapter`."""
     name = adapter_name or DEFAULT
-    add_adapter(model, name, config=adapter_config)
-    activate(model, name)
+    with Transaction(model) as change:
+        add(model, name, as_config(None, adapter_config, {}))
+        activate(model, name)
+        change.commit()
 
 
 def _set_adapter(model: nn.Module, adapter_name: Names) -> None:

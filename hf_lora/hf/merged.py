@@ -8,9 +8,10 @@ from hf_lora.hf.instance import Bound, Owner
 from hf_lora.hf.own_methods import uninstall
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.save_merged import SaveMerged
-from hf_lora.merging.in_memory import keep_merged, merge
+from hf_lora.merging.in_memory import keep_merged, put_in
 from hf_lora.model.choices import Names
 from hf_lora.model.registry import wrapped
+from hf_lora.model.transaction import Transaction
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,9 +36,16 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     Raises:
         StateError, TargetError, ConfigError: As for :func:`hf_lora.merge`; the model is as it was.
     """
+    with Transaction(model) as change:
+        inner = _merge_and_unwrap(model, names)
+        change.commit()
+    return inner  # type: ignore[return-value]
+
+
+def _merge_and_unwrap(model: nn.Module, names: Names | None) -> nn.Module:
     inner, registry = wrapped(model)
     if names is not None or not registry.routing.merged:
-        merge(inner, names)
+        put_in(inner, names)
     merged = (*registry.merged_before, *registry.routing.merged)
     keep_merged(inner)
     uninstall(inner, registry)
@@ -46,7 +54,7 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
         mark = _mark(own)
         earlier = own if mark is None else mark.earlier
         inner.__dict__[_METHOD] = Bound(SaveMerged(merged, earlier), Owner(inner))
-    return inner  # type: ignore[return-value]
+    return inner
 
 
 def _mark(method: Any) -> SaveMerged | None:

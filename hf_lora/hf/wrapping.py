@@ -30,6 +30,7 @@ from hf_lora.model.patch import patch, unpatch
 from hf_lora.model.plan import Plan
 from hf_lora.model.planning import make_plan
 from hf_lora.model.registry import find, registry_of
+from hf_lora.model.transaction import Transaction
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,8 +75,10 @@ def wrap(
         ['0.lora_A', '0.lora_B']
     """
     inner = core_of(model) or model
-    patch(inner, as_config(targets, config, fields), adapter)
-    _hook(inner)
+    with Transaction(inner) as change:
+        patch(inner, as_config(targets, config, fields), adapter)
+        _hook(inner)
+        change.commit()
     return model
 
 
@@ -90,9 +93,11 @@ def unwrap(model: Model) -> Model:
     Raises:
         StateError: The model is not wrapped.
     """
-    registry = registry_of(model)
-    inner = unpatch(model)
-    uninstall(inner, registry)
+    with Transaction(model) as change:
+        registry = registry_of(model)
+        inner = unpatch(model)
+        uninstall(inner, registry)
+        change.commit()
     return inner  # type: ignore[return-value]
 
 
@@ -196,9 +201,12 @@ def load(
     if missing not in MISSING:
         raise ConfigError(f"missing is one of {', '.join(map(repr, MISSING))}, not {missing!r}")
     inner = core_of(model) or model
-    with folder_for_all(
-        inner, lambda: locate(source, revision=revision, subfolder=subfolder, token=token)
-    ) as folder:
+    with (
+        folder_for_all(
+            inner, lambda: locate(source, revision=revision, subfolder=subfolder, token=token)
+        ) as folder,
+        Transaction(inner) as change,
+    ):
         load_folder(
             inner,
             folder,
@@ -208,9 +216,10 @@ def load(
             missing=missing,
             replace=replace,
         )
-    found = find(inner)
-    assert found is not None
-    _hook(found[0])
+        found = find(inner)
+        assert found is not None
+        _hook(found[0])
+        change.commit()
     return model
 
 

@@ -7,7 +7,7 @@ accelerate keeps elsewhere it is the entry in that store that is exchanged, in t
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -54,6 +54,14 @@ class Original:
             else:
                 self.entries[name] = entry
                 entry.replace(merged[name])
+
+    def stored(self) -> Iterator[Entry]:
+        """Yield the entries of stores that :meth:`put_back` would change."""
+        yield from self.entries.values()
+        for name, now in standing(self.module, self.tensors).items():
+            entry = entry_of(self.module, name) if now.is_meta else None
+            if entry is not None:
+                yield entry
 
     def put_back(self) -> None:
         """Undo a merge: the tensors that stood there before stand there again.

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import tempfile
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Entry:
     def put_back(self) -> None:
         """Have the store hold again what it held."""
         self.table[self.key] = self.held
+
+    def as_it_is(self) -> Callable[[], None]:
+        """Return what has the store hold again what it holds now."""
+        now = self.table[self.key]
+        return lambda: self.table.__setitem__(self.key, now)
 
     def read(self) -> torch.Tensor:
         """Return the tensor that the store held."""

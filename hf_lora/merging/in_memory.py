@@ -19,6 +19,7 @@ from hf_lora.layers.trained import own_tensors
 from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
+from hf_lora.model.transaction import Transaction
 from hf_lora.sharding import in_parts
 
 
@@ -50,6 +51,14 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
 
     The model is as it was after any of these.
     """
+    with Transaction(model) as change:
+        put_in(model, names)
+        change.commit()
+    return model
+
+
+def put_in(model: nn.Module, names: Names | None) -> None:
+    """Do what :func:`merge` does, as a part of a change."""
     inner, registry = wrapped(model)
     now = registry.routing.now()
     if names is None:
@@ -79,7 +88,6 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
         raise
     registry.routing.merge(merged)
     _keep_first(registry)
-    return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -91,7 +99,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     inner, registry = wrapped(model)
     if not registry.routing.merged:
         raise StateError("This model is not merged, so there is nothing to unmerge.")
-    registry.put_weights_back(inner)
+    with Transaction(model) as change:
+        registry.put_weights_back(inner)
+        change.commit()
     return model
 
 

@@ -17,6 +17,7 @@ from hf_lora.model.patch import attach_plan, check_gradients, check_plan, detach
 from hf_lora.model.planning import make_plan
 from hf_lora.model.registry import Registry, registry_of, wrapped
 from hf_lora.model.replacing import check_replaceable, replaced
+from hf_lora.model.transaction import Transaction
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -57,6 +58,16 @@ def add_adapter(
         StateError: Not wrapped, or the name is taken.
         ConfigError, TargetError: As for :func:`hf_lora.wrap`.
     """
+    with Transaction(model) as change:
+        add(model, name, as_config(targets, config, fields), trainable, replace)
+        change.commit()
+    return model
+
+
+def add(
+    model: nn.Module, name: str, config: LoRAConfig, trainable: bool = True, replace: bool = False
+) -> None:
+    """Do what :func:`add_adapter` does, as a part of a change."""
     inner, registry = wrapped(model)
     anew = replace and name in registry.adapters
     if anew:
@@ -64,15 +75,14 @@ def add_adapter(
     else:
         check_new_name(registry, name)
     registry.check_in_place(inner)
-    plan = make_plan(inner, as_config(targets, config, fields))
+    plan = make_plan(inner, config)
     check_plan(inner, plan)
     untrainable = check_gradients(inner, plan)
     with replaced(inner, registry, name) if anew else contextlib.nullcontext():
         attach_plan(inner, registry, plan, name)
     if not trainable:
         freeze(model, name)
-    tell(plan, untrainable, stacklevel=2)
-    return model
+    tell(plan, untrainable, stacklevel=3)
 
 
 def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
@@ -101,8 +111,10 @@ def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
             f"Another thread or task uses {', '.join(chosen)} now, in a use_adapter block; delete "
             "an adapter when nobody does."
         )
-    for each in chosen:
-        detach(registry, each)
+    with Transaction(model) as change:
+        for each in chosen:
+            detach(registry, each)
+        change.commit()
     return model
 
 
