@@ -17,9 +17,6 @@ from hf_lora.functional.dropout import keep_mask, masked, unpacked
 from hf_lora.functional.rows import Rows
 from hf_lora.functional.spec import Factors, Perhaps, Spec, Tensors
 
-_reshaped = torch.ops.aten._unsafe_view.default
-"""What PyTorch's own linear layers end with: a tensor of another shape that counts as no view."""
-
 
 class Seen(NamedTuple):
     """What the updates with dropout saw, for the backward pass."""
@@ -63,16 +60,19 @@ def forward_pass(
     outputs = []
     leading = x.shape[:-1]
     for base, weight_OI, bias, numbers in zip(bases, weights, biases, spec.numbers, strict=True):
+        out = base.shape[-1] if weight_OI is None else weight_OI.shape[0]
+        # whole from the first: a view made in here could not be edited in place, as others' can
+        y = x.new_empty((*leading, out), dtype=spec.dtype)
+        y_NO = y.view(rows, out)
         if weight_OI is None:
-            y_NO = spec.rows(base).clone()
+            y_NO.copy_(spec.rows(base))
         elif bias is None:
-            y_NO = torch.mm(x_NI, weight_OI.t())
+            torch.mm(x_NI, weight_OI.t(), out=y_NO)
         else:
-            y_NO = torch.addmm(bias.to(spec.dtype), x_NI, weight_OI.t())
+            torch.addmm(bias.to(spec.dtype), x_NI, weight_OI.t(), out=y_NO)
         for i in numbers:
             y_NO.addmm_(h[i], factors.b[i].t())
-        # a view made in here could not be edited in place, as other layers' outputs can
-        outputs.append(_reshaped(y_NO, [*leading, y_NO.shape[-1]]))
+        outputs.append(y)
     return outputs, Seen(masks, [h[i] for i in spec.apart], h_NQ)
 
 
