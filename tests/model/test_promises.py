@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from collections.abc import Callable
 
 import pytest
@@ -68,7 +69,12 @@ class TestPromise1Names:
     def test_a_wrap_that_fails_leaves_nothing_behind(self, case: Case):
         model = case.build()
         before = snapshot(model)
-        wrongs = ({"r": 10_000}, {"targets": ["nothing_of_the_kind"]}, {"exclude": ["nor_this"]})
+        named = re.escape(hf_lora.plan(model, **case.fields).targets[0].path) or "(?:)"
+        wrongs = (
+            {"r": 10_000, "targets": [named], "overrides": {}},
+            {"targets": ["nothing_of_the_kind"]},
+            {"exclude": ["nor_this"]},
+        )
         for wrong in wrongs:
             with pytest.raises(hf_lora.TargetError):
                 hf_lora.wrap(model, **case.fields | wrong)
