@@ -174,7 +174,7 @@ def _judge(trainer: Any, folder: Path) -> Verdict:
     try:
         state = read_json(folder / _STATE_FILE) if (folder / _STATE_FILE).exists() else None
     except AdapterFileError as error:
-        return Verdict((*faults, f"{error}"))
+        return Verdict((*faults, f"{error}"), unfinished=is_unfinished(folder))
     if state is None:
         cut = f"{_STATE_FILE}, which is written last, is missing: its save was cut short"
         unfinished = not has_manifest(folder) or is_unfinished(folder)

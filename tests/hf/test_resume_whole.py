@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import hf_lora
 from hf_lora.errors import AdapterFileError, HfLoRAWarning
-from hf_lora.files.manifest import MANIFEST_FILE, finish_manifest
+from hf_lora.files.manifest import MANIFEST_FILE, begin_manifest, finish_manifest
 from tests.hf import training
 from tests.hf.training import Run, adapter_tensors, run, same
 
@@ -156,6 +156,17 @@ def test_a_run_that_was_killed_in_its_first_save_begins_anew(whole: Run, folder:
     torch.manual_seed(1)
     with pytest.warns(HfLoRAWarning, match=r"(?s)Nothing to go on from.*checkpoint-3: .*cut short"):
         assert ends_alike(run(folder, True, model=model, **STEPS), whole)  # type: ignore[arg-type]
+
+
+def test_so_does_one_that_was_killed_while_trainer_wrote_its_last_file(whole: Run, folder: Path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.rmtree(folder / name)
+    begin_manifest(folder / "checkpoint-3")
+    (folder / "checkpoint-3" / "trainer_state.json").write_bytes(b"")
+    torch.manual_seed(1)
+    with pytest.warns(HfLoRAWarning, match="Nothing to go on from"):
+        again = run(folder, True, model=training.wrapped(), **STEPS)  # type: ignore[arg-type]
+    assert ends_alike(again, whole)
 
 
 def test_a_run_of_which_all_is_damaged_does_not_begin_anew(folder: Path):
