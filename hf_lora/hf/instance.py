@@ -29,7 +29,7 @@ from hf_lora.layers.names import DEFAULT
 from hf_lora.model.adapters import add, as_config, delete_adapter
 from hf_lora.model.choices import Names, activate, active_adapters
 from hf_lora.model.registry import registry_of
-from hf_lora.model.transaction import Transaction
+from hf_lora.model.transaction import JOURNAL, Transaction
 
 
 class Owner:
@@ -41,7 +41,10 @@ class Owner:
 
     def __init__(self, model: nn.Module):
         fields = {
-            key: value for key, value in vars(model).items() if not isinstance(value, OwnMethod)
+            key: value
+            for key, value in vars(model).items()
+            # the journal of the change that puts this here would hold the model for ever
+            if key != JOURNAL and not isinstance(value, OwnMethod)
         }
         self.__setstate__((model, type(model), fields))
 

@@ -16,7 +16,9 @@ from hf_lora.layers.base import OWN_FIELDS
 from hf_lora.layers.choice import STACK
 from hf_lora.model.registry import find
 
-_JOURNAL = "_hf_lora_journal"
+JOURNAL = "_hf_lora_journal"
+"""Where a model keeps the notes while it changes."""
+
 _TIED = "tie_word_embeddings"
 _HOLDERS = OWN_FIELDS | {k for k, v in vars(nn.Module()).items() if isinstance(v, dict | set)}
 
@@ -31,7 +33,7 @@ class Transaction:
     """
 
     def __init__(self, model: nn.Module):
-        left = vars(model).get(_JOURNAL) if isinstance(model, nn.Module) else None
+        left = vars(model).get(JOURNAL) if isinstance(model, nn.Module) else None
         if left is not None:
             left.roll_back()
         self._model = model
@@ -56,7 +58,7 @@ class Transaction:
             self._merged = list(self._registry.originals)
             self._stored = [e.as_it_is() for original in self._merged for e in original.stored()]
         # in one line: what interrupted in between would leave notes of a change that never began
-        return vars(model).setdefault(_JOURNAL, self)
+        return vars(model).setdefault(JOURNAL, self)
 
     def __exit__(
         self,
@@ -65,12 +67,12 @@ class Transaction:
         trace: types.TracebackType | None,
     ) -> None:
         """Undo everything, unless it was committed."""
-        if isinstance(self._model, nn.Module) and vars(self._model).get(_JOURNAL) is self:
+        if isinstance(self._model, nn.Module) and vars(self._model).get(JOURNAL) is self:
             self.roll_back()
 
     def commit(self) -> None:
         """Let the change stand: one operation."""
-        self._model.__dict__.pop(_JOURNAL)
+        self._model.__dict__.pop(JOURNAL)
 
     def roll_back(self) -> None:
         """Make everything what it was."""
@@ -91,7 +93,7 @@ class Transaction:
                 setattr(config, _TIED, tied)
         if self._stack is not None and STACK.get(None) is not self._stack:
             STACK.set(self._stack)
-        self._model.__dict__.pop(_JOURNAL, None)
+        self._model.__dict__.pop(JOURNAL, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copies of a part, such as trials make, are no part of the change."""
@@ -104,7 +106,7 @@ class _Note:
     def __init__(self, thing: Any, holders: Iterable[str], hooks: Iterable[Any] = ()) -> None:
         self._thing, self._class = thing, type(thing)
         self._hooks = [(hook, type(hook)) for hook in hooks]
-        self._fields = {k: v for k, v in vars(thing).items() if k != _JOURNAL}
+        self._fields = {k: v for k, v in vars(thing).items() if k != JOURNAL}
         self._inside = [
             (held, held.copy())
             for name in holders
@@ -116,7 +118,7 @@ class _Note:
         if type(self._thing) is not self._class:
             self._thing.__class__ = self._class
         own = vars(self._thing)
-        for name in own.keys() - self._fields.keys() - {_JOURNAL}:
+        for name in own.keys() - self._fields.keys() - {JOURNAL}:
             del own[name]
         own.update(self._fields)
         for held, copy in self._inside:
