@@ -6,7 +6,7 @@ hf_lora passes through here, so that no single place has to remember it.
 
 from collections.abc import Iterable
 
-_LONGEST_LINE = 1000
+_LONGEST_LINE = 2500
 _LONGEST = 4500
 _LONGEST_SHOWN = 120
 _MOST_NAMES = 5

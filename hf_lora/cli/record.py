@@ -28,6 +28,8 @@ class Try:
     """None without data to evaluate on, or if it is not a finite number: the training diverged."""
 
     seconds: float
+    diverged: bool = False
+    """Whether it was stopped because its numbers were no longer finite: nothing of it is kept."""
 
     def beats(self, other: "Try | None") -> bool:
         """Say whether this one is to be kept rather than the other."""
@@ -109,5 +111,5 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
 
 
-def _rank(done: Try) -> float:
-    return math.inf if done.eval_loss is None else done.eval_loss
+def _rank(done: Try) -> tuple[bool, float]:
+    return done.diverged, math.inf if done.eval_loss is None else done.eval_loss

@@ -16,6 +16,7 @@ from hf_lora.cli.examples import Examples, collate
 from hf_lora.cli.recipe import Recipe
 from hf_lora.cli.record import CHECKPOINTS, Record, Try
 from hf_lora.cli.trainer_fields import arguments, learning_rates
+from hf_lora.errors import GradientError
 
 _LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
 
@@ -29,6 +30,9 @@ def run_tries(
 
     Returns:
         The best try; the one try if there is only one.
+
+    Raises:
+        GradientError: The one training, or each of several, diverged.
     """
     rates = learning_rates(recipe.trainer)
     best: Try | None = None
@@ -44,10 +48,16 @@ def run_tries(
         with _wrapped(model, recipe):
             done = _train(model, recipe, rate, folder, examples, bars)
             if done.beats(best):
-                hf_lora.save(model, recipe.output)
                 best = done
+                if not done.diverged:
+                    hf_lora.save(model, recipe.output)
             record.add(done)
     assert best is not None
+    if best.diverged:
+        raise GradientError(
+            f"Each of these learning rates made the adapter's numbers infinite or nan: {rates}. "
+            "Nothing was saved; use lower ones, or max_grad_norm."
+        )
     return best
 
 
@@ -83,15 +93,26 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Bars(bars, f"learning rate {rate:g}"))
     begun = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
-    result = trainer.train(resume_from_checkpoint=begun)
-    loss = _eval_loss(trainer) if examples.eval else math.nan
+    train_loss, loss, diverged = math.nan, math.nan, False
+    try:
+        train_loss = trainer.train(resume_from_checkpoint=begun).training_loss
+        loss = _eval_loss(trainer) if examples.eval else math.nan
+    except GradientError:
+        diverged = not _is_finite(model)
+        if not diverged or len(learning_rates(recipe.trainer)) == 1:
+            raise
     return Try(
         learning_rate=rate,
-        steps=result.global_step,
-        train_loss=result.training_loss,
+        steps=trainer.state.global_step,
+        train_loss=train_loss,
         eval_loss=loss if math.isfinite(loss) else None,
         seconds=round(time.monotonic() - start, 2),
+        diverged=diverged,
     )
+
+
+def _is_finite(model: Any) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def _eval_loss(trainer: Trainer) -> float:

@@ -242,6 +242,16 @@ def test_a_training_that_diverges_is_never_the_best(
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+def test_trainings_that_all_diverge_save_nothing(
+    run: Run, recipe: Callable[..., Path], tmp_path: Path
+):
+    for rates in ([1e38, 1e37], [1e38]):
+        fields = {"learning_rate": rates, "max_grad_norm": 0, "warmup_steps": 0}
+        path = recipe(output=f"of {len(rates)}", trainer=fields)
+        assert "GradientError" in run("train", path, "--json", code=1).stdout
+        assert not (tmp_path / f"of {len(rates)}" / "adapter_model.safetensors").exists()
+
+
 def test_bfloat16_several_times_over(run: Run, recipe: Callable[..., Path], base: Path):
     """Mixed precision wraps the model's forward; each try must begin with the plain one."""
     path = recipe(trainer={"learning_rate": [1e-3, 1e-2], "bf16": True, "use_cpu": True})
