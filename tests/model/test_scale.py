@@ -3,7 +3,9 @@
 Operations are counted, not seconds: a clock on a shared machine measures the machine.
 """
 
+import contextlib
 import cProfile
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -37,9 +39,14 @@ Verb = Callable[[nn.Module], object]
 def calls(verb: Verb, model: nn.Module) -> int:
     """Return how many function calls a verb takes, Python's and C's."""
     profile = cProfile.Profile()
-    profile.enable()
-    verb(model)
-    profile.disable()
+    gc.collect()
+    gc.disable()  # what is collected in between calls what it was waiting for
+    try:
+        profile.enable()
+        verb(model)
+        profile.disable()
+    finally:
+        gc.enable()
     return sum(entry.callcount for entry in profile.getstats())
 
 
@@ -76,19 +83,25 @@ def test_a_later_adapter_costs_what_an_earlier_one_does():
     assert sixth < 1.4 * second
 
 
+def within(block: contextlib.AbstractContextManager) -> None:
+    with block:
+        pass
+
+
 SWITCHES: dict[str, Verb] = {
     "activate": lambda m: hf_lora.activate(m, "a1"),
     "activate several": lambda m: hf_lora.activate(m, ["default", "a1"]),
-    "use_adapter": lambda m: hf_lora.use_adapter(m, "a1").__enter__(),
-    "no_adapter": lambda m: hf_lora.no_adapter(m).__enter__(),
+    "use_adapter": lambda m: within(hf_lora.use_adapter(m, "a1")),
+    "no_adapter": lambda m: within(hf_lora.no_adapter(m)),
     "active_adapters": hf_lora.active_adapters,
 }
 
 
 @pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES.keys())
 def test_a_switch_takes_the_same_few_calls_on_any_model(switch: Verb):
-    few, many = (calls(switch, added(n, 2)) for n in (SMALL, LARGE))
-    assert few == many < 60
+    # the first time something is looked up once for all
+    _, few, many = (calls(switch, added(n, 2)) for n in (SMALL, SMALL, LARGE))
+    assert few == many < 150
 
 
 def test_a_switch_touches_no_module(monkeypatch: pytest.MonkeyPatch):
