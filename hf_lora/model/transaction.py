@@ -108,7 +108,7 @@ class _Note:
         self._hooks = [(hook, type(hook)) for hook in hooks]
         self._fields = {k: v for k, v in vars(thing).items() if k != JOURNAL}
         self._inside = [
-            (held, held.copy())
+            (held, _copy(held))
             for name in holders
             if isinstance(held := self._fields.get(name), dict | set | list)
         ]
@@ -127,3 +127,11 @@ class _Note:
         for hook, cls in self._hooks:
             if type(hook) is not cls:
                 hook.__class__ = cls
+
+
+def _copy(held: dict | set | list) -> dict | set | list:
+    """Return a plain copy; DeepSpeed's own dictionaries cannot copy themselves.
+
+    Of items: by its keys, such a dictionary would fetch from the other processes what it is asked.
+    """
+    return dict(held.items()) if isinstance(held, dict) else held.copy()
