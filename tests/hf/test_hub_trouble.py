@@ -133,7 +133,7 @@ def test_a_server_without_xet(hub: HubServer, worker: Worker, tmp_path: Path):
         )
         assert not hub.log.commits
         # reading needs no Xet
-        other.run("""hf_lora.from_pretrained(name)""", name=_pushed(worker, "user/plain"))
+        other.run("""hf_lora.from_pretrained(name)""", name=_pushed(worker, "user/no-xet"))
 
 
 def _pushed(worker: Worker, name: str) -> str:
