@@ -207,7 +207,7 @@ def test_a_verb_interrupted_at_a_sample_of_its_lines(tmp_path: Path, name: str):
     check(verb, tmp_path, sample(verb, tmp_path, PLACES))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", VERBS)
 def test_a_verb_interrupted_at_every_line(tmp_path: Path, name: str):

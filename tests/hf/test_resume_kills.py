@@ -135,7 +135,8 @@ def test_a_few_trainings_end_as_one_that_was_never_killed(tmp_path: Path):
     assert tally.in_a_save > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_hundred_trainings_end_as_one_that_was_never_killed(tmp_path: Path):
     tally = attempt(tmp_path, 100)
