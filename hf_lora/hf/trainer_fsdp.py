@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_lora.hf.in_front import Original
 from hf_lora.hf.optimizer_state import gathered, whole_states
+from hf_lora.hf.owner import owner
 from hf_lora.hf.pretrained import is_pretrained
 from hf_lora.hf.trainer_deepspeed import check_loaded
 from hf_lora.hf.training_checks import check_finite
@@ -26,7 +27,7 @@ def save_model(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> N
     Raises:
         GradientError: They are no longer numbers. No folder is made, which a resume would choose.
     """
-    found = find(trainer.model) if isinstance(trainer.model, nn.Module) else None
+    found = owner(trainer.model) if isinstance(trainer.model, nn.Module) else None
     if found is not None:
         check_finite(found[1])
     model = _under_fsdp(trainer) or _under_deepspeed(trainer)

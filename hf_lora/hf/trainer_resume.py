@@ -27,7 +27,8 @@ from hf_lora.hf.checkpoints import (
     numbered,
     random_states,
 )
-from hf_lora.model.registry import find
+from hf_lora.hf.training_checks import check_finite
+from hf_lora.model.registry import Registry, find
 
 Original = Callable[..., Any]
 """The method of Trainer, bound to the trainer."""
@@ -43,11 +44,16 @@ def save_checkpoint(original: Original, trainer: Any, *args: Any, **kwargs: Any)
 
     Finished before an older checkpoint is deleted or this one is pushed, when every process is
     done.
+
+    Raises:
+        GradientError: The adapters are no longer numbers. No folder is made.
     """
     state = trainer.state
     if not is_ours(trainer) or _SAVES in vars(state):  # by the mixin and by the patch as well
         original(*args, **kwargs)
         return
+    for registry in _registries(trainer):
+        check_finite(registry)  # before there is a folder, which a resume would choose
     trial = inspect.signature(original).bind(*args, **kwargs).arguments.get("trial")
     folder = Path(trainer._get_output_dir(trial=trial), f"checkpoint-{state.global_step}")
     wait = trainer.accelerator.wait_for_everyone
@@ -150,8 +156,14 @@ def _tell_if_nothing_was_left(trainer: Any) -> None:
 
 
 def is_ours(trainer: Any) -> bool:
-    """Say whether a trainer's model is wrapped."""
-    return isinstance(trainer.model, nn.Module) and find(trainer.model) is not None
+    """Say whether a trainer's model, or some part of it, is wrapped."""
+    return bool(_registries(trainer))
+
+
+def _registries(trainer: Any) -> list[Registry]:
+    """Return those of the trainer's model and of its parts, of which a router has several."""
+    modules = trainer.model.modules() if isinstance(trainer.model, nn.Module) else ()
+    return [found[1] for module in modules if (found := find(module)) is not None]
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -26,7 +26,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, R
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 import hf_lora
-from hf_lora.errors import AdapterFileError, GradientError
+from hf_lora.errors import AdapterFileError, GradientError, HfLoRAWarning
+from hf_lora.files.manifest import MANIFEST_FILE
 from hf_lora.hf import trainer_patch
 from hf_lora.hf.in_front import is_in_front
 from hf_lora.hf.sentence_models import is_sentence_model
@@ -243,9 +244,11 @@ def test_the_base_in_memory_need_not_be_the_one_on_disk(folder: Path, tmp_path: 
 
     first, second = start(1), start(9)
     base = base_tensors(first.transformers_model)
-    bi_trainer(first, tmp_path / "first").train()
     checkpoint = str(tmp_path / "first" / "checkpoint-2")
-    bi_trainer(second, tmp_path / "second").train(resume_from_checkpoint=checkpoint)
+    with pytest.warns(HfLoRAWarning, match="which only this process has"):
+        bi_trainer(first, tmp_path / "first").train()
+    with pytest.warns(HfLoRAWarning, match="which only this process has"):
+        bi_trainer(second, tmp_path / "second").train(resume_from_checkpoint=checkpoint)
     assert same(tensors(first), tensors(second))
     assert same(base_tensors(second.transformers_model), base)
 
@@ -264,6 +267,7 @@ def test_a_router_with_two_models_of_which_each_is_wrapped(folder: Path, tmp_pat
     first, second = build(1), build(9)
     bi_trainer(first, tmp_path / "first", router_mapping=routes).train()
     checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    assert Path(checkpoint, MANIFEST_FILE).exists()
     again = bi_trainer(second, tmp_path / "second", router_mapping=routes)
     again.train(resume_from_checkpoint=checkpoint)
     assert same(tensors(first), tensors(second))
