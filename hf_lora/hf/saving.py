@@ -219,7 +219,7 @@ def _purpose(
         "base": named,
         "revision": origin.get("revision") if same else None,
         "task": task,
-        "auto_mapping": auto_mapping(model) if task is None else None,
+        "auto_mapping": auto_mapping(model, origin) if task is None else None,
     }
 
 

@@ -185,12 +185,18 @@ def peft_task(model: nn.Module, trained_names: Collection[str]) -> str | None:
     return task.peft if all(endings(path, saved) for path in meant) else None
 
 
-def auto_mapping(model: nn.Module) -> dict[str, str] | None:
-    """Return what PEFT calls so: the class of a model and where it is, for what has no task."""
+def auto_mapping(model: nn.Module, origin: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return what PEFT calls so: the class of a model and where it is, for what has no task.
+
+    Args:
+        model: The model.
+        origin: What the file that its adapter came from says. Of a class that is nobody's but the
+            user's, PEFT writes this too, and what is true of this model is kept.
+    """
     known = known_class(model)
-    if known is None:
-        return None
-    return {"base_model_class": known.__name__, "parent_library": known.__module__}
+    kind = known or host_class(model)
+    named = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return named if known is not None or named == origin.get("auto_mapping") else None
 
 
 def _is_for(kind: type[nn.Module], config: type) -> bool:

@@ -1,10 +1,13 @@
-"""200 mutated adapter folders: each is refused by name, or loads with the outputs it had.
+"""Mutated adapter folders: each is refused by name, or loads with the outputs it had.
+
+200 of them here, and 2,000 others, of other seeds, in the ring that tries every case.
 
 What no reader can know is left out: other numbers in a PEFT file (its data, its lora_alpha) make
 another sound adapter. Ours carry a digest, so in them every byte counts.
 """
 
 import copy
+import dataclasses
 import json
 import random
 import string
@@ -17,9 +20,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
 
 import hf_lora
 from hf_lora.files.safetensors_io import serialize
+from hf_lora.model.registry import registry_of
 from tests import tiny
 from tests.files import edit
 from tests.files.refusing import files_in
@@ -276,6 +281,10 @@ ON_PEFTS = [*(set(ON_ANY) - {splice}), *[change_json_of_pefts] * 5]
 ON_PEFTS.sort(key=lambda mutation: mutation.__name__)
 
 COUNTS = {plain_ours: 60, rich_ours: 60, plain_pefts: 40, rich_pefts: 40}
+"""How many mutations of each folder one seed stands for."""
+
+SEED = 11
+OTHER_SEEDS = range(100, 110)
 
 
 def outcome(folder: Path, expected: torch.Tensor) -> str | None:
@@ -304,37 +313,71 @@ def outcome(folder: Path, expected: torch.Tensor) -> str | None:
     hf_lora.save(model, folder.with_name("again"))
     again = hf_lora.load(tiny.Net(), folder.with_name("again"))
     assert torch.equal(tiny.answers(again), expected)
+    assert_same_adapter(again, model)
     assert tree.same_values(hf_lora.unwrap(model))
     return None
 
 
-def test_two_hundred_mutations(tmp_path: Path, record_property: Callable[[str, object], None]):
-    random_ = random.Random(11)
+def assert_same_adapter(model: nn.Module, other: nn.Module) -> None:
+    """Compare everything that a file holds of an adapter: numbers, tensors, configuration."""
+    adapter, wanted = (registry_of(each).adapter("default") for each in (model, other))
+    # where a file came from is told anew by the model that is saved
+    assert dataclasses.replace(adapter, origin=wanted.origin) == wanted
+    tensors, want = (
+        {(path, role): tensor for path, _, role, tensor in registry_of(each).tensors("default")}
+        for each in (model, other)
+    )
+    assert tensors.keys() == want.keys()
+    for place, tensor in tensors.items():
+        assert tensor.dtype == want[place].dtype
+        assert torch.equal(tensor, want[place])
+
+
+def attempt(folder: Path, seed: int) -> tuple[list[str], list[str]]:
+    """Mutate and load; return the messages of the refusals, and the names of what loaded."""
+    random_ = random.Random(seed)
     refused, loaded = [], []
     for write, count in COUNTS.items():
         kind = write.__name__
-        write(tmp_path / kind)
-        expected = tiny.answers(hf_lora.load(tiny.Net(), tmp_path / kind))
+        write(folder / kind)
+        expected = tiny.answers(hf_lora.load(tiny.Net(), folder / kind))
         mutations = ON_OURS if write in (plain_ours, rich_ours) else ON_PEFTS
         for number in range(count):
             mutation = mutations[number % len(mutations)]
-            folder = tmp_path / f"{kind}{number}" / "adapter"
-            folder.mkdir(parents=True)
-            for name, content in files_in(tmp_path / kind).items():
-                (folder / name).write_bytes(content)
-            mutation(folder, random_)
+            mutated = folder / f"{kind}{number}" / "adapter"
+            mutated.mkdir(parents=True)
+            for name, content in files_in(folder / kind).items():
+                (mutated / name).write_bytes(content)
+            mutation(mutated, random_)
             try:
-                message = outcome(folder, expected)
+                message = outcome(mutated, expected)
             except BaseException as error:
-                error.add_note(f"{mutation.__name__} {number} of {kind}, in {folder}")
+                error.add_note(f"{mutation.__name__} {number} of {kind}, in {mutated}")
                 raise
-            (loaded if message is None else refused).append((kind, mutation.__name__, message))
-    record_property("refused", len(refused))
-    record_property("loaded with equal outputs", len(loaded))
-    assert len(refused) + len(loaded) == 200
+            if message is None:
+                loaded.append(f"{mutation.__name__} of {kind}")
+            else:
+                refused.append(message)
+    return refused, loaded
+
+
+def check(folder: Path, seed: int) -> None:
+    refused, loaded = attempt(folder, seed)
+    print(f"{len(refused)} refused, {len(loaded)} loaded with equal outputs")
+    assert len(refused) + len(loaded) == sum(COUNTS.values())
     # most mutations hurt, and what is harmless is not refused for nothing
     assert len(refused) >= 140
     assert len(loaded) >= 10
+
+
+def test_two_hundred_mutations(tmp_path: Path):
+    check(tmp_path, SEED)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", OTHER_SEEDS)
+def test_two_thousand_others(tmp_path: Path, seed: int):
+    check(tmp_path, seed)
 
 
 @pytest.mark.parametrize("write", COUNTS, ids=lambda write: write.__name__)

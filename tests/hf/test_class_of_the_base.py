@@ -12,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 import hf_lora
+from tests import tiny
 from tests.files import edit
 from tests.files.both_ways import quiet
 from tests.hf.test_from_pretrained import MODELS
@@ -151,6 +152,19 @@ class TestWhatHasNoTask:
     def test_a_model_of_another_library_has_none(self, tmp_path: Path):
         hf_lora.save(hf_lora.wrap(nn.Sequential(nn.Linear(4, 4)), r=2), tmp_path)
         assert "auto_mapping" not in edit.read_config(tmp_path)
+
+    def test_what_pefts_file_says_of_such_a_class_is_kept_while_it_is_true(self, tmp_path: Path):
+        theirs = peft.get_peft_model(
+            tiny.Net(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        )
+        theirs.save_pretrained(tmp_path / "theirs")
+        said = edit.read_config(tmp_path / "theirs")["auto_mapping"]
+        assert said == {"base_model_class": "Net", "parent_library": "tests.tiny"}
+        hf_lora.save(hf_lora.load(tiny.Net(), tmp_path / "theirs"), tmp_path / "ours")
+        assert edit.read_config(tmp_path / "ours")["auto_mapping"] == said
+        edit.change_config(tmp_path / "theirs", auto_mapping=said | {"parent_library": "os"})
+        hf_lora.save(hf_lora.load(tiny.Net(), tmp_path / "theirs"), tmp_path / "other")
+        assert "auto_mapping" not in edit.read_config(tmp_path / "other")
 
 
 class TestATaskWithoutAClass:
