@@ -49,16 +49,18 @@ def differentiable_backward(
         dy_NO = spec.rows(dy)
         if x_wanted and weight_OI is not None:
             dx.append(dy_NO @ weight_OI)
+        dy_NO = dy_NO.to(spec.update_dtype)
         for i in numbers:
-            a_RI, b_OR = a[i].to(spec.dtype) * spec.strengths[i], b[i].to(spec.dtype)
+            a_RI, b_OR = (factor.to(spec.update_dtype) for factor in (a[i], b[i]))
+            a_RI = a_RI * spec.strengths[i]
             mask_NI = unpacked(keep[i], x_NI.shape[1]).to(spec.dtype) if i in keep else None
-            seen_NI = x_NI if mask_NI is None else x_NI * mask_NI
+            seen_NI = (x_NI if mask_NI is None else x_NI * mask_NI).to(spec.update_dtype)
             dh_NR = dy_NO @ b_OR
             if a_wanted[i]:
                 da[i] = ((dh_NR.t() @ seen_NI) * spec.strengths[i]).to(a[i].dtype)
             if b_wanted[i]:
                 db[i] = (dy_NO.t() @ (seen_NI @ a_RI.t())).to(b[i].dtype)
             if x_wanted:
-                part_NI = dh_NR @ a_RI
+                part_NI = (dh_NR @ a_RI).to(spec.dtype)
                 dx.append(part_NI if mask_NI is None else part_NI * mask_NI)
     return Gradients(torch.stack(dx).sum(0) if dx else None, da, db)

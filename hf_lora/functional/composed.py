@@ -39,8 +39,8 @@ def composed(x: torch.Tensor, layers: Sequence[Layer]) -> list[torch.Tensor]:
         if y is None:
             assert layer.weight_OI is not None
             y = F.linear(x, layer.weight_OI, layer.bias_O)
+        dtype = y.dtype
         for update in layer.updates:
-            delta = F.linear(next(h) * update.s, update.b_OR.to(wide.dtype))
-            y = y + delta.to(y.dtype)
-        outputs.append(y)
+            y = y + F.linear(next(h) * update.s, update.b_OR.to(wide.dtype))
+        outputs.append(y.to(dtype))  # rounded once
     return outputs

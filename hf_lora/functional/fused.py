@@ -4,6 +4,11 @@
 :mod:`hf_lora.functional.passes`. For the backward pass only ``x`` is kept, once, or what autograd
 can rebuild it from, and the factors as they were used; ``h = s · x Aᵀ`` is cheaper to compute
 again than to keep, except behind dropout.
+
+In 16 bits the update's products may be computed in float32 instead; then the factors' gradients
+are rounded nowhere, and y once. Where a processor or a GPU has products of 16 bits, that costs more
+passes over x and dy, and is little use: what the base's own roundings do to the gradients, in every
+way alike, is several times as much (``examples/benchmarks/results``).
 """
 
 import contextlib
@@ -45,6 +50,7 @@ def fused(
     dtype: torch.dtype,
     recipe: Recipe | None = None,
     *,
+    update_dtype: torch.dtype | None = None,
     keep_h: bool = False,
 ) -> Sequence[torch.Tensor]:
     """Return each layer's output, shape (..., O), in ``dtype``.
@@ -54,10 +60,13 @@ def fused(
         layers: The layers. Their weights get no gradient.
         dtype: What is computed in: the type of ``x``, or autocast's.
         recipe: How ``x`` can be computed again, so that it need not be kept.
+        update_dtype: What the updates' narrow products are computed in, if not in ``dtype``;
+            then a layer's updates are rounded to ``dtype`` once, together with the base's output.
         keep_h: Keep ``h`` as well, because somebody may write ``x`` before the backward pass.
     """
     spec = spec_of(
         dtype,
+        update_dtype or dtype,
         tuple(
             tuple(Facts(u.a_RI.shape[0], u.s, u.dropout, u.a_RI.dtype) for u in layer.updates)
             for layer in layers
@@ -134,8 +143,8 @@ class _Fused(torch.autograd.Function):
 
         def input_rows() -> Rows:
             if ctx.expression is None:
-                return Rows(spec.rows(kept[0]))
-            return rebuilt_rows(ctx.expression, kept, ctx.shape[-1], spec.dtype)
+                return Rows(spec.rows(kept[0]).to(spec.update_dtype))
+            return rebuilt_rows(ctx.expression, kept, ctx.shape[-1], spec.update_dtype)
 
         wanted = needs[1], needs[2 + layers : 2 + layers + updates], needs[2 + layers + updates :]
         with _no_autocast(some):

@@ -48,14 +48,15 @@ def forward_pass(
     h: dict[int, torch.Tensor] = {}
     h_NQ = None
     if factors.a_QI is not None:
-        h_NQ = torch.mm(x_NI, factors.a_QI.t())
+        h_NQ = torch.mm(x_NI.to(spec.update_dtype), factors.a_QI.t())
         h.update(zip(spec.together, spec.parts(h_NQ, spec.together, 1), strict=True))
     masks = []
     rows, features = x_NI.shape
     left_NI = torch.empty_like(x_NI) if spec.apart else x_NI
     for i, a_RI in zip(spec.apart, factors.a, strict=True):
         mask = keep_mask(rows, features, spec.updates[i].dropout, x.device)
-        h[i] = torch.mm(masked(x_NI, unpacked(mask, features), out=left_NI), a_RI.t())
+        masked(x_NI, unpacked(mask, features), out=left_NI)
+        h[i] = torch.mm(left_NI.to(spec.update_dtype), a_RI.t())
         masks.append(mask)
     outputs = []
     leading = x.shape[:-1]
@@ -70,10 +71,22 @@ def forward_pass(
             torch.mm(x_NI, weight_OI.t(), out=y_NO)
         else:
             torch.addmm(bias.to(spec.dtype), x_NI, weight_OI.t(), out=y_NO)
-        for i in numbers:
-            y_NO.addmm_(h[i], factors.b[i].t())
+        _add_products(y_NO, [(h[i], factors.b[i].t()) for i in numbers])
         outputs.append(y)
-    return outputs, Seen(masks, [h[i] for i in spec.apart], h_NQ)
+    # what is kept for each row is kept in the type that is computed in
+    return outputs, Seen(masks, [h[i].to(spec.dtype) for i in spec.apart], h_NQ)
+
+
+def _add_products(total: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Add products of matrices in place; those of a wider type than the sum's are rounded once."""
+    if pairs[0][0].dtype == total.dtype:
+        for left, right in pairs:
+            total.addmm_(left, right)
+        return
+    wide = torch.mm(*pairs[0])
+    for left, right in pairs[1:]:
+        wide.addmm_(left, right)
+    total.add_(wide)
 
 
 class Gradients(NamedTuple):
@@ -107,7 +120,7 @@ def backward_pass(
     x_wanted, a_wanted, b_wanted = wanted
     together, a_QI = _live(spec, dys, factors.a_QI)
     x = input_rows() if any(a_wanted) or any(b_wanted) else None
-    h = dict(zip(spec.apart, seen.h, strict=True))
+    h = {i: kept.to(spec.update_dtype) for i, kept in zip(spec.apart, seen.h, strict=True)}
     if x is not None and a_QI is not None and any(b_wanted[i] for i in together):
         if seen.h_NQ is not None:
             h.update(zip(spec.together, spec.parts(seen.h_NQ, spec.together, 1), strict=True))
@@ -129,7 +142,7 @@ def backward_pass(
             da |= _unstacked(spec, x.under(dh_NQ), together)
     numbers = range(len(spec.updates))
     return Gradients(
-        dx.total,
+        None if dx.total is None else dx.total.to(spec.dtype),
         [da.get(i) if a_wanted[i] else None for i in numbers],
         [db.get(i) for i in numbers],
     )
@@ -150,7 +163,7 @@ class _Sum:
         if self.total is None:
             self.total = torch.mm(left, right)
         else:
-            self.total.addmm_(left, right)
+            _add_products(self.total, [(left, right)])
 
 
 def _through_b(
@@ -162,7 +175,7 @@ def _through_b(
     for dy, numbers in zip(dys, spec.numbers, strict=True):
         if dy is None:
             continue
-        dy_NO = spec.rows(dy)
+        dy_NO = spec.rows(dy).to(spec.update_dtype)
         for i in numbers:
             dh[i] = torch.mm(dy_NO, b[i])
             if wanted[i]:

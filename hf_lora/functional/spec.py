@@ -36,6 +36,9 @@ class Spec:
     dtype: torch.dtype
     """What is computed in."""
 
+    update_dtype: torch.dtype
+    """What the updates' narrow products are computed in: the same, or a wider type."""
+
     updates: tuple[Facts, ...]
     """Of all layers, in order; an update's number is its place here."""
 
@@ -69,12 +72,15 @@ class Spec:
 
 
 @functools.lru_cache(maxsize=4096)
-def spec_of(dtype: torch.dtype, layers: tuple[tuple[Facts, ...], ...]) -> Spec:
+def spec_of(
+    dtype: torch.dtype, update_dtype: torch.dtype, layers: tuple[tuple[Facts, ...], ...]
+) -> Spec:
     """Return the spec of a call on layers with these updates."""
     updates = tuple(itertools.chain(*layers))
     ends = list(itertools.accumulate(len(layer) for layer in layers))
     return Spec(
         dtype,
+        update_dtype,
         updates,
         tuple(range(end - len(layer), end) for layer, end in zip(layers, ends, strict=True)),
         tuple(facts.s / (1 - facts.dropout) for facts in updates),
@@ -84,7 +90,7 @@ def spec_of(dtype: torch.dtype, layers: tuple[tuple[Facts, ...], ...]) -> Spec:
 
 
 class Factors(NamedTuple):
-    """The factors as both passes use them: in the type that is computed in, s inside of A."""
+    """The factors as both passes use them: in the updates' type, s inside of A."""
 
     a_QI: torch.Tensor | None
     """The A's of all updates without dropout, one below the other."""
@@ -101,7 +107,7 @@ def factors_of(spec: Spec, a: Tensors, b: Tensors) -> Factors:
     return Factors(
         _stacked(spec, a),
         [_scaled(spec, a, i) for i in spec.apart],
-        [b_OR.to(spec.dtype) for b_OR in b],
+        [b_OR.to(spec.update_dtype) for b_OR in b],
     )
 
 
@@ -114,8 +120,8 @@ def _stacked(spec: Spec, a: Tensors) -> torch.Tensor | None:
     s = spec.common(chosen)
     if s is None:
         return torch.cat([_scaled(spec, a, i) for i in chosen])
-    return torch.cat([a[i] for i in chosen]).mul_(s).to(spec.dtype)
+    return torch.cat([a[i] for i in chosen]).mul_(s).to(spec.update_dtype)
 
 
 def _scaled(spec: Spec, a: Tensors, i: int) -> torch.Tensor:
-    return torch.mul(a[i], spec.strengths[i]).to(spec.dtype)
+    return torch.mul(a[i], spec.strengths[i]).to(spec.update_dtype)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.compat.torch_kernels import has_products
 from hf_lora.functional.composed import composed, is_small
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.rebuild import Recipe, rebuild, recipe_of
@@ -43,6 +44,17 @@ def compute_type(x: torch.Tensor) -> torch.dtype:
     ):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def update_type(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the type for the narrow products of an update where a layer computes in ``dtype``.
+
+    Args:
+        kind: The kind of device.
+        dtype: What :func:`compute_type` returned.
+    """
+    narrow = kind == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow and not has_products(dtype) else dtype
 
 
 def how_computed(layer: LoRALayer, grouped: Set[nn.Module]) -> str:
@@ -121,10 +133,12 @@ def _compute(
 ) -> Sequence[torch.Tensor]:
     if is_small(x, layers):
         return composed(x, layers)
+    update_dtype = update_type(x.device.type, dtype)
     if not torch.is_grad_enabled():
-        return fused(x, layers, dtype)
+        return fused(x, layers, dtype, update_dtype=update_dtype)
     hooked = layer.lora_routing.sharing.hooks.any()
-    return fused(x, layers, dtype, None if hooked else _recipe(layer, x), keep_h=hooked)
+    recipe = None if hooked else _recipe(layer, x)
+    return fused(x, layers, dtype, recipe, update_dtype=update_dtype, keep_h=hooked)
 
 
 def _with_weight(

@@ -12,6 +12,7 @@ from transformers import LongformerConfig, LongformerModel
 
 import hf_lora
 from hf_lora.functional import composed
+from hf_lora.layers import fused as dispatch
 from tests.layers.fused_models import (
     INPUTS,
     assert_plain_gradients,
@@ -347,3 +348,32 @@ def test_the_summary_says_how_each_layer_computes():
     )
     routing(model).plain = True
     assert set(hf_lora.summary(model).computed.values()) == {"plain"}
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_updates_are_in_float32_where_a_processor_has_no_16_bit_products(
+    has: bool, autocast: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dispatch, "has_products", lambda dtype: has)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model = nn.Sequential(nn.Linear(24, 24).to(dtype), nn.Linear(24, 24).to(dtype))
+    hf_lora.wrap(model, targets=["0", "1"], r=4, dropout=dropout)
+    scramble(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(torch.randn(9, 24, dtype=dtype))
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    for layer in model:
+        gradient = layer.lora_B.grad
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient.bfloat16().float(), gradient) is has
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("cpu", torch.float64), ("cuda", torch.bfloat16)])
+def test_updates_are_elsewhere_in_the_type_of_the_base(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dispatch, "has_products", lambda dtype: False)
+    assert dispatch.update_type(kind, dtype) == dtype

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import hf_lora
+from hf_lora.layers.fused import update_type
 from tests.layers.fused_models import INPUTS, gradients, llama, of
 
 
@@ -40,8 +41,9 @@ def test_no_more_is_kept_than_by_the_frozen_model(dtype: torch.dtype, dropout: f
     masks = (6 * width + inner) // 8 + 7 * r * dtype.itemsize if dropout else 0  # and h
     short, long = (kept(model, tokens) - kept(frozen, tokens) for tokens in (200, 400))
     assert long - short <= 200 * layers * masks
-    # and the factors in the type that is computed in, once
-    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) * dtype.itemsize
+    # and the factors in the type that their products are computed in, once
+    size = update_type("cpu", dtype).itemsize
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) * size
     assert short - 200 * layers * masks <= adapter + 7 * layers * 64
 
 
