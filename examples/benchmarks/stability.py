@@ -11,7 +11,11 @@ the same first A, B of zeros, the same examples in the same order.
 | peft     | PEFT as it comes, which keeps its adapters in float32 and casts x to them       |
 | peft16   | PEFT with `autocast_adapter_dtype=False`: adapters in bfloat16                   |
 | composed | hf_lora's way for few rows: PyTorch's operations, the update in float32          |
-| fused    | hf_lora's way for many rows: one function, h and the sum in bfloat16             |
+| fused    | hf_lora's way for many rows: one function, all its products in bfloat16          |
+
+On a processor that has no products of bfloat16 they are computed in float32 and rounded once
+(:mod:`examples.benchmarks.wide_products`), which is the same arithmetic; hf_lora's fused way, which
+computes updates in float32 there, is held to bfloat16.
 
 A run is one line of JSON, written when it is finished, so that the study can be stopped at any
 moment and gather runs in several processes with a file each.
@@ -23,7 +27,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,13 +45,19 @@ from transformers import (
 
 import hf_lora
 from examples import assets
+from examples.benchmarks import wide_products
 from examples.benchmarks.arms import LINEAR
 from examples.spelling import encode
 from hf_lora.functional import composed
+from hf_lora.layers import fused as dispatch
 
 ARMS = ("peft", "peft16", "composed", "fused")
 FEW_ROWS = {"composed": 1 << 40, "fused": 0}
 R, STEPS, RATES = 16, 60, (1e-3, 3e-4)
+ARITHMETIC = 1
+"""Stands in every row. Raise it with any change to what an arm computes, to the last bit; so runs
+before and after are not mixed, and both stay on file."""
+
 HIGH = 10.0
 """A gradient norm above this counts as an outbreak; in runs that go well it is below 5."""
 
@@ -108,6 +118,8 @@ def minilm() -> Task:
 
 
 TASKS = {"SmolLM2": smollm2, "MiniLM": minilm}
+RUNS = Path(__file__).parent / "results" / "stability.jsonl"
+"""What has been run so far."""
 
 
 def adapted(arm: str, task: Task, seed: int) -> nn.Module:
@@ -123,6 +135,7 @@ def adapted(arm: str, task: Task, seed: int) -> nn.Module:
         model = _peft(hf_lora.unwrap(model), layers, autocast=arm == "peft")
     else:
         composed.FEW_ROWS = FEW_ROWS[arm]
+        dispatch.update_type = lambda kind, dtype: dtype
     generator = torch.Generator().manual_seed(seed)
     factors = [p for name, p in model.named_parameters() if ".lora_A" in name]
     assert len(factors) == len(layers)
@@ -141,8 +154,8 @@ def _peft(base: nn.Module, layers: list[str], autocast: bool) -> nn.Module:
 
 
 def trained(arm: str, task: Task, seed: int, rate: float) -> dict[str, Any]:
-    """Train once and return what came of it: losses and gradient norms by step, held-out loss."""
-    began = time.perf_counter()
+    """Train once and return what came of it: held-out loss, the last ten batches', all norms."""
+    began = time.process_time()
     model = adapted(arm, task, seed)
     rows = list(task.train)
     random.Random(seed).shuffle(rows)
@@ -158,10 +171,10 @@ def trained(arm: str, task: Task, seed: int, rate: float) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return {
-        "held_out": held_out(model.eval(), task),
-        "losses": [round(each, 5) for each in losses],
-        "norms": [round(each, 4) for each in norms],
-        "seconds": round(time.perf_counter() - began, 1),
+        "held_out": round(held_out(model.eval(), task), 6),
+        "trained": round(statistics.fmean(losses[-10:]), 4),
+        "norms": [float(f"{each:.3g}") for each in norms],
+        "seconds": round(time.process_time() - began, 1),
     }
 
 
@@ -178,13 +191,14 @@ def read(files: Iterable[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, callback=wide_products.install)
 
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(help="file of the runs; grows")] = Path("stability.jsonl"),
+    out: Annotated[Path, typer.Option(help="file of the runs; grows")] = RUNS,
     tasks: Annotated[str, typer.Option(help="which models")] = ",".join(TASKS),
+    rates: Annotated[str, typer.Option(help="which rates")] = ",".join(map(str, RATES)),
     arms: Annotated[str, typer.Option(help="which arms")] = ",".join(ARMS),
     starts: Annotated[int, typer.Option(help="how many starts")] = 30,
     first: Annotated[int, typer.Option(help="number of the first")] = 0,
@@ -192,18 +206,23 @@ def run(
     """Train what is not in the file yet, start after start."""
     torch.set_num_threads(1)
     made = {name: TASKS[name]() for name in tasks.split(",")}
-    done = {(r["task"], r["rate"], r["seed"], r["arm"]) for r in read([out])}
+    done = {
+        (r["task"], r["rate"], r["seed"], r["arm"])
+        for r in read([out])
+        if r["arithmetic"] == ARITHMETIC
+    }
     if out.exists() and not out.read_bytes().endswith(b"\n"):
         with out.open("a") as stream:
             stream.write("\n")  # behind a line that was cut off
     for seed in range(first, first + starts):
         for name, task in made.items():
-            for rate in RATES:
+            for rate in map(float, rates.split(",")):
                 for arm in arms.split(","):
                     if (name, rate, seed, arm) in done:
                         continue
                     found = trained(arm, task, seed, rate)
-                    line = {"task": name, "rate": rate, "seed": seed, "arm": arm, **found}
+                    of = {"arithmetic": ARITHMETIC, "products": wide_products.now()}
+                    line = {"task": name, "rate": rate, "seed": seed, "arm": arm, **of, **found}
                     with out.open("a") as stream:
                         stream.write(json.dumps(line) + "\n")
                     told = f"held out {found['held_out']:.4f}, norm {max(found['norms']):.1f}"
@@ -211,9 +230,13 @@ def run(
 
 
 @app.command()
-def report(files: list[Path]) -> None:
+def report(
+    files: Annotated[list[Path] | None, typer.Argument(help="of runs, instead of ours")] = None,
+    arithmetic: Annotated[int, typer.Option(help="which arithmetic's")] = ARITHMETIC,
+) -> None:
     """Print a table of the runs in these files: what is in all arms of a start, side by side."""
-    print("\n".join(table(read(files))))
+    runs = read(files or [RUNS])
+    print("\n".join(table(r for r in runs if r["arithmetic"] == arithmetic)))
 
 
 def table(runs: Iterable[dict[str, Any]]) -> list[str]:
@@ -268,14 +291,19 @@ def _share(count: int, of: int, z: float = 1.96) -> str:
     return f"{max(low, 0):.0%} to {high:.0%}"
 
 
-def _mean(values: list[float], draws: int = 10_000) -> str:
+def _mean(values: list[float]) -> str:
     """Return the mean and the bootstrap's interval of it."""
     if not all(map(math.isfinite, values)):
         return f"{statistics.fmean(values):.3f}"
+    low, high = interval(values)
+    return f"{statistics.fmean(values):.3f} ({low:.3f} to {high:.3f})"
+
+
+def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """Return the bootstrap's interval of the mean, of 95 %."""
     drawn = random.Random(0)
     means = sorted(statistics.fmean(drawn.choices(values, k=len(values))) for _ in range(draws))
-    low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
-    return f"{statistics.fmean(values):.3f} ({low:.3f} to {high:.3f})"
+    return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from examples.benchmarks import stability
 from examples.benchmarks.stability import ARMS, STEPS, Task
 from hf_lora.functional import composed
+from hf_lora.layers import fused as dispatch
 from tests.hf import training
 
 
@@ -30,7 +33,9 @@ def tiny() -> Task:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "TASKS", {"tiny": tiny})
     monkeypatch.setattr(stability, "STEPS", 3)
-    monkeypatch.setattr(composed, "FEW_ROWS", composed.FEW_ROWS)  # arms set it; set it back
+    # arms set these; set them back
+    monkeypatch.setattr(composed, "FEW_ROWS", composed.FEW_ROWS)
+    monkeypatch.setattr(dispatch, "update_type", dispatch.update_type)
 
 
 def factors(arm: str, seed: int) -> list[torch.Tensor]:
@@ -55,8 +60,8 @@ def test_a_study_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path):
     runs = stability.read([out])
     assert {(r["rate"], r["arm"]) for r in runs} == {(x, a) for x in stability.RATES for a in ARMS}
     for each in runs:
-        assert len(each["losses"]) == len(each["norms"]) == 3
-        assert each["losses"][0] == runs[0]["losses"][0]  # B is zero
+        assert len(each["norms"]) == 3
+        assert math.isfinite(each["trained"])
         assert math.isfinite(each["held_out"])
     out.write_text(whole[:-40])
     stability.run(out, tasks="tiny", starts=1)
@@ -68,6 +73,62 @@ def test_a_study_goes_on_behind_a_line_that_was_cut_off(tmp_path: Path):
     assert out.read_text() == before
 
 
+def test_runs_of_another_arithmetic_are_kept_and_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "runs.jsonl"
+    stability.run(out, tasks="tiny", rates="1e-3", starts=1)
+    monkeypatch.setattr(stability, "ARITHMETIC", stability.ARITHMETIC + 1)
+    stability.run(out, tasks="tiny", rates="1e-3", starts=2)
+    runs = stability.read([out])
+    assert [r["seed"] for r in runs] == [0] * 4 + [0] * 4 + [1] * 4
+    capsys.readouterr()
+    for arithmetic in (stability.ARITHMETIC - 1, stability.ARITHMETIC):
+        stability.report([out], arithmetic)
+        starts = arithmetic - stability.ARITHMETIC + 2
+        assert capsys.readouterr().out.count(f"| {starts} | 0% ") == len(ARMS)
+
+
+def test_the_fused_arm_computes_in_16_bits_on_every_processor():
+    stability.adapted("fused", tiny(), 0)
+    assert dispatch.update_type("cpu", torch.bfloat16) == torch.bfloat16
+
+
+WIDENED = """
+import torch
+from examples.benchmarks import wide_products
+
+def products():
+    torch.manual_seed(0)
+    x, w, c = (torch.randn(40, 40).bfloat16() for _ in range(3))
+    into = torch.empty(40, 40).bfloat16()
+    return [
+        torch.mm(x, w), torch.mm(x, w, out=into.clone()), torch.bmm(x[None], w[None]),
+        torch.addmm(c[0], x, w, beta=0.5, alpha=2), torch.addmm(c, x, w, out=into.clone()),
+        c.clone().addmm_(x, w), x.float() @ w.float(), torch.nn.functional.linear(x, w, c[0]),
+    ]
+
+before = products()
+torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False
+assert wide_products.now() == "own"
+wide_products.install()
+wide_products.install()
+assert wide_products.now() == "widened"
+for old, new in zip(before, products(), strict=True):
+    assert new.dtype == old.dtype
+    eps = torch.finfo(old.dtype).eps
+    assert ((new - old).abs() <= 1.5 * eps * old.abs() + 1e-4).all()
+    assert (new != old).float().mean() < 0.02 or old.dtype == torch.float32
+"""
+
+
+def test_widened_products_are_the_processor_s_own_up_to_rounding():
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", WIDENED], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def made(arm: str, seed: int, held_out: float, norm: float) -> dict[str, Any]:
     return {
         "task": "one",
@@ -76,7 +137,6 @@ def made(arm: str, seed: int, held_out: float, norm: float) -> dict[str, Any]:
         "arm": arm,
         "held_out": held_out,
         "norms": [1.0] * (STEPS - 1) + [norm],
-        "losses": [1.0] * STEPS,
     }
 
 
