@@ -154,7 +154,7 @@ def _strip(view: nn.Module) -> nn.Module:
     for module in copied.copies.values():
         for adapter in list(module.lora_copies):
             module.lora_remove_copy(adapter)
-    for module in (*copied.layers.values(), *copied.copies.values()):
+    for module in (*copied.layers.values(), *copied.copies.values(), *copied.norms.values()):
         restore_class(module)
     uninstall(holder)
     for parameter in view.parameters():

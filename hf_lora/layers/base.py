@@ -102,7 +102,7 @@ class Patched(nn.Module):
         return _rebuild, (self.lora_mixin, self.lora_host, self.lora_names), self.__getstate__()
 
     @classmethod
-    def lora_fields(cls, names: tuple[str, ...]) -> dict[str, Any]:
+    def lora_fields(cls, host: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         """Return what a subclass has beside the mixin's own, for tensors called ``names``."""
         return {}
 
@@ -122,9 +122,8 @@ def patched_class(
         "lora_names": names,
         "lora_input": _first_argument(host),
     }
-    return type(
-        f"{mixin.lora_prefix}{host.__name__}", (mixin, host), fields | mixin.lora_fields(names)
-    )
+    fields |= mixin.lora_fields(host, names)
+    return type(f"{mixin.lora_prefix}{host.__name__}", (mixin, host), fields)
 
 
 def _rebuild(mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -46,6 +46,9 @@ class Routing:
         self.starts: dict[str, str] = {}
         """How each adapter's factors are drawn, should they have to be drawn anew."""
 
+        self.frozen: set[str] = set()
+        """Those whose tensors do not train."""
+
         self.disabled: Weights = ()
         """What was in use before transformers' ``disable_adapters``."""
 
@@ -142,6 +145,7 @@ class Routing:
         self.starts.pop(name, None)
         self.factors.pop(name, None)
         self.names.discard(name)
+        self.frozen.discard(name)
         self.disabled = Choice.of(self.disabled).without(name).chosen
         self.standing = self.standing.without(name)
         for frame in STACK.get(()):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from hf_lora.layers.base import Patched, added_names, parameter_of
@@ -19,6 +20,7 @@ from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import SIXTEEN_BIT
 from hf_lora.layers.names import copy_kind, parameter_name
 from hf_lora.layers.parallel import here, split_fault, split_of
+from hf_lora.layers.statistics import training_if
 from hf_lora.sharding import is_sharded, whole
 
 
@@ -31,9 +33,12 @@ class TrainedModule(Patched):
     """Adapter to (name of a tensor to the name of the adapter's copy of it)."""
 
     @classmethod
-    def lora_fields(cls, names: tuple[str, ...]) -> dict[str, Any]:
+    def lora_fields(cls, host: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         """Return one property for each tensor of the module."""
-        return {name: property(_reader(name), _writer(name)) for name in names}
+        fields = {name: property(_reader(name), _writer(name)) for name in names}
+        if issubclass(host, _NormBase):
+            fields["training"] = training_if(TrainedModule.lora_trains)
+        return fields
 
     def lora_added(self) -> set[str]:
         """Return the names of the copies that this module has."""
@@ -91,6 +96,17 @@ class TrainedModule(Patched):
             return shares
         total = math.fsum(factor for _, factor in shares)
         return tuple((name, factor / total) for name, factor in shares)
+
+    def lora_trains(self) -> bool:
+        """Say whether what is read now is the copies of adapters that train."""
+        return any(self._trains(name) for name, _ in self.lora_shares())
+
+    def _trains(self, adapter: str) -> bool:
+        copies = self.lora_copies[adapter].items()
+        own = [_stored(self, at) for name, at in copies if name not in self._buffers]
+        # without a scale and a shift it moves as the rest of its adapter trains
+        trains = [tensor.requires_grad for tensor in own]
+        return any(trains) if trains else adapter not in self.lora_routing.frozen
 
     def lora_where(self, name: str) -> str:
         """Return under which name the tensor that ``name`` reads as now is kept."""

@@ -160,6 +160,7 @@ def as_config(
 def _set_trainable(model: nn.Module, names: str | Iterable[str], flag: bool) -> nn.Module:
     registry = registry_of(model)
     for name in registry.select(names):
+        (registry.routing.frozen.discard if flag else registry.routing.frozen.add)(name)
         for _, parameter in registry.parameters(name):
             parameter.requires_grad_(flag)
     return model

@@ -1,7 +1,8 @@
 """Patching a model in place, and giving it back as it was."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from hf_lora.layers.forwards import has_foreign_forward
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
 from hf_lora.layers.quantized import keep_gradients, restore_packing
+from hf_lora.layers.statistics import FrozenNorm, has_statistics
 from hf_lora.layers.table import layer_class
 from hf_lora.layers.trained import TrainedModule, tensor_names
 from hf_lora.layers.trial import gradient_fault, host_class, is_packed, is_plain, kind
@@ -75,6 +77,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     for name in list(registry.adapters):
         detach(registry, name)
     restore_packing(registry.repacked)
+    for norm in registry.norms.values():
+        restore_class(norm)
     discard(model)
     return model
 
@@ -225,6 +229,7 @@ def attach(
             for top in trained:
                 for path, module in _with_tensors(modules[top], top):
                     train_module(registry, name, path, module)
+            keep_still(registry, modules)
             if is_spread(model):
                 spread(model, registry, name, drawn=init is not None)
     except BaseException:
@@ -261,7 +266,18 @@ def detach(registry: Registry, name: str) -> None:
             module.lora_remove_copy(name)
         if not module.lora_copies:
             restore_class(registry.copies.pop(path))
+            keep_still(registry, {path: module})
     registry.routing.forget(name)
+
+
+def keep_still(registry: Registry, modules: Mapping[str, nn.Module]) -> None:
+    """Have the normalizations among these that no adapter trains use the statistics they have."""
+    for path, module in modules.items():
+        if has_statistics(module) and not isinstance(module, Patched):
+            with contextlib.suppress(TypeError):  # its class forbids subclasses
+                swap_class(module, patched_class(FrozenNorm, type(module)), registry.routing)
+                assert isinstance(module, FrozenNorm)
+                registry.norms[path] = module
 
 
 def _as_layer(module: nn.Module, registry: Registry, path: str) -> LoRALayer:
@@ -275,6 +291,9 @@ def _as_layer(module: nn.Module, registry: Registry, path: str) -> LoRALayer:
 
 def _as_trained(module: nn.Module, registry: Registry, path: str) -> TrainedModule:
     if not isinstance(module, TrainedModule):
+        if isinstance(module, FrozenNorm):
+            registry.norms = {p: norm for p, norm in registry.norms.items() if norm is not module}
+            restore_class(module)
         names = tensor_names(module)
         _swap(module, registry, path, lambda host: patched_class(TrainedModule, host, names))
         module.__dict__["lora_copies"] = {}

@@ -151,6 +151,10 @@ class Plan:
     """What else it did not fill, to the reason why that does not train: it stays random, and is
     not in the adapter's file. ``wrap`` warns of it, unless ``train=()`` says that it is known."""
 
+    frozen_norms: tuple[str, ...] = ()
+    """Paths of the normalizations with running statistics that do not train: they use those that
+    they have, also while the model trains, and do not move them."""
+
     @property
     def parameters(self) -> int:
         """Trainable numbers in all."""
@@ -220,6 +224,8 @@ def _lines(plan: Plan) -> Iterable[str]:
     if plan.fresh:
         names = ", ".join(plan.fresh)
         yield f"not in the checkpoint, so trained and saved with the adapter: {names}"
+    if plan.frozen_norms:
+        yield f"running statistics that are used and do not move: {some_paths(plan.frozen_norms)}"
     for path, reason in plan.unfilled.items():
         yield f"not in the checkpoint, but neither trained nor saved: {path} ({reason})"
     yield from (f"warning: {warning}" for warning in plan.warnings)
@@ -230,8 +236,13 @@ def _lines(plan: Plan) -> Iterable[str]:
 
 def left_out_line(paths: Sequence[str], reason: str) -> str:
     """Return a line about layers that are left out for one reason."""
+    return f"{some_paths(paths)} ({reason})"
+
+
+def some_paths(paths: Sequence[str]) -> str:
+    """Return the first of some paths and the number of the others."""
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return f"{paths[0] or 'the model itself'}{more} ({reason})"
+    return f"{paths[0] or 'the model itself'}{more}"
 
 
 def served_by(

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.layers.base import Slot
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, features, rank_fault
 from hf_lora.layers.quantized import numel, stored_bytes
+from hf_lora.layers.statistics import has_statistics
 from hf_lora.layers.trained import copy_dtype, own_parameters, own_tensors, tensor_names
 from hf_lora.layers.trial import host_class
 from hf_lora.layers.unheard import reader_of
@@ -65,6 +66,7 @@ def make_plan(model: nn.Module, config: LoRAConfig, world: int = 1) -> Plan:
         world=world,
         fresh=matches.fresh,
         unfilled=matches.unfilled,
+        frozen_norms=tuple(_frozen_norms(modules, tops)),
     )
     if world == 1:
         return plan
@@ -193,6 +195,13 @@ def _conflicts(model: nn.Module, chosen: Iterable[str], trained: Iterable[str]) 
     for path in registry.layers:
         if inside(path, tops):
             yield f"{path} has a low-rank update from another adapter"
+
+
+def _frozen_norms(modules: Mapping[str, nn.Module], trained: Collection[str]) -> Iterator[str]:
+    """Yield the paths of the normalizations whose statistics would move if they were not frozen."""
+    for path, module in modules.items():
+        if has_statistics(module) and not inside(path, trained):
+            yield path
 
 
 def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from hf_lora.layers.merging import Original
 from hf_lora.layers.names import LORA_A, LORA_B, REGISTRY, parameter_name
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.sharing import unwatch
+from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.model import watch
 from hf_lora.model.cores import core_of
@@ -72,6 +73,9 @@ class Registry:
     routing: Routing = dataclasses.field(default_factory=Routing)
     layers: dict[str, LoRALayer] = dataclasses.field(default_factory=dict)
     copies: dict[str, TrainedModule] = dataclasses.field(default_factory=dict)
+    norms: dict[str, FrozenNorm] = dataclasses.field(default_factory=dict)
+    """The normalizations whose running statistics are kept still."""
+
     base_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     """``requires_grad`` of every base parameter before the model was wrapped."""
 
@@ -224,6 +228,8 @@ class Registry:
         """
         held = [(path, layer, layer.lora_slots) for path, layer in self.layers.items()]
         held += [(path, module, module.lora_copies) for path, module in self.copies.items()]
+        if self.adapters.keys() <= set(names):
+            held += [(path, module, {}) for path, module in self.norms.items()]
         changed = {
             path: type(module).__name__
             for path, module, adapters in held

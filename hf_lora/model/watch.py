@@ -24,6 +24,7 @@ from hf_lora.errors import HfLoRAWarning, StateError, listing
 from hf_lora.layers.base import Patched
 from hf_lora.layers.hosts import features
 from hf_lora.layers.names import REGISTRY
+from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.model.heads import output_head
 
 Registry = Any
@@ -124,6 +125,12 @@ def _replace(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     own = {id(parameter) for parameter in old.parameters(recurse=False)}
     converted = any(id(parameter) in own for parameter in new.parameters())
     if converted and all(module is not old for module in new.modules()):
+        if isinstance(old, FrozenNorm):
+            raise StateError(
+                f"{name} of this {type(parent).__name__} is a normalization of a frozen base, and "
+                f"hf_lora keeps its statistics still; a {type(new).__name__} that was to take its "
+                "place would move them. Convert before wrapping."
+            )
         raise StateError(
             f"{name} of this {type(parent).__name__} carries an adapter, which would be gone with "
             f"it: a {type(new).__name__} with its weight was to take its place. Convert or "
