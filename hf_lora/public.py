@@ -1,5 +1,8 @@
 """The public names, all of them; ``hf_lora`` itself hands them out when the first is asked for."""
 
+from hf_lora.adapter_io.save import save
+from hf_lora.api import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
+from hf_lora.auto_classes import disable_auto, enable_auto
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import (
     AdapterFileError,
@@ -17,20 +20,17 @@ from hf_lora.errors import (
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
-from hf_lora.hf.accelerate_states import register
-from hf_lora.hf.auto import disable_auto, enable_auto
-from hf_lora.hf.merged import merge_and_unwrap
-from hf_lora.hf.saving import save
-from hf_lora.hf.trainer import LoRATrainerMixin
-from hf_lora.hf.views import base_view
-from hf_lora.hf.wrapping import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
+from hf_lora.integrations.accelerate_state import register
+from hf_lora.integrations.base_view import base_view
+from hf_lora.integrations.merged import merge_and_unwrap
+from hf_lora.integrations.trainer.hooks import LoRATrainerMixin
 from hf_lora.layers.linear import LoRALinear
 from hf_lora.merging.in_memory import merge, unmerge
 from hf_lora.model.adapters import adapters, add_adapter, delete_adapter, freeze, unfreeze
 from hf_lora.model.choices import activate, active_adapters, no_adapter, use_adapter
 from hf_lora.model.optimizer import optimizer_groups
-from hf_lora.model.plan import Plan
 from hf_lora.model.summary import Summary, summary
+from hf_lora.planning.records import Plan
 from hf_lora.version import __version__
 
 __all__ = [

@@ -13,24 +13,26 @@ from pathlib import Path
 
 # Bottom first. A module may import from the rows below its own and from its own unit, no others.
 LAYERS = (
-    ("errors", "config", "text", "version"),
-    ("functional", "targets", "devices", "sharding", "partitions", "compat"),
+    ("errors", "config", "text", "version", "targets"),
+    ("compat",),
+    ("functional",),
     ("layers",),
-    ("model", "files"),
+    ("planning", "files"),
+    ("model",),
+    ("adapter_io",),
     ("merging",),
-    ("hf",),
+    ("hub",),
+    ("integrations",),
+    ("api",),
+    ("auto_classes",),
     ("public",),
     ("hf_lora",),  # __init__.py, which hands out the public names when they are asked for
-    ("cli", "report"),
+    ("recipes",),
+    ("cli",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Units of one row do not know each other, except for these.
-NEIGHBOURS = {
-    ("config", "errors"),
-    ("errors", "text"),
-    ("cli", "report"),
-    ("sharding", "partitions"),
-}
+NEIGHBOURS = {("config", "errors"), ("errors", "text"), ("targets", "errors")}
 
 # The only imports that may stand inside a function, each with what importing it early would cost.
 LAZY = {
@@ -44,7 +46,7 @@ LAZY = {
     "torch.distributed.tensor": "takes seconds, for models that are spread over processes only",
     "transformers.trainer": "takes seconds, and most programs never train",
     "transformers.modelcard": "takes seconds, for the card that Trainer writes only",
-    "hf_lora.hf.gradient_check": "its base class lives beside Trainer",
+    "hf_lora.integrations.trainer.callback": "its base class lives beside Trainer",
     "hf_lora.public": "torch and transformers, which `hf-lora --help` does not need",
     "hf_lora.cli.commands": "likewise",
 }

@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ["tests.folder_fixtures", "tests.hub_fixtures"]
+
 SLOW_TEST_SECONDS = 1800
 # Each worker holds torch, transformers, PEFT and its models: one to two gigabytes.
 MOST_WORKERS = 8

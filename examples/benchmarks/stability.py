@@ -49,7 +49,7 @@ from examples.benchmarks import wide_products
 from examples.benchmarks.arms import LINEAR
 from examples.spelling import encode
 from hf_lora.functional import composed
-from hf_lora.layers import fused as dispatch
+from hf_lora.layers import dispatch as dispatch
 
 ARMS = ("peft", "peft16", "composed", "fused")
 FEW_ROWS = {"composed": 1 << 40, "fused": 0}

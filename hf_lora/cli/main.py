@@ -153,7 +153,7 @@ def push(
 ) -> None:
     """Push an adapter folder and a model card to the Hub, in one commit."""
     execute(
-        lambda: _command("hf_lora.cli.commands.share").push(
+        lambda: _command("hf_lora.cli.commands.hub").push(
             folder,
             repo_id,
             base=base,
@@ -177,7 +177,7 @@ def pull(
 ) -> None:
     """Copy an adapter from the Hub into a folder, checked."""
     execute(
-        lambda: _command("hf_lora.cli.commands.share").pull(
+        lambda: _command("hf_lora.cli.commands.hub").pull(
             repo_id, folder, revision=revision, subfolder=subfolder, force=force
         ),
         as_json=as_json,

@@ -9,11 +9,11 @@ from typing import Any
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterError, listing
-from hf_lora.files.content import Content
-from hf_lora.files.json_text import is_number, parse_json
+from hf_lora.files.data import AdapterData
 from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
-from hf_lora.layers.base import Slot
+from hf_lora.files.safe_json import is_number, parse_json
+from hf_lora.layers.lora import LayerConfig
 from hf_lora.text import show, some
 from hf_lora.version import __version__
 
@@ -38,7 +38,7 @@ _ENTRIES = {
 }
 """What a reader of this version knows; else an entry is told and ignored, unless it is required."""
 
-_FEATURES: dict[str, Callable[[Content], bool]] = {
+_FEATURES: dict[str, Callable[[AdapterData], bool]] = {
     "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
     "trained": lambda content: bool(content.trained),
 }
@@ -64,7 +64,7 @@ class OwnHeader:
     """As in ``adapter_config.json``."""
 
     config: LoRAConfig
-    slots: dict[str, Slot]
+    slots: dict[str, LayerConfig]
     trained: list[str]
     raw: dict[str, Any]
     """All of it, as parsed."""
@@ -73,7 +73,7 @@ class OwnHeader:
     """What a newer hf_lora wrote and this one ignores, a line each."""
 
 
-def make_header(content: Content, fields: Mapping[str, Any]) -> str:
+def make_header(content: AdapterData, fields: Mapping[str, Any]) -> str:
     """Return our part of the header, ``fields`` being what ``adapter_config.json`` says."""
     entries = {
         ADAPTER_CONFIG: fields,
@@ -142,7 +142,10 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
 
 
 def contradictions(
-    own: OwnHeader, fields: Mapping[str, Any], slots: Mapping[str, Slot], trained_names: list[str]
+    own: OwnHeader,
+    fields: Mapping[str, Any],
+    slots: Mapping[str, LayerConfig],
+    trained_names: list[str],
 ) -> list[str]:
     """Return a line for each thing that decides the mathematics and is said in two ways.
 
@@ -216,7 +219,7 @@ def _check_patterns(config: dict[str, Any], damaged: str) -> None:
         raise AdapterFileError(f"{damaged}: its patterns would take too long to compile")
 
 
-def _slot(entry: Any, damaged: str) -> Slot:
+def _slot(entry: Any, damaged: str) -> LayerConfig:
     if not isinstance(entry, dict):
         raise AdapterFileError(damaged)
     r, alpha, dropout, rslora = (entry.get(name, default) for name, default in _SLOT.items())
@@ -228,4 +231,4 @@ def _slot(entry: Any, damaged: str) -> Slot:
     )
     if not sound:
         raise AdapterFileError(damaged)
-    return Slot(r=r, alpha=float(alpha), dropout=float(dropout), rslora=rslora)
+    return LayerConfig(r=r, alpha=float(alpha), dropout=float(dropout), rslora=rslora)

@@ -3,7 +3,7 @@
 import re
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
-from hf_lora.files.content import Factors
+from hf_lora.files.data import Factors
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.text import show
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.atomic import as_json, staged, sync_directory
-from hf_lora.files.json_text import read_json, show
+from hf_lora.files.safe_json import read_json, show
 
 MANIFEST_FILE = "checkpoint_manifest.json"
 _FORMAT, _COMPLETE, _PARTS = "format", "complete", "parts"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_lora.errors import SaveError
-from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE
 
 _MODEL_CONFIG = "config.json"
 _MODEL_WEIGHTS = re.compile(

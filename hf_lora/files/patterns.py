@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from hf_lora.files.matching import Patience, Pattern, Text, positions
+from hf_lora.files.bounded_regex import Budget, Pattern, Text, positions
 from hf_lora.targets import parents as parents
 
 SPECIAL = re.compile(r"[^\w.\-]")
@@ -48,7 +48,7 @@ class PatternMap:
         patience: The budget of the file that they come from.
     """
 
-    def __init__(self, values: Mapping[str, Any], patience: Patience):
+    def __init__(self, values: Mapping[str, Any], patience: Budget):
         self._patience = patience
         self._plain: dict[str, tuple[int, Any]] = {}
         self._patterns: list[tuple[int, Pattern, Any]] = []
@@ -83,7 +83,7 @@ class LayerIndex:
         patience: The budget of the file that they come from.
     """
 
-    def __init__(self, numbers: Collection[int], names: Iterable[str], patience: Patience):
+    def __init__(self, numbers: Collection[int], names: Iterable[str], patience: Budget):
         self._numbers = frozenset(numbers)
         self._patience = patience
         self._patterns = [Pattern(name, patience) for name in names]

@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``: written from a :class:`Content`, and understood or refused.
+"""PEFT's ``adapter_config.json``: written from a :class:`AdapterData`, and understood or refused.
 
 With ``peft_targets`` the only place that spells PEFT's field names. Read as of PEFT 0.21.
 """
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
-from hf_lora.files.content import Content
-from hf_lora.files.json_text import is_number
-from hf_lora.files.matching import Patience
+from hf_lora.files.bounded_regex import Budget
+from hf_lora.files.data import AdapterData
 from hf_lora.files.patterns import SPECIAL, PatternMap, TailIndex, tails
-from hf_lora.layers.base import Slot
+from hf_lora.files.safe_json import is_number
+from hf_lora.layers.lora import LayerConfig
 from hf_lora.text import show
 
 # Fields that change the mathematics and that hf_lora does not implement, with the values for off.
@@ -51,7 +51,7 @@ ORIGIN_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_ty
 """The fields that say what an adapter was made for."""
 
 
-def to_peft(content: Content) -> dict[str, Any]:
+def to_peft(content: AdapterData) -> dict[str, Any]:
     """Return the fields of ``adapter_config.json``: what readers ask for, and what differs.
 
     What is at its default is left out: PEFT before 0.9 stops at the first field that it does not
@@ -149,8 +149,8 @@ def check_tying(fields: Mapping[str, Any], paths: Iterable[str], source: str) ->
 
 
 def read_slots(
-    fields: Mapping[str, Any], ranks: Mapping[str, int], source: str, patience: Patience
-) -> dict[str, Slot]:
+    fields: Mapping[str, Any], ranks: Mapping[str, int], source: str, patience: Budget
+) -> dict[str, LayerConfig]:
     """Return each layer's numbers, from the configuration and the tensors' own ranks.
 
     Args:
@@ -180,14 +180,16 @@ def read_slots(
 
     rank_pattern, alpha_pattern = (PatternMap(values, patience) for values in by_pattern)
     by_weight = TailIndex(weights_named(fields, source))
-    slots: dict[str, Slot] = {}
+    slots: dict[str, LayerConfig] = {}
     for path, rank in ranks.items():
         name = f"{path}.weight" if by_weight.means(f"{path}.weight") else path
         said = rank_pattern.get(name, r)
         if said != rank:
             problems.append(f"{path}: the configuration says r={said}, the tensors have {rank}")
         strength = alpha_pattern.get(name, alpha)
-        slots[path] = Slot(r=rank, alpha=float(strength), dropout=float(dropout), rslora=rslora)
+        slots[path] = LayerConfig(
+            r=rank, alpha=float(strength), dropout=float(dropout), rslora=rslora
+        )
     if problems:
         raise AdapterFileError(listing(f"{source} contradicts its weights", problems))
     return slots

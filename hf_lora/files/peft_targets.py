@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from hf_lora.errors import AdapterFileError
-from hf_lora.files.matching import Patience, Pattern, Text
+from hf_lora.files.bounded_regex import Budget, Pattern, Text
 from hf_lora.files.patterns import LayerIndex, TailIndex
 from hf_lora.files.peft_format import read_names, weights_named
 from hf_lora.text import show
@@ -21,7 +21,7 @@ TARGET_FIELDS = (
 
 
 def promised_layers(
-    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Patience
+    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Budget
 ) -> set[str]:
     """Return those of a model's linear layers that PEFT would adapt.
 
@@ -48,7 +48,7 @@ def says_no_target(fields: Mapping[str, Any]) -> bool:
 
 
 def _by_module(
-    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Patience
+    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Budget
 ) -> set[str]:
     targets = fields.get("target_modules") or []
     if isinstance(targets, str):
@@ -69,7 +69,7 @@ def says_all_linear(fields: Mapping[str, Any]) -> bool:
     return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
 
 
-def _by_pattern(text: str, names: Collection[str], patience: Patience) -> set[str]:
+def _by_pattern(text: str, names: Collection[str], patience: Budget) -> set[str]:
     if text.lower() == _ALL_LINEAR:
         return set(names)
     pattern = Pattern(text, patience)
@@ -77,7 +77,7 @@ def _by_pattern(text: str, names: Collection[str], patience: Patience) -> set[st
 
 
 def _excluded(
-    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Patience
+    fields: Mapping[str, Any], names: Collection[str], source: str, patience: Budget
 ) -> set[str]:
     excluded = fields.get("exclude_modules")
     if not excluded:
@@ -89,7 +89,7 @@ def _excluded(
     return {name for name in names if index.means(name)}
 
 
-def _layers(fields: Mapping[str, Any], source: str, patience: Patience) -> LayerIndex | None:
+def _layers(fields: Mapping[str, Any], source: str, patience: Budget) -> LayerIndex | None:
     numbers = fields.get("layers_to_transform")
     if numbers is None or numbers == []:
         return None

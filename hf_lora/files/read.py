@@ -7,12 +7,12 @@ from typing import Any
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, listing
-from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Factors
+from hf_lora.files.bounded_regex import Budget
+from hf_lora.files.commit_note import noted_fields
+from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE, Factors
 from hf_lora.files.header import OwnHeader, contradictions, read_header
-from hf_lora.files.json_text import read_json
 from hf_lora.files.keys import sort_keys
 from hf_lora.files.labels import read_labels
-from hf_lora.files.matching import Patience
 from hf_lora.files.peft_format import (
     ORIGIN_FIELDS,
     check_supported,
@@ -20,10 +20,10 @@ from hf_lora.files.peft_format import (
     read_slots,
     read_trained_names,
 )
-from hf_lora.files.pending import noted_fields
+from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.files.set_note import mixture
-from hf_lora.layers.base import Slot
+from hf_lora.layers.lora import LayerConfig
 from hf_lora.text import some
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -42,7 +42,7 @@ class AdapterFolder:
     factors: dict[str, Factors]
     """Path of a layer, as the file names it, to where its factors are."""
 
-    slots: dict[str, Slot]
+    slots: dict[str, LayerConfig]
     others: dict[str, str]
     """Every other tensor: path of a parameter, as the file names it, to its key."""
 
@@ -58,7 +58,7 @@ class AdapterFolder:
     told: list[str]
     """What was ignored or taken from elsewhere, a line each."""
 
-    patience: Patience
+    patience: Budget
     """What matching the patterns of this folder may still cost."""
 
     labels: dict[str, Any]
@@ -126,7 +126,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
     factors, others, renamed = sort_keys(file)
     check_tying(fields, [*factors, *others], source)
-    patience = Patience(source)
+    patience = Budget(source)
     slots = read_slots(fields, {path: f.r for path, f in factors.items()}, source, patience)
     trained_names = read_trained_names(fields, source)
     if own is not None:

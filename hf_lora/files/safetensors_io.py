@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import torch
 
 from hf_lora.errors import AdapterFileError, SaveError
-from hf_lora.files.json_text import parse_json
 from hf_lora.files.opened import blocks, opened
+from hf_lora.files.safe_json import parse_json
 from hf_lora.text import show
 
 DIGEST_KEY = "hf_lora_sha256"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_lora.files.json_text import is_number
+from hf_lora.files.safe_json import is_number
 
 _VALUES = 16
 _SAME = 0.01

@@ -15,9 +15,9 @@ from typing import Any
 
 from hf_lora.errors import AdapterFileError, ConfigError
 from hf_lora.files.atomic import as_json, remove_abandoned, staged, sync_directory
-from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE
-from hf_lora.files.json_text import read_json
-from hf_lora.files.pending import file_digest, noted_fields
+from hf_lora.files.commit_note import file_digest, noted_fields
+from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.safe_json import read_json
 from hf_lora.layers.names import check_adapter_name
 
 SET_FILE = ".adapters.pending"

@@ -8,14 +8,14 @@ from typing import Any
 
 from hf_lora.errors import SaveError
 from hf_lora.files.atomic import alone_in, as_json, made_folder, staged, sync_directory
-from hf_lora.files.content import CONFIG_FILE, WEIGHTS_FILE, Content
+from hf_lora.files.commit_note import put_note, take_note_away
+from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE, AdapterData
 from hf_lora.files.header import HEADER_KEY, make_header
-from hf_lora.files.json_text import parse_json
 from hf_lora.files.opened import content, copy_into
 from hf_lora.files.other_kind import check_no_model
 from hf_lora.files.peft_format import to_peft
-from hf_lora.files.pending import put_note, take_note_away
 from hf_lora.files.read import read_folder
+from hf_lora.files.safe_json import parse_json
 from hf_lora.files.safetensors_io import TensorFile, serialize
 from hf_lora.files.set_note import (
     has_set_note,
@@ -29,7 +29,7 @@ Weights = Callable[[Any], None]
 """What writes an adapter's weights into an open file."""
 
 
-def write_folder(directory: Path, adapter: Content) -> None:
+def write_folder(directory: Path, adapter: AdapterData) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, replacing older ones.
 
     Killed at any moment, this leaves the old adapter or the new one.
@@ -41,7 +41,7 @@ def write_folder(directory: Path, adapter: Content) -> None:
     write_folders(directory, {directory: adapter})
 
 
-def write_folders(top: Path, contents: Mapping[Path, Content]) -> None:
+def write_folders(top: Path, contents: Mapping[Path, AdapterData]) -> None:
     """Write several adapters that belong together, each as :func:`write_folder` does.
 
     Killed at any moment, this leaves all as they were, or all new, or a note in ``top`` that makes

@@ -13,13 +13,13 @@ import torch
 
 from hf_lora.functional.dropout import unpacked
 from hf_lora.functional.passes import Gradients
-from hf_lora.functional.spec import Perhaps, Spec, Tensors
+from hf_lora.functional.spec import OptionalTensors, Spec, Tensors
 
 
 def differentiable_backward(
     spec: Spec,
-    dys: Perhaps,
-    weights: Perhaps,
+    dys: OptionalTensors,
+    weights: OptionalTensors,
     factors: Tensors,
     masks: Tensors,
     x_NI: torch.Tensor,

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_lora.functional.again import differentiable_backward
-from hf_lora.functional.passes import Seen, backward_pass, forward_pass
-from hf_lora.functional.rebuild import Recipe, rebuild, rebuilt_rows
-from hf_lora.functional.rows import Rows
-from hf_lora.functional.spec import Factors, Facts, Perhaps, Spec, factors_of, spec_of
+from hf_lora.functional.passes import SavedForBackward, backward_pass, forward_pass
+from hf_lora.functional.recompute import Recompute, recomputed, recomputed_rows
+from hf_lora.functional.scaled_rows import ScaledRows
+from hf_lora.functional.spec import Factors, OptionalTensors, Spec, UpdateSpec, factors_of, spec_of
 
 
 class Update(NamedTuple):
@@ -48,7 +48,7 @@ def fused(
     x: torch.Tensor,
     layers: Sequence[Layer],
     dtype: torch.dtype,
-    recipe: Recipe | None = None,
+    recipe: Recompute | None = None,
     *,
     update_dtype: torch.dtype | None = None,
     keep_h: bool = False,
@@ -68,7 +68,7 @@ def fused(
         dtype,
         update_dtype or dtype,
         tuple(
-            tuple(Facts(u.a_RI.shape[0], u.s, u.dropout, u.a_RI.dtype) for u in layer.updates)
+            tuple(UpdateSpec(u.a_RI.shape[0], u.s, u.dropout, u.a_RI.dtype) for u in layer.updates)
             for layer in layers
         ),
     )
@@ -86,13 +86,13 @@ class _Call(NamedTuple):
     """What is given to one call beside the tensors that gradients are asked for."""
 
     spec: Spec
-    recipe: Recipe | None
+    recipe: Recompute | None
     layers: Sequence[Layer]
     keep_h: bool
 
     def forward(
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], Factors, Seen]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], Factors, SavedForBackward]:
         """Return the layers' outputs, and what the backward pass needs."""
         spec, count = self.spec, len(self.layers)
         bases, factors = tensors[:count], tensors[count:]
@@ -141,21 +141,21 @@ class _Fused(torch.autograd.Function):
             ctx.saved_tensors, layers, 1, apart, updates, apart, apart, 1
         )
 
-        def input_rows() -> Rows:
+        def input_rows() -> ScaledRows:
             if ctx.expression is None:
-                return Rows(spec.rows(kept[0]).to(spec.update_dtype))
-            return rebuilt_rows(ctx.expression, kept, ctx.shape[-1], spec.update_dtype)
+                return ScaledRows(spec.rows(kept[0]).to(spec.update_dtype))
+            return recomputed_rows(ctx.expression, kept, ctx.shape[-1], spec.update_dtype)
 
         wanted = needs[1], needs[2 + layers : 2 + layers + updates], needs[2 + layers + updates :]
         with _no_autocast(some):
             if torch.is_grad_enabled():  # somebody will differentiate again
-                x = kept[0] if ctx.expression is None else rebuild(ctx.expression, kept)
+                x = kept[0] if ctx.expression is None else recomputed(ctx.expression, kept)
                 factors = _unchanged(ctx.factors, ctx.versions)
                 dx_NI, da, db = differentiable_backward(
                     spec, dys, weights, factors, masks, spec.rows(x), wanted
                 )
             else:
-                seen = Seen(masks, h, h_NQ[0])
+                seen = SavedForBackward(masks, h, h_NQ[0])
                 dx_NI, da, db = backward_pass(
                     spec, dys, weights, Factors(a_QI[0], a, b), seen, input_rows, wanted
                 )
@@ -188,7 +188,7 @@ def _unchanged(factors: Sequence[torch.Tensor], versions: Sequence[int]) -> Sequ
     return factors
 
 
-def _cut(saved: Perhaps, *lengths: int) -> list[Any]:
+def _cut(saved: OptionalTensors, *lengths: int) -> list[Any]:
     """Return consecutive pieces of these lengths, and what is left."""
     pieces, start = [], 0
     for length in lengths:

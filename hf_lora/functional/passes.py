@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 from hf_lora.functional.dropout import keep_mask, masked, unpacked
-from hf_lora.functional.rows import Rows
-from hf_lora.functional.spec import Factors, Perhaps, Spec, Tensors
+from hf_lora.functional.scaled_rows import ScaledRows
+from hf_lora.functional.spec import Factors, OptionalTensors, Spec, Tensors
 
 
-class Seen(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What the updates with dropout saw, for the backward pass."""
 
     masks: Tensors
@@ -32,8 +32,13 @@ class Seen(NamedTuple):
 
 
 def forward_pass(
-    spec: Spec, x: torch.Tensor, bases: Tensors, weights: Perhaps, biases: Perhaps, factors: Factors
-) -> tuple[list[torch.Tensor], Seen]:
+    spec: Spec,
+    x: torch.Tensor,
+    bases: Tensors,
+    weights: OptionalTensors,
+    biases: OptionalTensors,
+    factors: Factors,
+) -> tuple[list[torch.Tensor], SavedForBackward]:
     """Return each layer's output, (..., O).
 
     Args:
@@ -74,7 +79,7 @@ def forward_pass(
         _add_products(y_NO, [(h[i], factors.b[i].t()) for i in numbers])
         outputs.append(y)
     # what is kept for each row is kept in the type that is computed in
-    return outputs, Seen(masks, [h[i].to(spec.dtype) for i in spec.apart], h_NQ)
+    return outputs, SavedForBackward(masks, [h[i].to(spec.dtype) for i in spec.apart], h_NQ)
 
 
 def _add_products(total: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -93,17 +98,17 @@ class Gradients(NamedTuple):
     """What a backward pass gives; None for what nobody wants, or what no gradient came from."""
 
     x_NI: torch.Tensor | None
-    a: Perhaps
-    b: Perhaps
+    a: OptionalTensors
+    b: OptionalTensors
 
 
 def backward_pass(
     spec: Spec,
-    dys: Perhaps,
-    weights: Perhaps,
+    dys: OptionalTensors,
+    weights: OptionalTensors,
     factors: Factors,
-    seen: Seen,
-    input_rows: Callable[[], Rows],
+    seen: SavedForBackward,
+    input_rows: Callable[[], ScaledRows],
     wanted: tuple[bool, Sequence[bool], Sequence[bool]],
 ) -> Gradients:
     """Return the gradients of x, of the A's and of the B's.
@@ -167,7 +172,11 @@ class _Sum:
 
 
 def _through_b(
-    spec: Spec, dys: Perhaps, b: Tensors, h: Mapping[int, torch.Tensor], wanted: Sequence[bool]
+    spec: Spec,
+    dys: OptionalTensors,
+    b: Tensors,
+    h: Mapping[int, torch.Tensor],
+    wanted: Sequence[bool],
 ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
     """Return dh and dB of each update that a gradient comes to."""
     dh: dict[int, torch.Tensor] = {}
@@ -189,8 +198,8 @@ def _through_masks(
     spec: Spec,
     dh: Mapping[int, torch.Tensor],
     factors: Factors,
-    seen: Seen,
-    x: Rows | None,
+    seen: SavedForBackward,
+    x: ScaledRows | None,
     dx: _Sum | None,
     wanted: Sequence[bool],
 ) -> dict[int, torch.Tensor]:
@@ -211,7 +220,7 @@ def _through_masks(
 
 
 def _live(
-    spec: Spec, dys: Perhaps, a_QI: torch.Tensor | None
+    spec: Spec, dys: OptionalTensors, a_QI: torch.Tensor | None
 ) -> tuple[Sequence[int], torch.Tensor | None]:
     """Return the updates without dropout that a gradient comes to, and their share of ``a_QI``."""
     if a_QI is None or all(dy is not None for dy in dys):

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 Tensors = Sequence[torch.Tensor]
-Perhaps = Sequence[torch.Tensor | None]
+OptionalTensors = Sequence[torch.Tensor | None]
 
 
-class Facts(NamedTuple):
+class UpdateSpec(NamedTuple):
     """What one update is, without its numbers."""
 
     r: int
@@ -39,7 +39,7 @@ class Spec:
     update_dtype: torch.dtype
     """What the updates' narrow products are computed in: the same, or a wider type."""
 
-    updates: tuple[Facts, ...]
+    updates: tuple[UpdateSpec, ...]
     """Of all layers, in order; an update's number is its place here."""
 
     numbers: tuple[range, ...]
@@ -73,7 +73,7 @@ class Spec:
 
 @functools.lru_cache(maxsize=4096)
 def spec_of(
-    dtype: torch.dtype, update_dtype: torch.dtype, layers: tuple[tuple[Facts, ...], ...]
+    dtype: torch.dtype, update_dtype: torch.dtype, layers: tuple[tuple[UpdateSpec, ...], ...]
 ) -> Spec:
     """Return the spec of a call on layers with these updates."""
     updates = tuple(itertools.chain(*layers))

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.compat.deepspeed import shape_of
+from hf_lora.compat.dtensor import is_sharded
 from hf_lora.config import LoRAConfig
-from hf_lora.layers.base import Patched, parameter_of
-from hf_lora.layers.forwards import has_foreign_forward
+from hf_lora.layers.instance_forward import has_foreign_forward
+from hf_lora.layers.lora import Patched, parameter_of
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
-from hf_lora.layers.parallel import split_fault
-from hf_lora.partitions import shape_of
-from hf_lora.sharding import is_sharded
+from hf_lora.layers.tensor_parallel import split_fault
 
 _SIZES = ("in_features", "out_features")
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -77,7 +77,7 @@ def why_not(module: nn.Module) -> str | None:
     """Return the reason why a module cannot get a low-rank update, or None if it can.
 
     Looks at the module only: whether gradients pass through it is found out by trying it
-    (``layers.trial``), and whether its parent calls it at all is the parent's (``layers.unheard``).
+    (``layers.probe``), and whether its parent calls it at all is for ``layers.uncalled`` to say.
     """
     sizes = features(module)
     name = type(module).__name__

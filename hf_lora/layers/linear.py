@@ -5,11 +5,11 @@ from typing import Any, Self
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.compat.accelerate import execution_device, is_offloaded, is_on_meta
 from hf_lora.config import LoRAConfig
-from hf_lora.devices import execution_device, is_offloaded, is_on_meta
 from hf_lora.errors import StateError, TargetError
-from hf_lora.layers.base import LoRALayer, Slot, adopt, patched_class
 from hf_lora.layers.hosts import adapter_dtype, rank_fault, why_not
+from hf_lora.layers.lora import LayerConfig, LoRALayer, adopt, patched_class
 from hf_lora.layers.names import DEFAULT
 from hf_lora.layers.routing import Routing
 
@@ -62,11 +62,11 @@ class LoRALinear(LoRALayer, nn.Linear):
         adopt(self, base)
         for parameter in base.parameters():
             parameter.requires_grad_(False)
-        self.lora_slots: dict[str, Slot] = {}
+        self.lora_slots: dict[str, LayerConfig] = {}
         self.lora_routing = Routing(((DEFAULT, 1.0),))
         self.lora_add(
             DEFAULT,
-            Slot(r=config.r, alpha=config.alpha),
+            LayerConfig(r=config.r, alpha=config.alpha),
             dtype=adapter_dtype(base),
             device=execution_device(base),
             init=config.init,

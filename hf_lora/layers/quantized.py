@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hf_lora.layers.base import parameter_of
-from hf_lora.partitions import numel_of
-from hf_lora.sharding import is_sharded
+from hf_lora.compat.deepspeed import numel_of
+from hf_lora.compat.dtensor import is_sharded
+from hf_lora.layers.lora import parameter_of
 
 _FLAG = "support_avx512bf16_for_cpu"
 

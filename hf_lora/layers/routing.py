@@ -11,7 +11,7 @@ import torch
 from hf_lora.compat.torch_checkpoint import keep_functions
 from hf_lora.errors import StateError
 from hf_lora.layers.choice import STACK, Block, Choice, Frame, Weights, change, enter, leave
-from hf_lora.layers.sharing import Sharing
+from hf_lora.layers.input_groups import Sharing
 
 _NUMBERS = itertools.count(1)
 _LISTED: "weakref.WeakValueDictionary[int, Routing]" = weakref.WeakValueDictionary()
@@ -211,7 +211,7 @@ _LIBRARY.impl("strengths", _strengths, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_lora::strengths", _empty, lib=_LIBRARY)
 
 
-def strengths(routing: Routing, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
+def scales(routing: Routing, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
     """Yield the factor of each adapter's update here and now, zero for those not in use.
 
     An operator of its own: compiled code reads the choice by it each time, so that a graph serves

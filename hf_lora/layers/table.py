@@ -3,8 +3,8 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.layers.base import LoRALayer, Patched, patched_class
 from hf_lora.layers.linear import LoRAConv1D, LoRALinear
+from hf_lora.layers.lora import LoRALayer, Patched, patched_class
 
 _TABLE: tuple[tuple[type[nn.Module], type[LoRALayer]], ...] = (
     (nn.Linear, LoRALinear),

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.partitions import is_partitioned
+from hf_lora.compat.deepspeed import is_partitioned
 
 _HOOKS = (
     "_forward_hooks",

@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from hf_lora.layers.base import Patched, added_names, parameter_of
+from hf_lora.compat.dtensor import full_tensor, is_sharded
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import SIXTEEN_BIT
+from hf_lora.layers.lora import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
-from hf_lora.layers.parallel import here, split_fault, split_of
 from hf_lora.layers.statistics import training_if
-from hf_lora.sharding import is_sharded, whole
+from hf_lora.layers.tensor_parallel import split_fault, split_of, to_local
 
 
 class TrainedModule(Patched):
@@ -200,7 +200,7 @@ def copy_dtype(tensor: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    data = whole(tensor).detach().to(dtype, copy=True)
+    data = full_tensor(tensor).detach().to(dtype, copy=True)
     if not isinstance(tensor, nn.Parameter):
         return data
     copy = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
@@ -223,9 +223,11 @@ def _reader(name: str) -> Any:
             return own  # type: ignore[return-value]
         shares = self.lora_shares()
         if not shares:
-            return here(_stored(self, self.lora_where(name)))
-        copies = [(here(_stored(self, self.lora_copies[a][name])), factor) for a, factor in shares]
-        original = here(_stored(self, name))
+            return to_local(_stored(self, self.lora_where(name)))
+        copies = [
+            (to_local(_stored(self, self.lora_copies[a][name])), factor) for a, factor in shares
+        ]
+        original = to_local(_stored(self, name))
         one = len(copies) == 1 and copies[0][1] == 1.0
         tensor = copies[0][0] if one else mixture(original, copies)
         # a module computes in the type that it has; casting its input would cost far more

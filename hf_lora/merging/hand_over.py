@@ -7,15 +7,15 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from hf_lora.devices import present
+from hf_lora.compat.accelerate import present
+from hf_lora.compat.dtensor import full_tensor, is_distributed
 from hf_lora.errors import TargetError, listing
 from hf_lora.files.keys import without_wrappers
-from hf_lora.layers.base import LoRALayer, added_names, parameter_of
 from hf_lora.layers.hosts import has_float_weight
-from hf_lora.layers.merging import merge_fault, merged_copies, with_updates
+from hf_lora.layers.lora import LoRALayer, added_names, parameter_of
+from hf_lora.layers.merge import merge_fault, merged_copies, with_updates
 from hf_lora.layers.quantized import float_weight
 from hf_lora.layers.trained import TrainedModule
-from hf_lora.sharding import in_parts, whole
 
 Gather = Callable[[Sequence[torch.Tensor]], contextlib.AbstractContextManager[Any]]
 """What puts together tensors that several processes hold, for as long as a block lasts."""
@@ -61,7 +61,7 @@ def _value(module: nn.Module, name: str) -> torch.Tensor:
         parameter = weight
         if _has_updates(module):
             parameter = with_updates(module, weight, module.lora_routing.now().live)
-    return whole(parameter.detach())
+    return full_tensor(parameter.detach())
 
 
 def _check(model: nn.Module) -> None:
@@ -89,9 +89,9 @@ def _check(model: nn.Module) -> None:
 
 def _fault(layer: LoRALayer) -> str | None:
     weight = parameter_of(layer, "weight")
-    if weight is None or (not in_parts(weight) and has_float_weight(layer)):
+    if weight is None or (not is_distributed(weight) and has_float_weight(layer)):
         return merge_fault(layer)
-    return None if float_weight(layer) is not None or in_parts(weight) else merge_fault(layer)
+    return None if float_weight(layer) is not None or is_distributed(weight) else merge_fault(layer)
 
 
 def _change(module: nn.Module, name: str) -> Any:

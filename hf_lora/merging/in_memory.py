@@ -4,11 +4,12 @@ import contextlib
 
 from torch import nn
 
-from hf_lora.devices import present
+from hf_lora.compat.accelerate import present
+from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, TargetError, listing
 from hf_lora.layers.choice import Weights
-from hf_lora.layers.merging import (
-    Original,
+from hf_lora.layers.merge import (
+    Replaced,
     Tensors,
     merge_fault,
     merged_copies,
@@ -20,7 +21,6 @@ from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.transaction import Transaction
-from hf_lora.sharding import in_parts
 
 
 def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
@@ -121,7 +121,7 @@ def _check_layers(registry: Registry, chosen: set[str]) -> None:
     problems += [
         f"{path}: its tensors are spread over several processes"
         for path, module in registry.copies.items()
-        if any(in_parts(tensor) for _, tensor in own_tensors(module, module.lora_names))
+        if any(is_distributed(tensor) for _, tensor in own_tensors(module, module.lora_names))
     ]
     if problems:
         raise TargetError(
@@ -155,14 +155,14 @@ def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
 
 
 def _replace(registry: Registry, module: nn.Module, merged: Tensors) -> None:
-    original = Original(module)
+    original = Replaced(module)
     registry.originals.append(original)
     original.replace(merged)
 
 
 def _keep_first(registry: Registry) -> None:
     """Keep what stood in a module before all merges, not what the merges before the last put."""
-    first: dict[int, Original] = {}
+    first: dict[int, Replaced] = {}
     for original in registry.originals:
         first.setdefault(id(original.module), original)
     registry.originals[:] = first.values()

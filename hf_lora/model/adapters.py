@@ -13,11 +13,17 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError
 from hf_lora.layers.names import check_adapter_name
-from hf_lora.model.patch import attach_plan, check_gradients, check_plan, detach, tell
-from hf_lora.model.planning import make_plan
+from hf_lora.model.patch import (
+    attach_plan,
+    check_gradients,
+    check_plan,
+    remove_adapter,
+    warn_of_plan,
+)
 from hf_lora.model.registry import Registry, registry_of, wrapped
 from hf_lora.model.replacing import check_replaceable, replaced
 from hf_lora.model.transaction import Transaction
+from hf_lora.planning.make import make_plan
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -75,14 +81,14 @@ def add(
     else:
         check_new_name(registry, name)
     registry.check_in_place(inner)
-    plan = make_plan(inner, config)
+    plan = make_plan(inner, config, others=registry.adapted())
     check_plan(inner, plan)
     untrainable = check_gradients(inner, plan)
     with replaced(inner, registry, name) if anew else contextlib.nullcontext():
         attach_plan(inner, registry, plan, name)
     if not trainable:
         freeze(model, name)
-    tell(plan, untrainable, stacklevel=3)
+    warn_of_plan(plan, untrainable, stacklevel=3)
 
 
 def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
@@ -113,7 +119,7 @@ def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
         )
     with Transaction(model) as change:
         for each in chosen:
-            detach(registry, each)
+            remove_adapter(registry, each)
         change.commit()
     return model
 

@@ -15,7 +15,7 @@ from torch import nn
 from hf_lora.errors import ConfigError, HfLoRAWarning, StateError, listing
 from hf_lora.layers.choice import STACK, Block, Weights, leave
 from hf_lora.model.registry import Registry, registry_of, wrapped
-from hf_lora.model.unfilled import find_unfilled
+from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.targets import inside
 
 Names = str | Iterable[str] | Mapping[str, float]

@@ -7,41 +7,41 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
+from hf_lora.compat.accelerate import execution_device, is_on_meta, offloads_below, present
+from hf_lora.compat.deepspeed import have_engine
+from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.config import LoRAConfig
-from hf_lora.devices import execution_device, is_on_meta, offloads_below, present
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
-from hf_lora.layers.base import (
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
+from hf_lora.layers.instance_forward import has_foreign_forward
+from hf_lora.layers.lora import (
+    LayerConfig,
     LoRALayer,
     Patched,
-    Slot,
     patched_class,
     restore_class,
     swap_class,
 )
-from hf_lora.layers.forwards import has_foreign_forward
-from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
+from hf_lora.layers.probe import gradient_fault, host_class, is_packed, is_plain, probe_key
 from hf_lora.layers.quantized import keep_gradients, restore_packing
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
 from hf_lora.layers.table import layer_class
 from hf_lora.layers.trained import TrainedModule, tensor_names
-from hf_lora.layers.trial import gradient_fault, host_class, is_packed, is_plain, kind
-from hf_lora.layers.unheard import unheard
-from hf_lora.model.matching import SWITCHED_OFF
-from hf_lora.model.plan import Plan
-from hf_lora.model.planning import make_plan
+from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.registry import (
     Adapter,
     Registry,
     check_fresh,
     create,
-    discard,
+    restore_base,
     wrapped,
 )
 from hf_lora.model.replicas import spread
 from hf_lora.model.watch import Places
-from hf_lora.partitions import have_engine
-from hf_lora.sharding import is_spread
+from hf_lora.planning.make import make_plan
+from hf_lora.planning.records import Plan
+from hf_lora.planning.targets import SWITCHED_OFF
 from hf_lora.targets import inside
 
 
@@ -62,7 +62,7 @@ def patch(model: nn.Module, config: LoRAConfig, name: str) -> Registry:
         untrainable = check_gradients(model, plan)
         attach_plan(model, registry, plan, name)
         registry.routing.choose(((name, 1.0),))
-        tell(plan, untrainable, stacklevel=3)
+        warn_of_plan(plan, untrainable, stacklevel=3)
     except BaseException:
         unpatch(model)
         raise
@@ -75,11 +75,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     registry.check_classes(*registry.adapters)
     registry.put_weights_back(model)
     for name in list(registry.adapters):
-        detach(registry, name)
+        remove_adapter(registry, name)
     restore_packing(registry.repacked)
     for norm in registry.norms.values():
         restore_class(norm)
-    discard(model)
+    restore_base(model)
     return model
 
 
@@ -138,7 +138,7 @@ def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
         if is_plain(module) or (path not in targeted and not is_packed(module)):
             continue
         asked = path in targeted
-        same = (asked, *kind(module))
+        same = (asked, *probe_key(module))
         if same not in faults:
             faults[same] = gradient_fault(module, certain=not asked)
         if faults[same]:
@@ -149,7 +149,7 @@ def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
     return told
 
 
-def tell(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
+def warn_of_plan(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
     """Warn of what is not wrong, but may make a training useless."""
     unfilled = [f"{p}: {why}" for p, why in plan.unfilled.items() if why != SWITCHED_OFF]
     for headline, lines, advice in (
@@ -195,7 +195,7 @@ def attach(
     registry: Registry,
     name: str,
     config: LoRAConfig,
-    slots: dict[str, Slot],
+    slots: dict[str, LayerConfig],
     trained: list[str],
     dtypes: dict[str, torch.dtype] | None = None,
     init: str | None = None,
@@ -230,10 +230,10 @@ def attach(
                 for path, module in _with_tensors(modules[top], top):
                     train_module(registry, name, path, module)
             keep_still(registry, modules)
-            if is_spread(model):
+            if has_distributed_parameters(model):
                 spread(model, registry, name, drawn=init is not None)
     except BaseException:
-        detach(registry, name)
+        remove_adapter(registry, name)
         raise
     registry.places = Places(model, registry, registry.places)
     return adapter
@@ -247,7 +247,7 @@ def train_module(registry: Registry, name: str, path: str, module: nn.Module) ->
     return copies
 
 
-def detach(registry: Registry, name: str) -> None:
+def remove_adapter(registry: Registry, name: str) -> None:
     """Take an adapter's tensors away, and the patch off every module that carries no other."""
     adapter = registry.adapters.pop(name)
     if registry.places is not None:
@@ -327,11 +327,11 @@ def _conflicts(
     modules: dict[str, nn.Module],
     registry: Registry,
     name: str,
-    slots: dict[str, Slot],
+    slots: dict[str, LayerConfig],
     trained: list[str],
 ) -> list[str]:
     problems = []
-    silent = unheard(modules)
+    silent = uncalled(modules)
     for path in slots:
         if path in registry.copies:
             problems.append(f"{path} is trained in full by another adapter")

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lora.compat.deepspeed import is_engine, is_partitioned, shape_of
+from hf_lora.compat.dtensor import is_sharded
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
-from hf_lora.layers.base import LoRALayer, Patched, Slot, is_ours
-from hf_lora.layers.forwards import has_foreign_forward
-from hf_lora.layers.merging import Original
+from hf_lora.layers.input_groups import unwatch
+from hf_lora.layers.instance_forward import has_foreign_forward
+from hf_lora.layers.lora import LayerConfig, LoRALayer, Patched, is_ours
+from hf_lora.layers.merge import Replaced
 from hf_lora.layers.names import LORA_A, LORA_B, REGISTRY, parameter_name
 from hf_lora.layers.routing import Routing
-from hf_lora.layers.sharing import unwatch
 from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.model import watch
-from hf_lora.model.cores import core_of
-from hf_lora.partitions import is_engine, is_partitioned, shape_of
-from hf_lora.sharding import is_sharded
+from hf_lora.planning.cores import core_of
+from hf_lora.planning.records import Adapted
 
 _WRAPPERS = ("module", "_orig_mod")
 _OUTSIDE = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -34,7 +35,7 @@ class Adapter:
 
     name: str
     config: LoRAConfig
-    slots: dict[str, Slot]
+    slots: dict[str, LayerConfig]
     """Path of each adapted layer to its numbers, in the model's order."""
 
     trained: tuple[str, ...]
@@ -79,7 +80,7 @@ class Registry:
     base_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     """``requires_grad`` of every base parameter before the model was wrapped."""
 
-    originals: list[Original] = dataclasses.field(default_factory=list)
+    originals: list[Replaced] = dataclasses.field(default_factory=list)
     """While merged: each changed module and what stood there before."""
 
     untied: list[Any] = dataclasses.field(default_factory=list)
@@ -164,6 +165,10 @@ class Registry:
         for (*_, key), (*_, tensor) in zip(self.keys(name), self.tensors(name), strict=True):
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 yield key, tensor
+
+    def adapted(self) -> Adapted:
+        """Return where on the model its adapters are."""
+        return Adapted(low_rank=self.layers.keys(), in_full=self.copies.keys())
 
     def all_parameters(self) -> dict[int, str]:
         """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
@@ -360,16 +365,16 @@ def create(model: nn.Module) -> Registry:
     return registry
 
 
-def forget(model: nn.Module) -> Registry:
+def pop_registry(model: nn.Module) -> Registry:
     """Take the registry off the model and return it."""
     unwatch(model)
     watch.unwatch(model)
     return model.__dict__.pop(REGISTRY)
 
 
-def discard(model: nn.Module) -> None:
+def restore_base(model: nn.Module) -> None:
     """Take the registry off the model and give the base its flags back."""
-    registry = forget(model)
+    registry = pop_registry(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         flag = registry.base_flags.get(name, parameter.requires_grad)
         if parameter.requires_grad != flag:

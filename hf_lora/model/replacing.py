@@ -10,7 +10,7 @@ from hf_lora.errors import StateError
 from hf_lora.layers.names import parameter_name
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.model.choices import check_compatible
-from hf_lora.model.patch import attach, detach
+from hf_lora.model.patch import attach, remove_adapter
 from hf_lora.model.registry import Adapter, Registry
 
 Place = tuple[str, str]
@@ -44,7 +44,7 @@ def replaced(model: nn.Module, registry: Registry, name: str) -> Iterator[None]:
     tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
     chosen = {registry.routing.standing.chosen, registry.routing.now().chosen}
     with registry.routing.unchanged():
-        detach(registry, name)
+        remove_adapter(registry, name)
         try:
             yield
             for each in chosen:
@@ -61,7 +61,7 @@ def _bring_back(
     model: nn.Module, registry: Registry, old: Adapter, tensors: dict[Place, torch.Tensor]
 ) -> None:
     if old.name in registry.adapters:
-        detach(registry, old.name)
+        remove_adapter(registry, old.name)
     attach(model, registry, old.name, old.config, old.slots, list(old.trained))
     for path, module, role, _ in list(registry.tensors(old.name)):
         copied = isinstance(module, TrainedModule)

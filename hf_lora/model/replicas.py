@@ -4,8 +4,8 @@ FSDP2 shards what a model has when ``fully_shard`` is called, and reduces the gr
 adapter that comes later is whole on every process. It is small, so it stays so: to shard it by
 itself would cost a collective for each layer in each forward.
 
-Where tensor parallelism has split a layer, one of its factors is split alike (``layers.parallel``),
-and the gradient of the other is a sum over the processes.
+Where tensor parallelism has split a layer, one of its factors is split alike
+(``layers.tensor_parallel``), and the gradient of the other is a sum over the processes.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
-from hf_lora.layers.parallel import as_parts, split_factors, split_of
+from hf_lora.compat.dtensor import is_sharded
+from hf_lora.layers.tensor_parallel import as_distributed, split_factors, split_of
 from hf_lora.model.registry import Registry
-from hf_lora.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def _split(registry: Registry, name: str) -> None:
         for added in module.lora_copies.get(name, {}).values():
             copy = module._parameters.get(added)
             if copy is not None:
-                module._parameters[added] = as_parts(copy, registry.mesh)
+                module._parameters[added] = as_distributed(copy, registry.mesh)
 
 
 def _is_split(parameter: Any) -> bool:

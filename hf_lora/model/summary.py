@@ -6,11 +6,11 @@ import dataclasses
 import torch
 from torch import nn
 
-from hf_lora.layers.fused import how_computed
-from hf_lora.model.plan import size
+from hf_lora.compat.deepspeed import numel_of
+from hf_lora.compat.dtensor import gather_full
+from hf_lora.layers.dispatch import how_computed
 from hf_lora.model.registry import Registry, wrapped
-from hf_lora.partitions import numel_of
-from hf_lora.sharding import all_whole
+from hf_lora.planning.records import size
 
 _KINDS = {
     "together": "layers together with others that read the same tensor",
@@ -139,6 +139,6 @@ def summary(model: nn.Module) -> Summary:
 def _factors(registry: Registry, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return path to A and B of one adapter, whole."""
     pairs = {path: registry.layers[path].lora_pair(name) for path in registry.adapter(name).slots}
-    a = all_whole({path: a_RI for path, (a_RI, _) in pairs.items()})
-    b = all_whole({path: b_OR for path, (_, b_OR) in pairs.items()})
+    a = gather_full({path: a_RI for path, (a_RI, _) in pairs.items()})
+    b = gather_full({path: b_OR for path, (_, b_OR) in pairs.items()})
     return {path: (a[path], b[path]) for path in pairs}

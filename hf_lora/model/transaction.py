@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from torch import nn
 
-from hf_lora.devices import device_hooks
-from hf_lora.layers.base import OWN_FIELDS
+from hf_lora.compat.accelerate import device_hooks
 from hf_lora.layers.choice import STACK
+from hf_lora.layers.lora import OWN_FIELDS
 from hf_lora.model.registry import find
 
 JOURNAL = "_hf_lora_journal"

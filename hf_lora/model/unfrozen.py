@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from hf_lora.devices import is_offloaded
+from hf_lora.compat.accelerate import is_offloaded
+from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, listing
-from hf_lora.layers.base import LoRALayer
+from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.trained import TrainedModule, own_parameters, tensor_names, train_fault
 from hf_lora.model.patch import train_module
 from hf_lora.model.registry import Adopted, Registry
-from hf_lora.sharding import in_parts
 from hf_lora.targets import inside
 
 Found = dict[str, dict[str, nn.Parameter]]
@@ -90,7 +90,7 @@ def _adapter(registry: Registry) -> str | None:
 def _fault(path: str, module: nn.Module, parameter: nn.Parameter) -> str | None:
     if not path:
         return "it belongs to the model itself, and only modules inside of it have a name there"
-    if in_parts(parameter):
+    if is_distributed(parameter):
         return "it is spread over several processes already"
     for part in module.modules():
         if isinstance(part, LoRALayer):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import TrainingArguments
 
-from hf_lora.cli.recipe import Data, DataSet, Files
-from hf_lora.cli.recipe_file import read_recipe
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError
+from hf_lora.recipes.file import read_recipe
+from hf_lora.recipes.recipe import Data, DataSet, Files
 from tests.cli.conftest import Run
 
 Write = Callable[[str, Any], Path]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_lora
-from hf_lora.cli.base import check_writes_text, load_config, load_tokenizer
-from hf_lora.cli.examples import collate, load_examples
-from hf_lora.cli.recipe import Base
-from hf_lora.cli.recipe_file import read_recipe
+from hf_lora.recipes.base_model import check_writes_text, load_config, load_tokenizer
+from hf_lora.recipes.dataset import collate, load_examples
+from hf_lora.recipes.file import read_recipe
+from hf_lora.recipes.recipe import Base
 from tests.cli.conftest import EXAMPLES, Run
 
 Write = Callable[[str, Any], Path]

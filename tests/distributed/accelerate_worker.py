@@ -11,10 +11,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 import hf_lora
-from hf_lora.hf.optimizer_state import gathered as whole_state
+from hf_lora.integrations.trainer.optimizer_state import gathered as whole_state
 from tests.distributed.fsdp_worker import IDS, gathered
 from tests.distributed.trainer_worker import force_fsdp
-from tests.hf import training
+from tests.integrations import training
 
 LORA: dict[str, Any] = {"targets": ["q_proj", "v_proj", "lm_head"], "r": 4}
 KINDS = ("ddp", "fsdp")

@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 
 import hf_lora
 from tests.distributed.fsdp_worker import shard
-from tests.hf import training
+from tests.integrations import training
 
 LORA: dict[str, Any] = {"targets": "all-linear", "r": 6}
 SIZES: dict[str, Any] = {

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import hf_lora
-from tests.hf import training
+from tests.integrations import training
 
 STEPS = {"max_steps": 4, "save_steps": 2, "ddp_backend": "gloo"}
 

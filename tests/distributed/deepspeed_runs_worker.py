@@ -24,7 +24,7 @@ from tests.distributed.deepspeed_worker import (
     wrap,
 )
 from tests.distributed.fsdp_worker import refusal
-from tests.hf import training
+from tests.integrations import training
 
 KINDS = {"zero2": 2, "zero3": 3}
 RUN: dict[str, Any] = {

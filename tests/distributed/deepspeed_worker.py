@@ -15,12 +15,12 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_lora
-from hf_lora.hf.resuming import restore_checkpoint
+from hf_lora.adapter_io.restore import restore_checkpoint
+from hf_lora.compat.deepspeed import shape_of
+from hf_lora.compat.dtensor import gather_full
 from hf_lora.model.registry import wrapped
-from hf_lora.partitions import shape_of
-from hf_lora.sharding import all_whole
 from tests.distributed.fsdp_worker import refusal
-from tests.hf import training
+from tests.integrations import training
 
 LORA: dict[str, Any] = {"targets": ["q_proj", "v_proj", "down_proj"], "r": 4}
 WITH_HEAD: dict[str, Any] = {**LORA, "train": ["lm_head"]}
@@ -111,7 +111,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors = [(key, t) for (*_, key), (*_, t) in zip(
         registry.keys("default"), registry.tensors("default"), strict=True
     )]  # fmt: skip
-    return {key: tensor.detach().clone() for key, tensor in all_whole(dict(tensors)).items()}
+    return {key: tensor.detach().clone() for key, tensor in gather_full(dict(tensors)).items()}
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hf_lora
+from hf_lora.compat.dtensor import full_tensor
 from hf_lora.errors import HfLoRAError
-from hf_lora.hf.trainer import restore_checkpoint
+from hf_lora.integrations.trainer.hooks import restore_checkpoint
 from hf_lora.model.registry import wrapped
-from hf_lora.sharding import whole
-from tests.hf import training
+from tests.integrations import training
 
 LORA: dict[str, Any] = {"targets": ["q_proj", "v_proj", "down_proj"], "r": 4}
 WITH_HEAD: dict[str, Any] = {**LORA, "train": ["lm_head"]}
@@ -76,7 +76,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
     """All adapter tensors of a model, whole."""
     _, registry = wrapped(model)
     return {
-        key: whole(tensor.detach()).clone()
+        key: full_tensor(tensor.detach()).clone()
         for (*_, key), (*_, tensor) in zip(
             registry.keys("default"), registry.tensors("default"), strict=True
         )
@@ -86,7 +86,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """All gradients of a model, whole."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: whole(grad).clone() for name, grad in found.items()}
+    return {name: full_tensor(grad).clone() for name, grad in found.items()}
 
 
 def base_kept(model: Any) -> bool:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import hf_lora
 from tests.distributed.fsdp_worker import IDS, shard, train, wrap
-from tests.hf import training
+from tests.integrations import training
 
 STEPS = {"max_steps": 4, "save_steps": 2, "ddp_backend": "gloo"}
 

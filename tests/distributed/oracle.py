@@ -8,7 +8,7 @@ import peft
 import torch
 
 import hf_lora
-from tests.hf import training
+from tests.integrations import training
 
 
 def assert_peft_reads(folder: Path, logits: Callable[[Any], torch.Tensor]) -> None:

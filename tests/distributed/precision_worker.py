@@ -26,11 +26,11 @@ from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import hf_lora
+from hf_lora.compat.dtensor import full_tensor
 from hf_lora.model.registry import wrapped
-from hf_lora.sharding import whole
 from tests.distributed.fsdp_worker import IDS, refusal, shard, wrap
 from tests.distributed.trainer_worker import KINDS, ROWS, force_fsdp
-from tests.hf import training
+from tests.integrations import training
 
 REENTRANT = {
     "gradient_checkpointing": True,
@@ -92,7 +92,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in registry.parameters("default"):
         assert parameter.grad is not None, name
         # the wrapper's own name is in the paths of what was wrapped after it
-        found[name.replace("_checkpoint_wrapped_module.", "")] = whole(parameter.grad).clone()
+        found[name.replace("_checkpoint_wrapped_module.", "")] = full_tensor(parameter.grad).clone()
     return found
 
 
@@ -193,7 +193,7 @@ def late(model: Any, rank: int) -> Any:
     torch.use_deterministic_algorithms(True)
     try:
         model.to_empty(device="cpu")
-        assert whole(model.lm_head.weight.detach()).isnan().all()
+        assert full_tensor(model.lm_head.weight.detach()).isnan().all()
         model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -209,7 +209,7 @@ def one_has_all(rank: int, adapt: Callable[[Any], Any]) -> Any:
     torch.use_deterministic_algorithms(True)
     model.to_empty(device="cpu")
     torch.use_deterministic_algorithms(False)
-    drawn = [whole(p.detach()) for p in model.parameters() if p.requires_grad]
+    drawn = [full_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
     assert all(torch.isfinite(p).all() for p in drawn)  # before anything is loaded
     model.model.rotary_emb = buffers
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -16,7 +16,7 @@ from hf_lora.files.manifest import MANIFEST_FILE
 from tests.distributed import fsdp_worker
 from tests.distributed.accelerate_worker import KINDS, Loop, equal
 from tests.distributed.launch import ROOT, environment, launch, torchrun
-from tests.hf import training
+from tests.integrations import training
 
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.ddp_worker import COMPARED
 from tests.distributed.launch import accelerate, launch
-from tests.hf import training
+from tests.integrations import training
 
 
 @pytest.fixture(scope="module")

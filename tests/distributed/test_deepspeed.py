@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import hf_lora
 from hf_lora.model.registry import registry_of
-from tests.hf import training
+from tests.integrations import training
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)

@@ -12,7 +12,7 @@ import hf_lora
 from tests.distributed import fsdp_worker as worker
 from tests.distributed.launch import launch
 from tests.distributed.oracle import assert_peft_reads
-from tests.hf import training
+from tests.integrations import training
 
 RUNS = ["before", "after", "head before", "head after", "bfloat16"]
 

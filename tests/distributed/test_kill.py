@@ -7,7 +7,7 @@ import pytest
 import hf_lora
 from tests.distributed import fsdp_worker as worker
 from tests.distributed.launch import launch
-from tests.hf import training
+from tests.integrations import training
 
 
 def test_a_run_goes_on_from_the_checkpoint_before(tmp_path: Path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import precision_worker as worker
 from tests.distributed.launch import launch
-from tests.hf import training
+from tests.integrations import training
 
 Tensors = dict[str, torch.Tensor]
 

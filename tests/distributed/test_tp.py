@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 import hf_lora
 from tests.distributed import tp_worker as worker
 from tests.distributed.launch import launch
-from tests.hf import training
+from tests.integrations import training
 
 EXACT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 FILES = ("adapter_model.safetensors", "adapter_config.json")

@@ -16,7 +16,7 @@ import hf_lora
 from tests.distributed import fsdp_worker, trainer_worker
 from tests.distributed.launch import launch
 from tests.distributed.trainer_worker import KINDS, RESUMED
-from tests.hf import training
+from tests.integrations import training
 
 AROUND = {
     "ddp": "DistributedDataParallel",

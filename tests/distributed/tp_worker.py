@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Train
 from transformers.distributed import DistributedConfig
 
 import hf_lora
-from hf_lora.hf.optimizer_state import whole_states
-from hf_lora.sharding import like, whole
+from hf_lora.compat.dtensor import distribute_like, full_tensor
+from hf_lora.integrations.trainer.optimizer_state import whole_states
 from tests.distributed.fsdp_worker import IDS, gathered, gradients, logits, refusal, train
-from tests.hf import training
+from tests.integrations import training
 
 LORA: dict[str, Any] = {"targets": "all-linear", "r": 4}
 EVERYWHERE: dict[str, Any] = {"targets": [r".*_proj", "lm_head"], "r": 4, "alpha": 8.0}
@@ -37,7 +37,7 @@ def scramble(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             value = torch.randn(parameter.shape, generator=generator) * 0.3
-            parameter.copy_(like(value, parameter))
+            parameter.copy_(distribute_like(value, parameter))
 
 
 def base(cls: Any = LlamaForCausalLM) -> Any:
@@ -89,7 +89,7 @@ def clipped_step(model: Any, **options: Any) -> tuple[float, Any]:
     backward(model)
     norm = nn.utils.clip_grad_norm_(parameters, CLIP)
     optimizer.step()
-    return float(whole(norm)), optimizer
+    return float(full_tensor(norm)), optimizer
 
 
 def accumulated(model: Any) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def classify(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
 
 def write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Have the first process leave tensors for the test to compare."""
-    tensors = {key: whole(value.detach()).contiguous() for key, value in tensors.items()}
+    tensors = {key: full_tensor(value.detach()).contiguous() for key, value in tensors.items()}
     if dist.get_rank() == 0:
         save_file(tensors, folder / f"{name}.safetensors")
 
@@ -268,7 +268,9 @@ def meshes(folder: Path) -> dict[str, Any]:
     backward(loaded, rows)
     write(folder, "gradients", gradients(loaded))
     told["norm"] = float(
-        whole(nn.utils.clip_grad_norm_([p for p in loaded.parameters() if p.requires_grad], CLIP))
+        full_tensor(
+            nn.utils.clip_grad_norm_([p for p in loaded.parameters() if p.requires_grad], CLIP)
+        )
     )
     told["merge"] = refusal(lambda: hf_lora.merge(loaded))
     told["unwrapped"] = sorted({type(m).__name__ for m in hf_lora.unwrap(loaded).modules()})

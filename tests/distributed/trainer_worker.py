@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 import hf_lora
-from hf_lora.sharding import whole
+from hf_lora.compat.dtensor import full_tensor
 from tests.distributed.fsdp_worker import gathered, logits
-from tests.hf import training
+from tests.integrations import training
 
 LORA: dict[str, Any] = {"targets": ["q_proj", "v_proj", "lm_head"], "r": 4}
 STEPS = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
@@ -101,7 +101,9 @@ class Optimizer(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         entries = kwargs["optimizer"].state_dict()["state"].items()
-        self.state = {i: {k: whole(v).clone() for k, v in each.items()} for i, each in entries}
+        self.state = {
+            i: {k: full_tensor(v).clone() for k, v in each.items()} for i, each in entries
+        }
 
 
 def run(folder: Path, kind: str, name: str, resume: Path | None = None, **fields: Any) -> Any:

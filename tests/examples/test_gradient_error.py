@@ -9,7 +9,7 @@ import pytest
 from examples.benchmarks import gradient_error, stability
 from examples.benchmarks.stability import ARMS
 from hf_lora.functional import composed
-from hf_lora.layers import fused as dispatch
+from hf_lora.layers import dispatch as dispatch
 from tests.examples.test_stability import tiny
 
 

@@ -13,8 +13,8 @@ import torch
 from examples.benchmarks import stability
 from examples.benchmarks.stability import ARMS, STEPS, Task
 from hf_lora.functional import composed
-from hf_lora.layers import fused as dispatch
-from tests.hf import training
+from hf_lora.layers import dispatch as dispatch
+from tests.integrations import training
 
 
 def tiny() -> Task:

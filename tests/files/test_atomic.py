@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import hf_lora
-from hf_lora.files.pending import PENDING_FILE
+from hf_lora.files.commit_note import PENDING_FILE
 from hf_lora.files.write import copy_folder
 from tests import tiny
 from tests.files import edit

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hf_lora
-from hf_lora.files.matching import Patience, Pattern, Text
+from hf_lora.files.bounded_regex import Budget, Pattern, Text
 from hf_lora.files.patterns import LayerIndex, PatternMap, TailIndex
 from tests import tiny
 from tests.files import edit
@@ -149,7 +149,7 @@ def test_many_names_that_are_no_factors(tmp_path: Path):
 
 def test_the_budget_is_one_for_the_whole_file(tmp_path: Path):
     """Each pattern alone would pass; from_pretrained's second look starts with a new budget."""
-    pattern = Pattern("(?:(?:.?)*)*x", patience := Patience("file"))
+    pattern = Pattern("(?:(?:.?)*)*x", patience := Budget("file"))
     texts = (Text("q" * n, patience) for n in range(100_000))
     with pytest.raises(hf_lora.AdapterFileError, match="file: matching its patterns takes too"):
         any(pattern.fullmatch(text) for text in texts)
@@ -185,7 +185,7 @@ def test_patterns_mean_what_they_mean_to_python():
             warnings.simplefilter("ignore")
             expected = re.fullmatch(pattern, text) is not None
             tail = re.fullmatch(rf"(?:.*\.)?(?:{pattern})", text) is not None
-        patience = Patience("test")
+        patience = Budget("test")
         ours = Pattern(pattern, patience)
         assert ours.fullmatch(Text(text, patience)) == expected, (pattern, text)
         assert ours.matches_tail(Text(text, patience)) == tail, (pattern, text)
@@ -208,7 +208,7 @@ def test_patterns_mean_what_they_mean_to_python():
 )
 def test_numbers_are_told_apart_where_the_pattern_does(pattern: str):
     """One Pattern remembers what it answered for names that differ in digits it does not tell."""
-    ours, patience = Pattern(pattern, Patience("test")), Patience("test")
+    ours, patience = Pattern(pattern, Budget("test")), Budget("test")
     for number in [*range(300), "\u0663", "1\u0663"]:
         text = f"layers.{number}.q"
         expected = re.fullmatch(pattern, text) is not None
@@ -219,7 +219,7 @@ def test_a_mixture_of_experts_is_no_bomb():
     """36,096 layers, and a pattern with many choices and digits of its own."""
     words = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
     pattern = rf"(?:.*?(?:language|text).*?(?:{words}).*?(?:fc1|fc2|up_proj))|(?:.*\.(?:{words}).*)"
-    patience = Patience("test")
+    patience = Budget("test")
     ours = Pattern(pattern, patience)
     names = (
         f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"
@@ -233,7 +233,7 @@ def test_a_mixture_of_experts_is_no_bomb():
 @pytest.mark.parametrize("pattern", [r"(a)\1", "(?>a)b", "a*+", "(?i)a", "(?(1)a|b)", "(?s-i:a)"])
 def test_what_cannot_be_matched_safely_is_refused(pattern: str):
     with pytest.raises(hf_lora.AdapterFileError, match="not a regular expression that can be"):
-        Pattern(pattern, Patience("test"))
+        Pattern(pattern, Budget("test"))
 
 
 def test_names_are_looked_up_as_peft_compares_them():
@@ -248,11 +248,11 @@ def test_names_are_looked_up_as_peft_compares_them():
         )
         values = {name: n for n, name in enumerate(names)}
         first = next((v for k, v in values.items() if re.match(rf"(.*\.)?({k})$", path)), -1)
-        assert PatternMap(values, Patience("test")).get(path, -1) == first
+        assert PatternMap(values, Budget("test")).get(path, -1) == first
 
         for given in ([], random_.sample(["layers", "h", "attn", r"[lh].*", "layers.0"], 2)):
             number = peft_layer(path, given)
-            means = LayerIndex([0], given, Patience("test")).means(path)
+            means = LayerIndex([0], given, Budget("test")).means(path)
             assert means == (number == 0), (path, given)
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import hf_lora
+from hf_lora.adapter_io.restore import restore_checkpoint
 from hf_lora.files.set_note import SET_FILE
 from hf_lora.files.write import copy_folders
-from hf_lora.hf.resuming import restore_checkpoint
 from tests import tiny
 from tests.files import edit
 from tests.files.killing import die_before, in_child, was_killed
-from tests.hf import training
+from tests.integrations import training
 
 RANKS = {"default": 2, "fr": 1, "de": 3}
 CUT_SHORT = "of different saves now"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hf_lora.functional.composed import composed
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.low_rank import low_rank
-from hf_lora.functional.rebuild import recipe_of
+from hf_lora.functional.recompute import recompute_of
 
 IN, OUTS, RANKS = 6, (5, 4), ((2, 3), (1,))
 TYPE = torch.float64
@@ -169,7 +169,7 @@ def test_second_derivatives(dropout: float, on_top: bool):
 def test_second_derivatives_through_an_input_that_is_computed_again():
     def gated(gate: torch.Tensor, up: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.silu(gate) * up
-        recipe = recipe_of(x)
+        recipe = recompute_of(x)
         assert recipe is not None
         return fused(x, layers(given), TYPE, recipe)[1]
 

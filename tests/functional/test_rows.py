@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_lora.functional.rebuild import Expression, rebuild, rebuilt_rows, recipe_of
+from hf_lora.functional.recompute import Expression, recompute_of, recomputed, recomputed_rows
 from tests.rounding import assert_rounded_alike
 
 WIDTH, Q = 40, 6
@@ -38,9 +38,9 @@ def products(
     hidden = (3 * torch.randn(2, 5, WIDTH)).to(dtype).requires_grad_()
     weight = (1 + torch.rand(WIDTH)).to(dtype).requires_grad_(trained)
     own = norm(hidden, weight)
-    recipe = recipe_of(own)
+    recipe = recompute_of(own)
     assert recipe is not None
-    rows = rebuilt_rows(recipe.expression, recipe.kept, WIDTH, dtype)
+    rows = recomputed_rows(recipe.expression, recipe.kept, WIDTH, dtype)
     a_QI, dh_NQ = torch.randn(Q, WIDTH).to(dtype), torch.randn(10, Q).to(dtype)
     x_NI = norm(hidden.double(), weight.double()).detach().reshape(10, WIDTH)
     found = [rows.times(a_QI), rows.under(dh_NQ)]
@@ -69,9 +69,9 @@ def test_products_are_those_of_x(
 def test_large_activations_do_not_overflow_in_float16():
     hidden = torch.full((2, WIDTH), 3e5, requires_grad=True)
     x = llama(hidden, torch.ones(WIDTH)).to(torch.float16)
-    recipe = recipe_of(x)
+    recipe = recompute_of(x)
     assert recipe is not None
-    rows = rebuilt_rows(recipe.expression, recipe.kept, WIDTH, torch.float16)
+    rows = recomputed_rows(recipe.expression, recipe.kept, WIDTH, torch.float16)
     assert torch.equal(rows.core_NI, x)
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_such_product_is_multiplied_out(
     expression: Expression, shapes: list[tuple[int, ...]]
 ):
     kept = [torch.randn(shape) for shape in shapes]
-    rows = rebuilt_rows(expression, kept, WIDTH, torch.float32)
+    rows = recomputed_rows(expression, kept, WIDTH, torch.float32)
     assert rows.by_row_N1 is None
     assert rows.by_column_I is None
-    assert torch.equal(rows.core_NI, rebuild(expression, kept).view(4, WIDTH))
+    assert torch.equal(rows.core_NI, recomputed(expression, kept).view(4, WIDTH))

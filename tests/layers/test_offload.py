@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 import hf_lora
 from hf_lora.errors import SaveError, StateError
-from tests.hf.training import saved
+from tests.integrations.training import saved
 from tests.model.models import TOKENS, llama
 from tests.rounding import assert_rounded_alike
 from tests.tiny import scramble

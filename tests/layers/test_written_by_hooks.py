@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_lora
 from hf_lora.functional import composed
-from tests.hf import training
+from tests.integrations import training
 from tests.layers.fused_models import INPUTS, llama, of
 from tests.rounding import assert_rounded_alike
 

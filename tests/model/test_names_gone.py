@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hf_lora
-from tests.hf import training
+from tests.integrations import training
 from tests.tiny import Net, adapted, answers, saved
 
 MANY = 50

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_lora
 from hf_lora import HfLoRAWarning, StateError
-from tests.hf import training
+from tests.integrations import training
 from tests.model.models import TOKENS, llama
 from tests.tiny import scramble
 

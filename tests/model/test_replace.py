@@ -8,8 +8,8 @@ import torch
 
 import hf_lora
 from hf_lora import StateError
-from hf_lora.hf import loading
-from hf_lora.layers.base import LoRALayer
+from hf_lora.adapter_io import load
+from hf_lora.layers.lora import LoRALayer
 from hf_lora.model.registry import registry_of
 from tests.snapshot import snapshot
 from tests.tiny import Net, answers, saved, scramble
@@ -93,14 +93,14 @@ def test_a_failure_in_between_leaves_the_old_one(
     with hf_lora.use_adapter(model, "a"):
         before, logits, order = snapshot(model), answers(model), list(hf_lora.adapters(model))
         objects = dict(model.named_parameters())
-        original, count = loading.like, iter(range(1000))
+        original, count = load.like, iter(range(1000))
 
         def failing(*args: Any) -> torch.Tensor:
             if next(count) == 2:
                 raise error("out of nowhere")
             return original(*args)
 
-        monkeypatch.setattr(loading, "like", failing)
+        monkeypatch.setattr(load, "like", failing)
         with pytest.raises(error):
             hf_lora.load(model, tmp_path, adapter="a", replace=True)
         monkeypatch.undo()

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import hf_lora
-from hf_lora.cli.base import load_config, skeleton
 from hf_lora.cli.output import Result, plain
-from hf_lora.cli.recipe import Base
 from hf_lora.config import LoRAConfig, read_mapping
+from hf_lora.recipes.base_model import load_config, skeleton
+from hf_lora.recipes.recipe import Base
 
 
 def run(

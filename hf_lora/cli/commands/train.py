@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lora.cli.base import check_writes_text, load_config, load_model, load_tokenizer
-from hf_lora.cli.examples import Examples, load_examples
 from hf_lora.cli.output import Result, bars, plain, tell
-from hf_lora.cli.recipe import DataSet, Recipe
-from hf_lora.cli.recipe_file import read_recipe
-from hf_lora.cli.record import CHECKPOINTS, RECORD_FILE, Record, Try
-from hf_lora.cli.trainer_fields import RATE
-from hf_lora.cli.tries import run_tries
-from hf_lora.files.content import WEIGHTS_FILE
-from hf_lora.hf.card_facts import Training
-from hf_lora.hf.folder_push import Pushed, push_adapter_folder
-from hf_lora.model.plan import size
+from hf_lora.files.data import WEIGHTS_FILE
+from hf_lora.hub.card.facts import Training
+from hf_lora.hub.push_folder import Pushed, push_adapter_folder
+from hf_lora.planning.records import size
+from hf_lora.recipes.base_model import check_writes_text, load_config, load_model, load_tokenizer
+from hf_lora.recipes.dataset import Examples, load_examples
+from hf_lora.recipes.file import read_recipe
+from hf_lora.recipes.recipe import DataSet, Recipe
+from hf_lora.recipes.record import CHECKPOINTS, RECORD_FILE, Record, Try
+from hf_lora.recipes.sweep import run_sweep
+from hf_lora.recipes.trainer_arguments import RATE
 
 
 def run(path: Path, *, settings: Sequence[str], output: Path | None, resume: bool) -> Result:
@@ -33,7 +33,7 @@ def run(path: Path, *, settings: Sequence[str], output: Path | None, resume: boo
         examples = _examples(recipe, progress)
         tell(_about(examples))
         model = load_model(recipe.base)
-        best = run_tries(model, recipe, examples, record, progress)
+        best = run_sweep(model, recipe, examples, record, progress)
     training = _training(recipe, best, examples)
     record.finish(training)
     pushed = _push(recipe, training) if recipe.push else None

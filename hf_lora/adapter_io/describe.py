@@ -1,0 +1,251 @@
+"""What an adapter folder holds, told from its files alone: no base model, no product of factors."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hf_lora.config import LoRAConfig
+from hf_lora.errors import listing
+from hf_lora.files.fingerprint import from_json
+from hf_lora.files.read import AdapterFolder, read_folder
+from hf_lora.files.sampled_layers import sampled_layers
+from hf_lora.model.summary import update_norm
+from hf_lora.planning.records import size
+from hf_lora.text import printable
+
+_BAR = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFacts:
+    """One adapted layer."""
+
+    path: str
+    r: int
+    alpha: float
+    scaling: float
+    in_features: int
+    out_features: int
+    dtype: str
+    bytes: int
+    norm: float
+    """Frobenius norm of the update ``s · B A``; nan if a number in it is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedFacts:
+    """One tensor of a module that was trained in full."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """An adapter folder. ``print(description)`` shows it as text."""
+
+    folder: str
+    base: str | None
+    revision: str | None
+    task: str | None
+    layers: tuple[LayerFacts, ...]
+    trained_names: tuple[str, ...]
+    """Modules trained in full: their paths, or in files made elsewhere their names."""
+
+    trained: tuple[TrainedFacts, ...]
+    dropout: float
+    rslora: bool
+    header: dict[str, Any] | None
+    """Format version and fingerprint, from hf_lora's header; None for files made elsewhere."""
+
+    config: LoRAConfig | None
+    """The configuration that hf_lora trained it with; None for files made elsewhere."""
+
+    not_finite: tuple[str, ...]
+    """Tensors that hold a nan or an infinity; such an adapter cannot be loaded."""
+
+    file_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        factors = sum(layer.r * (layer.in_features + layer.out_features) for layer in self.layers)
+        return factors + sum(math.prod(tensor.shape) for tensor in self.trained)
+
+    @property
+    def dead(self) -> list[str]:
+        """Paths of the layers whose update is exactly zero."""
+        return [layer.path for layer in self.layers if layer.norm == 0.0]
+
+    @property
+    def causes(self) -> dict[str, int]:
+        """What the weights' file is made of: cause to bytes; they add up to its size."""
+        sizes: dict[str, int] = {}
+        for layer in self.layers:
+            cause = f"{_tail(layer.path)}, rank {layer.r}, {layer.dtype}"
+            sizes[cause] = sizes.get(cause, 0) + layer.bytes
+        for tensor in self.trained:
+            cause = f"{tensor.name.rpartition('.')[0] or tensor.name} in full, {tensor.dtype}"
+            sizes[cause] = sizes.get(cause, 0) + tensor.bytes
+        sizes["header"] = self.file_bytes - sum(sizes.values())
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+    def __str__(self) -> str:
+        """Return what it is, what its size is due to, and each layer with its norm."""
+        return printable("\n".join(_lines(self)), longest=None)
+
+
+def describe(
+    directory: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Description:
+    """Describe an adapter folder from its files.
+
+    The tensors are read one layer at a time, so memory stays small. Works for folders that PEFT or
+    others made.
+
+    Args:
+        directory: The folder.
+        progress: Called with the number of layers and tensors done and to do.
+
+    Raises:
+        AdapterFileError: As for :func:`hf_lora.files.read.read_folder`.
+    """
+    folder = read_folder(directory)
+    broken: list[str] = []
+    total = len(folder.factors) + len(folder.others)
+    layers = []
+    for path in folder.factors:
+        layers.append(_layer(folder, path, broken))
+        progress(len(layers), total)
+    trained = []
+    for name, key in folder.others.items():
+        ((_, tensor),) = folder.file.read([key])
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            broken.append(key)
+        trained.append(TrainedFacts(name, tuple(tensor.shape), _name(tensor.dtype), tensor.nbytes))
+        progress(len(layers) + len(trained), total)
+    header = folder.header and {
+        "format": folder.header["format"],
+        "fingerprint": _fingerprint(folder.header.get("fingerprint")),
+    }
+    return Description(
+        folder=str(directory),
+        base=folder.base,
+        revision=folder.revision,
+        task=folder.fields.get("task_type"),
+        layers=tuple(layers),
+        trained_names=tuple(folder.trained_names if folder.own is None else folder.own.trained),
+        trained=tuple(trained),
+        dropout=next(iter(folder.slots.values())).dropout,
+        rslora=next(iter(folder.slots.values())).rslora,
+        header=header,
+        config=folder.config,
+        not_finite=tuple(broken),
+        file_bytes=folder.file.path.stat().st_size,
+    )
+
+
+def _layer(folder: AdapterFolder, path: str, broken: list[str]) -> LayerFacts:
+    factors, slot = folder.factors[path], folder.slots[path]
+    pair = dict(folder.file.read([factors.a_key, factors.b_key]))
+    bad = [key for key, tensor in pair.items() if not bool(tensor.isfinite().all())]
+    broken.extend(bad)
+    a_RI, b_OR = pair[factors.a_key], pair[factors.b_key]
+    return LayerFacts(
+        path=path,
+        r=slot.r,
+        alpha=slot.alpha,
+        scaling=slot.scaling,
+        in_features=factors.in_features,
+        out_features=factors.out_features,
+        dtype=_name(a_RI.dtype),
+        bytes=a_RI.nbytes + b_OR.nbytes,
+        norm=math.nan if bad else update_norm(a_RI, b_OR, slot.scaling),
+    )
+
+
+def _fingerprint(found: Any) -> dict[str, Any] | None:
+    """Return what a fingerprint covers; its samples mean nothing to a reader."""
+    if not isinstance(found, dict):
+        return None
+    kept = from_json(found)
+    if kept is None:
+        layers = sampled_layers(found)
+        if not layers:
+            return None
+        return {"sampled_tensors": len(layers), "quantized": bool(found.get("quantized"))}
+    read = [sample for sample in kept.samples.values() if sample.values is not None]
+    return {
+        "sampled_tensors": len(read),
+        "quantized": any(sample.quantized for sample in read),
+        "vocabulary": kept.vocabulary,
+    }
+
+
+def _lines(facts: Description) -> Iterable[str]:
+    if facts.header is None:
+        yield f"{facts.folder}: a LoRA adapter in PEFT's format, not made by hf_lora"
+    else:
+        yield f"{facts.folder}: a LoRA adapter made by hf_lora, format {facts.header['format']}"
+    at = f" at revision {facts.revision}" if facts.revision else ""
+    yield f"base: {facts.base or 'not named'}{at}" + (f" ({facts.task})" if facts.task else "")
+    ranks = ", ".join(f"{value}" for value in sorted({layer.r for layer in facts.layers}))
+    alphas = ", ".join(f"{value:g}" for value in sorted({layer.alpha for layer in facts.layers}))
+    rule = "alpha / sqrt(r)" if facts.rslora else "alpha / r"
+    yield (
+        f"{len(facts.layers)} layers, rank {ranks}, alpha {alphas}, scaled by {rule}, "
+        f"dropout {facts.dropout:g}; {facts.parameters:,} parameters"
+    )
+    if facts.trained_names:
+        yield f"trained in full: {', '.join(facts.trained_names)}"
+    if facts.config is not None:
+        targets = facts.config.targets
+        yield f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}"
+    yield _about_the_base(facts)
+    yield f"size: {size(facts.file_bytes)}"
+    for cause, count in facts.causes.items():
+        yield f"  {size(count):>10}  {100 * count / facts.file_bytes:5.1f} %  {cause}"
+    yield from _norms(facts)
+    if facts.dead:
+        headline = f"dead: {len(facts.dead)} of {len(facts.layers)} layers change nothing"
+        yield listing(headline, [path or "(the model itself)" for path in facts.dead])
+    if facts.not_finite:
+        yield listing("PROBLEM: numbers that are not finite", facts.not_finite)
+
+
+def _about_the_base(facts: Description) -> str:
+    found = facts.header and facts.header["fingerprint"]
+    if not found:
+        return "fingerprint of the base: none, so a load cannot tell whether it is the right one"
+    kind = "quantized" if found["quantized"] else "not quantized"
+    return f"fingerprint of the base: {found['sampled_tensors']} tensors sampled, {kind}"
+
+
+def _norms(facts: Description) -> Iterable[str]:
+    rows = [("layer", "r", "in -> out", "norm of the update")]
+    most = max((layer.norm for layer in facts.layers if math.isfinite(layer.norm)), default=0.0)
+    for layer in facts.layers:
+        share = layer.norm / most if most and math.isfinite(layer.norm) else 0.0
+        rows.append(
+            (
+                layer.path or "(the model itself)",
+                str(layer.r),
+                f"{layer.in_features} -> {layer.out_features}",
+                f"{layer.norm:<10.4g} {'#' * math.ceil(_BAR * share)}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+
+
+def _tail(path: str) -> str:
+    return path.rsplit(".", 1)[-1] or "(the model itself)"
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

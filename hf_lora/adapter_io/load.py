@@ -1,0 +1,311 @@
+"""Loading adapters: every tensor of the file proven to fit, before the model is touched."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_lora.adapter_io.match import Match, Place, match_folder
+from hf_lora.compat.deepspeed import have_engine, shape_of
+from hf_lora.compat.dtensor import distribute_like, gather_full, reshard
+from hf_lora.config import LoRAConfig
+from hf_lora.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    HfLoRAWarning,
+    StateError,
+    TargetError,
+    listing,
+)
+from hf_lora.files.patterns import SPECIAL
+from hf_lora.files.read import read_folder
+from hf_lora.files.set_note import mixture
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
+from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.names import LORA_A, LORA_B
+from hf_lora.layers.probe import gradient_fault, is_plain, probe_key
+from hf_lora.layers.quantized import keep_gradients
+from hf_lora.layers.trained import copy_dtype, own_tensors
+from hf_lora.model.adapters import check_new_name, freeze, unfreeze
+from hf_lora.model.patch import attach, check_no_engine, remove_adapter, unpatch
+from hf_lora.model.registry import Registry, create, find
+from hf_lora.model.replacing import check_replaceable, replaced
+from hf_lora.targets import shortest_names
+
+
+def load_folder(
+    model: nn.Module,
+    directory: Path,
+    *,
+    adapter: str,
+    trainable: bool,
+    check_base: bool,
+    missing: str = "error",
+    replace: bool = False,
+) -> nn.Module:
+    """Attach the adapter in ``directory`` to ``model``; see :func:`hf_lora.load`."""
+    found = find(model)
+    model, registry = found or (model, None)
+    reshard(model)
+    anew = replace and registry is not None and adapter in registry.adapters
+    if registry is not None and anew:
+        check_replaceable(registry, adapter)
+        _check_no_copies(registry, (adapter,))
+    elif registry is not None:
+        check_new_name(registry, adapter)
+    match = match_folder(read_folder(directory), model, check_base=check_base, missing=missing)
+    dtypes = _dtypes(match, model)
+    values = read_values(match, _place_dtypes(match, model, dtypes))
+    if trainable:
+        check_no_engine(model)
+        _check_gradients(model, list(match.slots))
+    if match.told:  # before anything changes: a filter may turn it into an error
+        one = len(match.told) == 1
+        words = f"{directory}: {match.told[0]}" if one else listing(str(directory), match.told)
+        warnings.warn(words, HfLoRAWarning, stacklevel=3)
+    registry = registry or create(model)
+    try:
+        if found is None:
+            registry.repacked = keep_gradients(model)
+        config = _config(match, model)
+        if anew and _has_room(registry, adapter, match, values):
+            _refill(registry, adapter, config, match, values)
+        else:
+            with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
+                attach(model, registry, adapter, config, match.slots, match.trained, dtypes)
+                registry.adapter(adapter).origin = match.folder.origin
+                fill(registry, adapter, values)
+    except BaseException:
+        if found is None:
+            unpatch(model)
+        elif adapter in registry.adapters and not anew:
+            remove_adapter(registry, adapter)
+        raise
+    if found is None:
+        registry.routing.choose(((adapter, 1.0),))
+    (unfreeze if trainable else freeze)(model, adapter)
+    return model
+
+
+def _has_room(
+    registry: Registry, name: str, match: Match, values: Mapping[Place, torch.Tensor]
+) -> bool:
+    """Say whether a file's values fit into the tensors that an adapter has."""
+    tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
+    return (
+        set(registry.adapter(name).trained) == set(match.trained)
+        and tensors.keys() == values.keys()
+        and all(
+            shape_of(tensor) == values[place].shape and tensor.dtype == values[place].dtype
+            for place, tensor in tensors.items()
+        )
+    )
+
+
+def _refill(
+    registry: Registry,
+    name: str,
+    config: LoRAConfig,
+    match: Match,
+    values: dict[Place, torch.Tensor],
+) -> None:
+    """Put a file's values and numbers in the place of an adapter's, or, after an error, neither."""
+    adapter = registry.adapter(name)
+    before = {
+        (path, role): tensor.detach().clone() for path, _, role, tensor in registry.tensors(name)
+    }
+    slots = dict(adapter.slots)
+    try:
+        fill(registry, name, values)
+        for path, slot in match.slots.items():
+            adapter.slots[path] = registry.layers[path].lora_slots[name] = slot
+    except BaseException:
+        fill(registry, name, before)
+        for path, slot in slots.items():
+            adapter.slots[path] = registry.layers[path].lora_slots[name] = slot
+        raise
+    adapter.config, adapter.origin, adapter.training = config, match.folder.origin, None
+
+
+def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -> None:
+    """Overwrite the values of adapters that the model has with those in their folders.
+
+    All folders are checked before the first value changes.
+
+    Raises:
+        AdapterFileError: Unsound, of different saves, or not the same layers, ranks and strengths.
+        StateError: The model is merged, or DeepSpeed's optimizer has copies of the adapters.
+    """
+    registry.check_unmerged("restore an adapter", folders)
+    _check_no_copies(registry, folders)
+    mixed = [line for folder in folders.values() if (line := mixture(folder))]
+    if mixed:
+        raise AdapterFileError(listing("This is the state of no training", dict.fromkeys(mixed)))
+    reshard(model)
+    values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
+    for name, found in values.items():
+        fill(registry, name, found)
+
+
+def _check_no_copies(registry: Registry, names: Iterable[str]) -> None:
+    if have_engine(tensor for name in names for *_, tensor in registry.tensors(name)):
+        raise StateError(
+            "DeepSpeed's optimizer steps copies of these adapters, so values that were put into "
+            "the model would be gone at its next step. Load before deepspeed.initialize or "
+            "accelerator.prepare, or let DeepSpeed load a checkpoint of its own."
+        )
+
+
+def _values_for(
+    model: nn.Module, registry: Registry, name: str, directory: Path
+) -> dict[Place, torch.Tensor]:
+    match = match_folder(read_folder(directory), model, check_base=True)
+    adapter = registry.adapter(name)
+    problems = []
+    for path in sorted(adapter.slots.keys() | match.slots.keys()):
+        here, there = adapter.slots.get(path), match.slots.get(path)
+        if _mathematics(here) != _mathematics(there):
+            problems.append(f"{path}: the model has {here}, the file {there}")
+    if set(adapter.trained) != set(match.trained):
+        problems.append(f"trained in full: {adapter.trained}, in the file {match.trained}")
+    if problems:
+        raise AdapterMismatchError(
+            listing(f"{directory} holds another adapter than the model's {name!r}", problems)
+        )
+    dtypes = {(path, role): tensor.dtype for path, _, role, tensor in registry.tensors(name)}
+    return read_values(match, dtypes)
+
+
+def read_values(match: Match, dtypes: Mapping[Place, torch.dtype]) -> dict[Place, torch.Tensor]:
+    """Read every tensor, in the type that it has in the model, and check that it is finite there.
+
+    Raises:
+        AdapterFileError: One line for each tensor that is not.
+    """
+    where = {key: place for place, key in match.keys.items()}
+    values = {
+        where[key]: tensor.to(dtypes[where[key]])
+        for key, tensor in match.folder.file.read(list(where))
+    }
+    bad = [
+        match.keys[place]
+        for place, tensor in values.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        raise AdapterFileError(
+            listing(
+                f"{match.folder.file.path} holds numbers that are not finite, or would not be in "
+                "the type that they get here",
+                bad,
+            )
+        )
+    return values
+
+
+def check_values(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -> None:
+    """Raise unless adapters have the very values that are in their folders.
+
+    Raises:
+        AdapterFileError: A file is unsound.
+        AdapterMismatchError: The adapters are others, or have other values; each is named.
+    """
+    problems = []
+    for name, folder in folders.items():
+        values = _values_for(model, registry, name, folder)
+        tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
+        whole = gather_full(tensors)
+        problems += [
+            f"{path}.{role} of {name!r}"
+            for (path, role), there in values.items()
+            if not torch.equal(whole[path, role].cpu(), there)
+        ]
+    if problems:
+        raise AdapterMismatchError(
+            listing(
+                "These adapter tensors are not what the checkpoint's adapter file says",
+                problems,
+                "What else is in the checkpoint comes from another save, or was not loaded.",
+            )
+        )
+
+
+@torch.no_grad()
+def fill(registry: Registry, name: str, values: dict[Place, torch.Tensor]) -> None:
+    """Copy the values into the adapter's tensors: each into one, none left over."""
+    left = dict(values)
+    for path, _, role, tensor in registry.tensors(name):
+        tensor.copy_(distribute_like(left.pop((path, role)), tensor))
+    assert not left, f"no place for {sorted(left)}"
+
+
+def _check_gradients(model: nn.Module, paths: list[str]) -> None:
+    """Raise TargetError if no gradient passes through a layer; one of each kind is tried."""
+    kinds: dict[tuple, str] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        if not is_plain(module):
+            kinds.setdefault(probe_key(module), path)
+    faults = {path: gradient_fault(model.get_submodule(path)) for path in kinds.values()}
+    problems = [f"{path}: {fault}" for path, fault in faults.items() if fault]
+    if problems:
+        raise TargetError(
+            listing("These layers cannot be trained through", problems, "Load with trainable=False")
+        )
+
+
+def _dtypes(match: Match, model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the type of each layer's factors: the configuration's, or what the base asks for."""
+    chosen = chosen_dtype(match.folder.config)
+    if chosen is not None:
+        return dict.fromkeys(match.slots, chosen)
+    return {path: adapter_dtype(model.get_submodule(path)) for path in match.slots}
+
+
+def _place_dtypes(
+    match: Match, model: nn.Module, dtypes: dict[str, torch.dtype]
+) -> dict[Place, torch.dtype]:
+    """Return the type that each tensor of the file gets in the model."""
+    found = {}
+    wanted = chosen_dtype(match.folder.config)
+    for path, role in match.keys:
+        if role in (LORA_A, LORA_B):
+            found[path, role] = dtypes[path]
+        else:
+            tensors = dict(own_tensors(model.get_submodule(path), (role,)))
+            found[path, role] = copy_dtype(tensors[role], wanted)
+    return found
+
+
+def _config(match: Match, model: nn.Module) -> LoRAConfig:
+    """Return the adapter's own configuration, or the one that its file amounts to."""
+    if match.folder.config is not None:
+        return match.folder.config
+    paths = [path for path, _ in model.named_modules()]
+    first = next(iter(match.slots.values()))
+    by_path = {
+        path: {"r": slot.r, "alpha": slot.alpha}
+        for path, slot in match.slots.items()
+        if (slot.r, slot.alpha) != (first.r, first.alpha)
+    }
+    return LoRAConfig(
+        targets=[_escape(name) for name in shortest_names(match.slots.keys(), paths)],
+        r=first.r,
+        alpha=first.alpha,
+        dropout=first.dropout,
+        rslora=first.rslora,
+        overrides={_escape(path): fields for path, fields in by_path.items()},
+        train=[_escape(path) for path in match.trained],
+    )
+
+
+def _escape(name: str) -> str:
+    """Return the pattern that means the module called ``name``; the model itself has no name."""
+    return SPECIAL.sub(r"\\\g<0>", name).replace(".", r"\.") or "(?:)"
+
+
+def _mathematics(slot: LayerConfig | None) -> tuple | None:
+    return slot and (slot.r, slot.alpha, slot.rslora)

@@ -1,0 +1,368 @@
+"""Where each tensor of an adapter folder goes in a model: each in its place, every place filled."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from hf_lora.adapter_io.base_check import base_differences
+from hf_lora.adapter_io.base_on_disk import describe_changes
+from hf_lora.adapter_io.base_weights import vocabulary
+from hf_lora.adapter_io.rename import Renaming, rename
+from hf_lora.adapter_io.tasks import BY_PEFT, HEADS
+from hf_lora.compat.accelerate import present
+from hf_lora.compat.deepspeed import shape_of
+from hf_lora.compat.dtensor import full_tensor
+from hf_lora.errors import (
+    AdapterMismatchError,
+    BaseMismatchError,
+    UnsupportedAdapterError,
+    listing,
+)
+from hf_lora.files.data import CONFIG_FILE, Factors
+from hf_lora.files.header import BASE_CHANGED
+from hf_lora.files.patterns import endings, parents
+from hf_lora.files.peft_targets import (
+    TARGET_FIELDS,
+    promised_layers,
+    says_all_linear,
+    says_no_target,
+)
+from hf_lora.files.read import AdapterFolder
+from hf_lora.layers.hosts import features, why_not
+from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.names import LORA_A, LORA_B
+from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
+from hf_lora.layers.uncalled import uncalled
+from hf_lora.model.patch import check_present
+from hf_lora.model.places import adapted_twice
+from hf_lora.planning.heads import beside_backbone, output_head
+from hf_lora.planning.unfilled import find_unfilled
+from hf_lora.text import show
+
+Place = tuple[str, str]
+"""(path in the model, role): the role is lora_A, lora_B or the name of a base tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A checked adapter folder and where each of its tensors goes in a model."""
+
+    folder: AdapterFolder
+    slots: dict[str, LayerConfig]
+    trained: list[str]
+    keys: dict[Place, str]
+    """Place in the model to the key in the file."""
+
+    told: list[str]
+    """What was resolved or left out on the way."""
+
+
+MISSING = ("error", "zero")
+"""What a layer may be that the file promises and has no tensors for."""
+
+
+def match_folder(
+    folder: AdapterFolder, model: nn.Module, *, check_base: bool, missing: str = "error"
+) -> Match:
+    """Check that every tensor in the folder has its place in ``model`` and every place its tensor.
+
+    With ``missing="zero"`` a layer that the configuration promises may lack its tensors.
+
+    Raises:
+        AdapterMismatchError: Something does not fit; one line each.
+        UnsupportedAdapterError: Biases of the base were trained.
+        BaseMismatchError: Everything fits, but the base's weights are others.
+        StateError: A layer that it is for has no data.
+    """
+    return _Matching(folder, model, missing).run(check_base)
+
+
+class _Matching:
+    """One comparison of a folder with a model; collects what is found and what is wrong."""
+
+    def __init__(self, folder: AdapterFolder, model: nn.Module, missing: str):
+        self.folder = folder
+        self.missing = missing
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.owned = {
+            f"{path}.{role}" if path else role: (path, role)
+            for path, module in self.modules.items()
+            for role in tensor_names(module)
+        }
+        self.names: Renaming = rename(
+            folder.factors, folder.others, self.modules.keys() | self.owned.keys(), model
+        )
+        self.problems: list[str] = []
+        self.advice = ""
+        self.told = [self.names.way.words] if self.names.way.words else []
+        self.told += [f"{part!r} in the names was taken off" for part in folder.renamed]
+        self.told += folder.told
+        self.keys: dict[Place, str] = {}
+        self.slots: dict[str, LayerConfig] = {}
+
+    def run(self, check_base: bool) -> Match:
+        self._match_factors()
+        tops = self._trained_tops()
+        copies = self._match_others(set(tops))
+        if self.folder.own is None:
+            self.problems += [
+                f"{line}; PEFT gives the adapter to the first place alone, hf_lora to all of them"
+                for line in adapted_twice(self.model, self.slots, tops)
+            ]
+        if not self.problems:
+            self._compare_with_targets(set(tops))
+        self._raise_problems()
+        paths = dict.fromkeys(path for path, _ in (*self.keys, *copies))
+        repeated = [path for path in paths if path not in self.slots]
+        check_present(self.model, list(self.slots), repeated)
+        self._compare_copies(copies)
+        self._raise_problems()
+        unfilled = find_unfilled(self.model, output_head(self.model))
+        if check_base:
+            self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
+        self.told += self._random_parts(unfilled.needed, tops)
+        return Match(self.folder, self.slots, tops, self.keys, self.told)
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            kind = type(self.model).__name__
+            raise AdapterMismatchError(
+                listing(
+                    f"{self.folder.directory} does not fit this {kind}", self.problems, self.advice
+                )
+            )
+
+    def _match_factors(self) -> None:
+        if self.names.several:
+            places = [path.removesuffix(".") or "the model itself" for path in self.names.several]
+            self.advice = (
+                f"These parts of the model have all its layers: {', '.join(places)}. Load it onto "
+                "the one that it is for: hf_lora.load(model.get_submodule(...), source)"
+            )
+        deaf = uncalled(self.modules)
+        for name, factors in self.folder.factors.items():
+            path = self.names.module(name)
+            fault = deaf.get(path) or _factor_fault(self.modules.get(path), factors)
+            if path in self.slots:
+                fault = "named twice"
+            if fault:
+                self.problems.append(f"{path or 'the model itself'}: {fault}")
+                continue
+            self.slots[path] = self.folder.slots[name]
+            self.keys[path, LORA_A], self.keys[path, LORA_B] = factors.a_key, factors.b_key
+
+    def _trained_tops(self) -> list[str]:
+        """Return the outermost modules that were trained in full."""
+        meant = self._trained_by_header() if self.folder.own else self._trained_by_name()
+        tops = [path for path in self.modules if path in meant]
+        return [path for path in tops if not any(above in meant for above in parents(path))]
+
+    def _trained_by_header(self) -> set[str]:
+        assert self.folder.own is not None
+        meant = {name: self.names.module(name) for name in self.folder.own.trained}
+        self.problems += [
+            f"{name} was trained in full, and the model has no {path}"
+            for name, path in meant.items()
+            if not path or path not in self.modules
+        ]
+        return set(meant.values())
+
+    def _trained_by_name(self) -> set[str]:
+        """Find what PEFT means: every module whose path ends so, at a dot or not."""
+        names = set(self.folder.trained_names)
+        # PEFT's class for a task trains its head, also where the list of names was not written
+        task = BY_PEFT.get(self.folder.fields.get("task_type") or "")
+        heads = frozenset() if task is None else task.heads
+        for name in self.folder.others:
+            names |= endings(name.rpartition(".")[0], heads)
+        if not names:
+            return set()
+        with_tensors = {path for path, _ in self.owned.values()}
+        with_tensors |= {above for path in with_tensors for above in parents(path)}
+        meant = set()
+        used = set()
+        for path in with_tensors - {""}:
+            found = endings(self.names.in_file(path) or "", names)
+            if found:
+                meant.add(path)
+                used |= found
+        self.problems += [
+            f"modules_to_save names {show(name)}, which is neither in the file nor in the model"
+            for name in sorted(names - used - HEADS)
+        ]
+        return meant
+
+    def _match_others(self, tops: set[str]) -> dict[Place, str]:
+        """Match what is no factor; return what is no part of a trained module either."""
+        found: dict[Place, str] = {}
+        for name, key in self.folder.others.items():
+            full = self.names.tensor(name)
+            place = self.owned.get(full)
+            if place is None:
+                self.problems.append(f"{key}: the model has no {full}")
+            elif place in found:
+                self.problems.append(f"{key} and {found[place]} are both for {full}")
+            else:
+                found[place] = key
+                self._check_fit(key, place)
+        inside = {place for place in self.owned.values() if _is_inside(place[0], tops)}
+        for path in sorted({path for path, _ in inside}):
+            fault = train_fault(self.modules[path])
+            if path in self.slots:
+                fault = "it has factors as well"
+            if fault:
+                self.problems.append(f"{path} cannot be a module trained in full: {fault}")
+        self.problems += [
+            f"{full} is missing from the file"
+            for full, place in self.owned.items()
+            if place in inside and place not in found
+        ]
+        self.keys |= {place: key for place, key in found.items() if place in inside}
+        return {place: key for place, key in found.items() if place not in inside}
+
+    def _check_fit(self, key: str, place: Place) -> None:
+        tensor, file = self._base_tensor(place), self.folder.file
+        if file.shapes[key] != shape_of(tensor):
+            there, here = file.shapes[key], shape_of(tensor)
+            tokens = here[:1] == (vocabulary(self.model),) and there[1:] == here[1:]
+            way = f"; model.resize_token_embeddings({there[0]}) makes room" if tokens else ""
+            self.problems.append(f"{key}: shape {there}, in the model {here}{way}")
+        elif file.dtypes[key].is_floating_point != tensor.is_floating_point():
+            self.problems.append(f"{key}: {file.dtypes[key]}, in the model {tensor.dtype}")
+
+    def _compare_with_targets(self, tops: set[str]) -> None:
+        """Compare the layers in the file with those that its configuration promises."""
+        fields, own = self.folder.fields, self.folder.own
+        if says_no_target(fields):
+            self.told.append("no target_modules is named; the layers that have tensors were taken")
+            return
+        if own and all(fields.get(name) == own.fields.get(name) for name in TARGET_FIELDS):
+            return  # the header names each layer, and has been compared with the tensors
+        names = {}
+        for path, module in self.modules.items():
+            name = self.names.in_file(path) if why_not(module) is None else None
+            if name is not None and not _is_inside(path, tops):
+                names[name] = path
+        source = str(self.folder.directory / CONFIG_FILE)
+        promised = promised_layers(fields, names.keys(), source, self.folder.patience)
+        meant = {names[name] for name in promised}
+        optional: set[str] = set()
+        if says_all_linear(fields):  # PEFT leaves out heads, by rules of its own
+            optional = output_head(self.model) | beside_backbone(self.model).keys()
+        without = sorted(meant - optional - self.slots.keys())
+        if without and self.missing == "zero":
+            self.told.append(
+                f"{without[0]} ({len(without)} in all) is a target and has no tensors: missing="
+                "'zero' leaves it as it is in the base"
+            )
+        elif without:
+            self.problems += [f"{path} is a target, but has no tensors" for path in without]
+            self.advice = (
+                "If nothing was lost (the update was zero there), load with missing='zero'."
+            )
+        self.problems += [
+            f"{path} has tensors, but is no target" for path in sorted(self.slots.keys() - meant)
+        ]
+
+    def _compare_copies(self, copies: dict[Place, str]) -> None:
+        """Leave out tensors that only repeat the base's own; nothing else is left out."""
+        said = self.folder.fields.get("bias") or "none"
+        biases = [] if said == "none" else self._biases_without(copies, said)
+        for place, key in copies.items():
+            ((_, tensor),) = self.folder.file.read([key])
+            with present(self.modules[place[0]]):
+                equal = _equal(tensor, self._base_tensor(place))
+            if not equal and place[1] == "bias" and said != "none":
+                biases.append(f"{key} is not the base's own")
+            elif not equal:
+                self.problems.append(
+                    f"{key}: neither a factor nor part of a module in modules_to_save, and not "
+                    "what the base has there (were tokens added? Put them into the base first)"
+                )
+            elif self.folder.own is None:
+                self.told.append(f"{key} only repeats the base's own weight and was left out")
+
+        if biases:
+            raise UnsupportedAdapterError(
+                listing(
+                    f"{self.folder.directory}: bias = {said!r} trained biases of the base, which "
+                    "hf_lora does not implement",
+                    biases,
+                )
+            )
+
+    def _biases_without(self, copies: dict[Place, str], said: str) -> list[str]:
+        """Return a line for each bias that was trained, as the file says, and is not in it."""
+        return [
+            f"{full} is not in the file"
+            for full, place in self.owned.items()
+            if place[1] == "bias"
+            and place not in copies
+            and place not in self.keys
+            and (said == "all" or place[0] in self.slots)
+        ]
+
+    def _random_parts(self, unfilled: Iterable[str], tops: list[str]) -> list[str]:
+        """Return a line for each part of a task's model that nobody fills."""
+        return [
+            f"{path} is neither in the base's checkpoint nor in the adapter: what it holds is "
+            "random, and so is what the model answers"
+            for path in unfilled
+            if not _is_inside(path, tops)
+        ]
+
+    def _compare_with_fingerprint(self, others: list[str]) -> None:
+        """Compare the base, except for ``others``: what the adapter brings, and what is random."""
+        fingerprint = self.folder.header and self.folder.header.get("fingerprint")
+        if not isinstance(fingerprint, dict):
+            return
+        found = base_differences(fingerprint, self.model, self.names, others)
+        if found:
+            base = self.folder.base or "another model"
+            changed = (self.folder.header or {}).get(BASE_CHANGED)
+            if isinstance(changed, dict):
+                found += [
+                    f"the file says of its base: {line}" for line in describe_changes(changed)
+                ]
+            raise BaseMismatchError(
+                listing(
+                    f"{self.folder.directory} was trained on {base}, and this model's weights are "
+                    "others",
+                    found,
+                    "Load the right base, or pass check_base=False if you know that this is "
+                    "wanted.",
+                )
+            )
+
+    def _base_tensor(self, place: Place) -> torch.Tensor:
+        path, role = place
+        return dict(own_tensors(self.modules[path], (role,)))[role]
+
+
+def _is_inside(path: str, tops: Iterable[str]) -> bool:
+    return path in tops or any(above in tops for above in parents(path))
+
+
+def _factor_fault(module: nn.Module | None, factors: Factors) -> str | None:
+    if module is None:
+        return "the model has no such module"
+    fault = why_not(module)
+    if fault:
+        return fault
+    sizes = features(module)
+    if sizes != (factors.in_features, factors.out_features):
+        given = (factors.in_features, factors.out_features)
+        return f"the adapter is for in, out = {given}, the layer has {sizes}"
+    return None
+
+
+def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:
+    """Say whether two tensors are the same, to the precision of the coarser of their types."""
+    base = full_tensor(base)
+    if tensor.dtype == base.dtype or not base.is_floating_point():
+        return torch.equal(tensor, base.cpu())
+    coarse = min(tensor.dtype, base.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(tensor.to(coarse), base.detach().cpu().to(coarse))

@@ -1,0 +1,115 @@
+"""An adapter's tensors as a file has them: under PEFT's keys, whole, of the configured sizes."""
+
+from collections.abc import Mapping
+
+import torch
+
+from hf_lora.compat.deepspeed import shape_of
+from hf_lora.errors import SaveError, StateError, listing
+from hf_lora.files.keys import PREFIX, without_wrappers
+from hf_lora.layers.lora import LoRALayer
+from hf_lora.layers.names import LORA_A, LORA_B
+from hf_lora.model.registry import Registry
+
+
+def tensors_of(
+    registry: Registry, name: str, state_dict: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """Return the adapter's tensors under PEFT's keys."""
+    gathered = _by_role(registry, name, state_dict) if state_dict is not None else None
+    tensors = {}
+    for path, _, role, tensor in registry.tensors(name):
+        tensors[_key(path, role)] = tensor if gathered is None else gathered[path, role]
+    return tensors
+
+
+def _key(path: str, role: str) -> str:
+    dotted = f"{without_wrappers(path)}." if path else ""
+    ending = ".weight" if role in (LORA_A, LORA_B) else ""
+    return f"{PREFIX}{dotted}{role}{ending}"
+
+
+def check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise StateError if a tensor is not of the size that the adapter's configuration says."""
+    slots = registry.adapter(name).slots
+    problems = []
+    for path, module, role, tensor in registry.tensors(name):
+        expected = shape_of(tensor)
+        if isinstance(module, LoRALayer) and role in (LORA_A, LORA_B):
+            r, (in_features, out_features) = slots[path].r, module.lora_features()
+            expected = (r, in_features) if role == LORA_A else (out_features, r)
+        given = tuple(tensors[_key(path, role)].shape)
+        # one process's share, or a gather that left some out
+        if given != expected:
+            problems.append(f"{path}.{role} has shape {given} where {expected} is expected")
+    if problems:
+        raise StateError(
+            listing(
+                "These adapter tensors are not whole; are they one process's share?",
+                problems,
+                "Gather the adapter before saving. Nothing was written.",
+            )
+        )
+
+
+def as_saved(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor in the type that it is saved in.
+
+    Raises:
+        StateError: Its numbers are not here.
+    """
+    if tensor.is_meta:
+        raise StateError(f"{key} is on the meta device: it has no numbers that could be saved.")
+    if hasattr(tensor, "device_mesh"):
+        raise StateError(
+            f"{key} is spread over several processes. Save with hf_lora.save(model, folder) in "
+            "all of them, or with a state dict that was gathered."
+        )
+    value = tensor.detach()
+    return value.to(dtype) if dtype and value.is_floating_point() else value
+
+
+def check_finite(name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Raise SaveError if a tensor is not finite, as a training that went to nan leaves it.
+
+    Args:
+        name: The adapter's.
+        tensors: As they will be written.
+        dtype: The type that was asked for, which may be too small.
+    """
+    bad = [
+        key
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if bad:
+        asked = f", or not in {dtype}" if dtype else ""
+        raise SaveError(
+            listing(
+                f"The adapter {name!r} holds numbers that are not finite{asked}",
+                bad,
+                "Nothing could load such a file. Nothing was written: what was saved before is "
+                "as it was.",
+            )
+        )
+
+
+def _by_role(
+    registry: Registry, name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[tuple[str, str], torch.Tensor]:
+    found = {}
+    missing = []
+    plain = {without_wrappers(key): key for key in state_dict}
+    for path, role, key in registry.keys(name):
+        there = plain.get(without_wrappers(key))
+        if there is None:
+            missing.append(key)
+        else:
+            found[path, role] = state_dict[there]
+    if missing:
+        raise StateError(
+            f"The state dict to save from lacks {len(missing)} adapter tensors (first: "
+            f"{missing[0]}; it has {len(state_dict)} tensors). With DeepSpeed ZeRO-3, set "
+            "stage3_gather_16bit_weights_on_model_save."
+        )
+    return found

@@ -1,0 +1,70 @@
+"""What an adapter folder holds, as one record that does not know any model."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from hf_lora.config import LoRAConfig
+from hf_lora.layers.lora import LayerConfig
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The names under which one layer's two tensors stand in a file, and their shapes."""
+
+    a_key: str
+    b_key: str
+    r: int
+    in_features: int
+    out_features: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterData:
+    """Everything that is written for one adapter.
+
+    Paths are those of the model itself, without what torch.compile or FSDP put into them.
+    """
+
+    config: LoRAConfig
+    slots: dict[str, LayerConfig]
+    """Path of each adapted layer to its numbers."""
+
+    trained: tuple[str, ...]
+    """Paths of the modules trained in full."""
+
+    tensors: dict[str, torch.Tensor]
+    """Key in PEFT's notation to tensor."""
+
+    target_names: list[str] | str
+    """Literal names, or one pattern, that for PEFT mean exactly the other adapted layers."""
+
+    by_weight: list[str]
+    """Paths of adapted layers that PEFT finds by the name of their weight only."""
+
+    trained_names: list[str]
+    """Names of the modules trained in full. PEFT compares ends of text, so they may mean others
+    as well; then ``tensors`` holds the base's own tensors of those."""
+
+    base: str | None
+    """Hub id or path of the base model, if it has one."""
+
+    revision: str | None
+    task: str | None
+    """PEFT's word for what the model does, if it has one."""
+
+    auto_mapping: dict[str, str] | None
+    """Its class and where that is, in PEFT's notation, where there is no such word."""
+
+    fan_in_fan_out: bool
+    fingerprint: dict[str, Any] | None
+
+    base_changed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What makes the base another than the one that is named; see ``adapter_io.base_on_disk``."""
+
+    labels: dict[str, Any] | None = None
+    """The names of a classifier's labels; see ``files.labels``."""

@@ -1,1 +1,0 @@
-"""What touches transformers' and the Hub's own classes."""

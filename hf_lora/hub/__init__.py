@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: downloads, uploads, and the card of a repository."""

@@ -1,0 +1,1 @@
+"""The model card of an adapter: its facts, its words, its code."""

@@ -1,0 +1,199 @@
+"""What a model card tells: gathered from a wrapped model, or from an adapter folder alone."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lora.adapter_io.tasks import BY_PEFT, class_by_name, task_by_name, task_of
+from hf_lora.files.read import AdapterFolder
+from hf_lora.layers.lora import LayerConfig
+from hf_lora.model.registry import Registry
+from hf_lora.planning.make import class_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a Trainer knows of how an adapter came to be."""
+
+    title: str = ""
+    """Headline of the card; by default the repo's name."""
+
+    datasets: Sequence[str] = ()
+    """Hub ids of the data sets."""
+
+    dataset_words: str = ""
+    """The data in words: what it is called, how much of it there was."""
+
+    metrics: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    """Results on the evaluation data, by name."""
+
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields for the card's metadata, such as license, language, tags and pipeline_tag."""
+
+    processor: bool = False
+    """Whether the tokenizer, or what else prepares inputs, lies beside the adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter."""
+
+    name: str
+    slots: Mapping[str, LayerConfig]
+    """Path of each adapted layer to its numbers."""
+
+    trained: tuple[str, ...]
+    """The modules that were trained in full."""
+
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...] = ()
+    """Types of its tensors, where they are known."""
+
+    tied: tuple[str, ...] = ()
+    """Adapted layers that share their weight with another module, or may do so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the adapters belong to, and how it is loaded and called."""
+
+    name: str
+    """Its class, or words for it."""
+
+    loader: str | None = None
+    """What in transformers loads it; None: what that is cannot be told from here."""
+
+    default_loader: bool = False
+    """Whether :func:`hf_lora.from_pretrained` takes that one of itself."""
+
+    task: str | None = None
+    """The Hub's word for what it does."""
+
+    generates: bool = False
+    """Whether it writes text after a text."""
+
+    reads: str | None = None
+    """Name of its main input."""
+
+    classes: tuple[str, ...] = ()
+    """Its class and those that it is derived from, where they are known."""
+
+    tags: tuple[str, ...] = ()
+    """What somebody tagged it with."""
+
+    labels: tuple[str, ...] = ()
+    """The classes that it tells apart, where they are its own and not the base's."""
+
+
+# The last weight of a head that classifies.
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+# What writes text after a text.
+_GENERATING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
+def adapter_facts(
+    registry: Registry,
+    names: Iterable[str],
+    dtype: torch.dtype | None = None,
+    tied: Collection[str] = (),
+) -> list[AdapterFacts]:
+    """Return the facts of adapters on a model, as they are when saved with ``dtype``.
+
+    Args:
+        registry, names, dtype: The adapters.
+        tied: Paths of layers that share their weight with another module.
+    """
+    return [_adapter_facts(registry, name, dtype, tied) for name in names]
+
+
+def _adapter_facts(
+    registry: Registry, name: str, dtype: torch.dtype | None, tied: Collection[str]
+) -> AdapterFacts:
+    adapter = registry.adapter(name)
+    tensors = [tensor for *_, tensor in registry.tensors(name)]
+    saved = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
+    return AdapterFacts(
+        name=name,
+        slots=adapter.slots,
+        trained=adapter.trained,
+        parameters=sum(tensor.numel() for tensor in tensors),
+        bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
+        dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
+        tied=tuple(path for path in adapter.slots if path in tied),
+    )
+
+
+def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
+    """Return the facts of an adapter in a folder."""
+    return AdapterFacts(
+        name=name,
+        slots=folder.slots,
+        trained=tuple(folder.trained_names),
+        parameters=sum(math.prod(shape) for shape in folder.file.shapes.values()),
+        bytes=folder.file.path.stat().st_size,
+        tied=tuple(path for path in folder.slots if path.endswith("lm_head")),
+    )
+
+
+def model_facts(model: nn.Module, registry: Registry, names: Iterable[str]) -> ModelFacts:
+    """Return the facts of a wrapped model."""
+    name = type(model).__name__
+    if not type(model).__module__.startswith("transformers."):
+        return ModelFacts(name, classes=tuple(class_names(model)))
+    task = task_of(type(model), model.config)
+    # a class of transformers loads itself where no auto class makes it
+    loader = task.loader if task is not None else name
+    reads = getattr(model, "main_input_name", None)
+    own_head = any(registry.adapter(adapter).trained for adapter in names)
+    labels = getattr(model.config, "id2label", None)
+    return ModelFacts(
+        name=name,
+        loader=loader,
+        default_loader=True,
+        task=task and task.on_hub,
+        generates=loader in _GENERATING and reads == "input_ids",
+        reads=reads,
+        classes=tuple(class_names(model)),
+        tags=tuple(map(str, getattr(model, "model_tags", None) or ())),
+        labels=tuple(str(labels[key]) for key in sorted(labels))
+        if labels and own_head and "Classification" in name
+        else (),
+    )
+
+
+def folder_model_facts(folder: AdapterFolder) -> ModelFacts:
+    """Return the facts of the model that an adapter folder is for, as far as the files tell."""
+    task = BY_PEFT.get(str(folder.fields.get("task_type")))
+    named = folder.fields.get("auto_mapping")
+    kind = class_by_name(named.get("base_model_class")) if isinstance(named, dict) else None
+    if task is None and kind is not None:
+        task = task_by_name(kind.__name__)
+        reads = getattr(kind, "main_input_name", None)
+    else:
+        reads = "input_ids" if task is not None else None
+    loader = task.loader if task is not None else kind and kind.__name__
+    classifies = task is not None and "Classification" in task.loader
+    return ModelFacts(
+        name="base model" if kind is None else kind.__name__,
+        loader=loader,
+        default_loader=loader is not None,
+        task=task and task.on_hub if reads == "input_ids" else None,
+        generates=loader in _GENERATING and reads == "input_ids",
+        reads=reads,
+        classes=() if kind is None else (kind.__name__,),
+        labels=_nameless_labels(folder) if classifies else (),
+    )
+
+
+def _nameless_labels(folder: AdapterFolder) -> tuple[str, ...]:
+    """Return as many labels as the head in the folder tells apart, without their names."""
+    for name, key in folder.others.items():
+        if name.endswith(_HEADS):
+            return tuple(f"LABEL_{number}" for number in range(folder.file.shapes[key][0]))
+    return ()

@@ -1,0 +1,1 @@
+"""What stands in, or in front of, other libraries' classes for a wrapped model."""

@@ -1,0 +1,62 @@
+"""Leaving a wrapped model for good with its adapters merged into it."""
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from hf_lora.compat.libraries import is_pretrained
+from hf_lora.integrations.model_methods import Bound, Owner
+from hf_lora.integrations.own_methods import uninstall
+from hf_lora.integrations.save_merged import SaveMerged
+from hf_lora.merging.in_memory import keep_merged, put_in
+from hf_lora.model.choices import Names
+from hf_lora.model.registry import wrapped
+from hf_lora.model.transaction import Transaction
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_METHOD = "save_pretrained"
+
+
+def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
+    """Merge the active adapters for good and give back a plain model without hf_lora.
+
+    It saves in full and loads anywhere; the base's weights are gone from it. Of hf_lora a
+    transformers model keeps one method: ``save_pretrained`` refuses a folder that holds an adapter,
+    which transformers would apply again to what is merged already.
+
+    Args:
+        model: A wrapped model.
+        names: Adapters to merge instead of the active ones, or a mapping from each to a factor, as
+            for :func:`hf_lora.activate`. What is merged already stays so.
+
+    Returns:
+        The model itself, also if a DDP or compiled wrapper of it was given.
+
+    Raises:
+        StateError, TargetError, ConfigError: As for :func:`hf_lora.merge`; the model is as it was.
+    """
+    with Transaction(model) as change:
+        inner = _merge_and_unwrap(model, names)
+        change.commit()
+    return inner  # type: ignore[return-value]
+
+
+def _merge_and_unwrap(model: nn.Module, names: Names | None) -> nn.Module:
+    inner, registry = wrapped(model)
+    if names is not None or not registry.routing.merged:
+        put_in(inner, names)
+    merged = (*registry.merged_before, *registry.routing.merged)
+    keep_merged(inner)
+    uninstall(inner, registry)
+    if is_pretrained(inner):
+        own = inner.__dict__.pop(_METHOD, None)
+        mark = _mark(own)
+        earlier = own if mark is None else mark.earlier
+        inner.__dict__[_METHOD] = Bound(SaveMerged(merged, earlier), Owner(inner))
+    return inner
+
+
+def _mark(method: Any) -> SaveMerged | None:
+    found = method.function if isinstance(method, Bound) else None
+    return found if isinstance(found, SaveMerged) else None

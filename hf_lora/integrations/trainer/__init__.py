@@ -1,0 +1,1 @@
+"""What hf_lora does inside transformers' Trainer."""

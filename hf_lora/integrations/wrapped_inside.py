@@ -1,0 +1,43 @@
+"""Libraries' own ``save_pretrained``, for models that are not wrapped but have a part that is.
+
+It would write every tensor, ours among them, under names that nothing reads; loading that, which
+libraries do without being strict, gives the base again, in silence. So the adapter is saved here
+too, or it is said why not.
+"""
+
+from typing import Any
+
+from hf_lora.adapter_io.owner import check_saves_as_one, owner
+from hf_lora.integrations.import_hooks import when_imported
+from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
+from hf_lora.integrations.save_pretrained import save_pretrained
+
+_SAVERS = {
+    "transformers.modeling_utils": "PreTrainedModel",
+    "diffusers.models.modeling_utils": "ModelMixin",
+    "huggingface_hub.hub_mixin": "ModelHubMixin",
+}
+_METHOD = "save_pretrained"
+
+
+def install() -> None:
+    """Patch what saves whole models, now where it is imported, and otherwise when it will be."""
+    for name in _SAVERS:
+        when_imported(name, _patch)
+
+
+def _patch(module: Any) -> None:
+    name = f"{module.__name__}.{_SAVERS[module.__name__]}"
+    cls = getattr(module, _SAVERS[module.__name__], None)
+    if missing_parts(cls, (_METHOD,)):
+        warn_of_missing(name, [_METHOD], "saving a model of which a part is wrapped is unguarded")
+    else:
+        put_in_front(cls, _METHOD, _save)
+
+
+def _save(original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save the adapter of a model, or all of one that has none."""
+    check_saves_as_one(model)
+    if owner(model) is None:
+        return original(*args, **kwargs)
+    return save_pretrained(model, *args, **kwargs)

@@ -1,0 +1,255 @@
+"""Making a plan: what the patterns mean on a model, what it costs and what is worth telling."""
+
+import collections
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from hf_lora.config import LoRAConfig
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, features, rank_fault
+from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.probe import host_class
+from hf_lora.layers.quantized import numel, stored_bytes
+from hf_lora.layers.statistics import has_statistics
+from hf_lora.layers.trained import copy_dtype, own_parameters, own_tensors, tensor_names
+from hf_lora.layers.uncalled import reader_of
+from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
+from hf_lora.planning.cost import per_rank
+from hf_lora.planning.records import Adapted, Plan, Target, Trained, left_out_line
+from hf_lora.planning.stacked import stacks
+from hf_lora.planning.targets import NOTHING, Matches, match
+from hf_lora.targets import inside
+
+
+def make_plan(
+    model: nn.Module, config: LoRAConfig, world: int = 1, others: Adapted | None = None
+) -> Plan:
+    """Find out what ``config`` means on ``model``, and for each of ``world`` processes.
+
+    Args:
+        model: The model; nothing of it is changed.
+        config: What is wanted.
+        world: How many processes it would be spread over.
+        others: What the adapters that the model has are on.
+    """
+    problems = list(foreign_wrapper(model))
+    matches = NOTHING if problems else match(model, config, problems)
+    modules = dict(model.named_modules())
+    owners = Owners(model, modules)
+    targets = tuple(
+        _target(path, modules[path], config, matches.overrides.get(path), owners, problems)
+        for path in matches.chosen
+    )
+    trained = tuple(_trained(path, modules[path], config, owners) for path in matches.trained)
+    size = sum(map(numel, owners.tensors()))
+    problems += _conflicts(others or Adapted(), matches.chosen, matches.trained)
+    classes = class_names(model)
+    slots = {target.path: target.slot for target in targets}
+    tops = [item.path for item in trained]
+    plan = Plan(
+        model=host_class(model).__name__,
+        config=config,
+        targets=targets,
+        trained=trained,
+        matches=matches.counts,
+        left_out=matches.left_out,
+        problems=tuple(problems),
+        warnings=tuple(_unseen(modules, matches.chosen)),
+        missed=tuple(_missed(matches, size)),
+        notes=(*matches.notes, *_notes(modules, (*targets, *trained), matches)),
+        vllm=tuple(vllm_reasons(classes, slots, tops)),
+        llama_cpp=tuple(
+            llama_cpp_reasons(
+                classes,
+                slots,
+                tops,
+                alpha=common_alpha(slots.values()),
+                tied=[target.path for target in targets if target.tied_to],
+            )
+        ),
+        base_parameters=size,
+        base_bytes=sum(map(stored_bytes, owners.tensors())),
+        world=world,
+        fresh=matches.fresh,
+        unfilled=matches.unfilled,
+        frozen_norms=tuple(_frozen_norms(modules, tops)),
+    )
+    if world == 1:
+        return plan
+    shares, left_out = per_rank(model, plan, owners.named(), world)
+    return dataclasses.replace(plan, per_rank=tuple(shares), notes=(*plan.notes, *left_out))
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Return the name of a model's class, and of those of transformers that it is derived from."""
+    own, *above = host_class(model).__mro__
+    return [own.__name__, *(k.__name__ for k in above if k.__module__.startswith("transformers."))]
+
+
+def common_alpha(slots: Iterable[LayerConfig]) -> float:
+    """Return the strength that most layers have, which is the one that a file names."""
+    counts = collections.Counter(slot.alpha for slot in slots)
+    return min(counts, key=lambda alpha: (-counts[alpha], alpha), default=0.0)
+
+
+def foreign_wrapper(model: nn.Module) -> Iterator[str]:
+    """Yield a line if the model is PEFT's wrapper of one: its parts are no parts of a model."""
+    kind = type(model)
+    if kind.__module__.startswith("peft."):
+        yield (
+            f"this is PEFT's {kind.__name__} around a model, with PEFT's adapters in it: take them "
+            "off (model.unload(), or model.merge_and_unload()) and go on with the model that "
+            "gives, or load what PEFT saved: hf_lora.load(base, folder)"
+        )
+
+
+class Owners:
+    """Which modules share which of the base's parameters."""
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]):
+        everything = {
+            f"{path}.{name}" if path else name: (path, tensor)
+            for path, module in modules.items()
+            for name, tensor in own_parameters(module)
+        }
+        # on the meta device nothing is tied yet; transformers says what will be
+        said = getattr(model, "all_tied_weights_keys", None)
+        will_be = said if isinstance(said, dict) else {}
+        self._paths: dict[int, list[str]] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._same: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+        for full, (path, tensor) in everything.items():
+            source = everything.get(will_be.get(full, full)) if tensor.is_meta else None
+            shared = source[1] if source else tensor
+            self._same[id(tensor)] = id(shared)
+            self._tensors[id(shared)] = shared
+            self._names.setdefault(id(shared), full)
+            self._paths.setdefault(id(shared), []).append(path)
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Return each parameter once."""
+        return self._tensors.values()
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each parameter once, under its first name."""
+        return ((self._names[each], tensor) for each, tensor in self._tensors.items())
+
+    def others(self, tensors: Iterable[torch.Tensor], path: str) -> tuple[str, ...]:
+        """Return the paths outside of ``path`` of modules that share one of these tensors."""
+        found = {
+            other
+            for tensor in tensors
+            for other in self._paths[self._same[id(tensor)]]
+            if other != path and not other.startswith(f"{path}.")
+        }
+        return tuple(sorted(found))
+
+
+def _target(
+    path: str,
+    module: nn.Module,
+    config: LoRAConfig,
+    override: str | None,
+    owners: Owners,
+    problems: list[str],
+) -> Target:
+    fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+    fields |= config.overrides[override] if override is not None else {}
+    fault = rank_fault(module, fields["r"])
+    if fault:
+        problems.append(f"{path or 'the model itself'}: {fault}")
+    sizes = features(module)
+    assert sizes is not None
+    weights = [tensor for name, tensor in own_parameters(module) if name == "weight"]
+    return Target(
+        path=path,
+        host=host_class(module).__name__,
+        in_features=sizes[0],
+        out_features=sizes[1],
+        slot=LayerConfig(**fields, rslora=config.rslora),
+        dtype=chosen_dtype(config) or adapter_dtype(module),
+        tied_to=owners.others(weights, path),
+    )
+
+
+def _trained(path: str, module: nn.Module, config: LoRAConfig, owners: Owners) -> Trained:
+    wanted = chosen_dtype(config)
+    parts = [part for part in module.modules() if tensor_names(part)]
+    parameters = [tensor for part in parts for _, tensor in own_parameters(part)]
+    everything = [t for part in parts for _, t in own_tensors(part, tensor_names(part))]
+    return Trained(
+        path=path,
+        host=host_class(module).__name__,
+        parameters=sum(map(numel, parameters)),
+        parameter_bytes=sum(numel(t) * copy_dtype(t, wanted).itemsize for t in parameters),
+        bytes=sum(numel(t) * copy_dtype(t, wanted).itemsize for t in everything),
+        tied_to=owners.others(parameters, path),
+    )
+
+
+def _conflicts(others: Adapted, chosen: Iterable[str], trained: Iterable[str]) -> Iterator[str]:
+    """Yield what other adapters on the model rule out: no module is adapted and trained in full."""
+    for path in chosen:
+        if path in others.in_full:
+            yield f"{path} is trained in full by another adapter"
+    tops = set(trained)
+    for path in others.low_rank:
+        if inside(path, tops):
+            yield f"{path} has a low-rank update from another adapter"
+
+
+def _frozen_norms(modules: Mapping[str, nn.Module], trained: Collection[str]) -> Iterator[str]:
+    """Yield the paths of the normalizations whose statistics would move if they were not frozen."""
+    for path, module in modules.items():
+        if has_statistics(module) and not inside(path, trained):
+            yield path
+
+
+def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each class whose code uses a targeted layer's weight without calling it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in chosen:
+        reader = reader_of(path, modules)
+        if reader is not None:
+            found.setdefault(reader, []).append(path)
+    for (parent, child), paths in found.items():
+        yield (
+            f"{paths[0]} ({len(paths)} in all): {parent}'s own code reads {child}.weight; where it "
+            "does that instead of calling the layer, an update has no effect"
+        )
+
+
+def _missed(matches: Matches, size: int) -> Iterator[str]:
+    """Yield a line for each reason why something stays as it is that the targets mean."""
+    if matches.stacks:
+        share = 100 * sum(numel(stack.tensor) for stack in matches.stacks) / max(size, 1)
+        yield (
+            f"{len(matches.stacks)} stacked parameters, as experts have them, {share:.1f} % of the "
+            f"model's: no pattern reaches them (first: {matches.stacks[0].full_name})"
+        )
+    reasons: dict[str, list[str]] = {}
+    for path in matches.unfit:
+        reasons.setdefault(matches.left_out[path], []).append(path)
+    yield from (left_out_line(paths, reason) for reason, paths in reasons.items())
+
+
+def _notes(
+    modules: Mapping[str, nn.Module], items: Iterable[Target | Trained], matches: Matches
+) -> Iterator[str]:
+    for item in items:
+        if item.tied_to:
+            yield f"{item.path} shares its weight with {', '.join(item.tied_to)}; merging unties it"
+    trained = set(matches.trained)
+    stacked = [
+        stack
+        for stack in stacks(modules)
+        if stack not in matches.stacks and not inside(stack.path, trained)
+    ]
+    if stacked:
+        yield (
+            f"{len(stacked)} stacked parameters, as experts have them, stay frozen: no pattern "
+            f"reaches them (first: {stacked[0].full_name})"
+        )

@@ -1,0 +1,290 @@
+"""The plan: everything that wrapping will do, found out without touching the model.
+
+Works on a model without weights (on the meta device) as well. :func:`hf_lora.wrap` executes
+exactly this plan, or refuses with all its problems at once.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+
+from hf_lora.config import LoRAConfig
+from hf_lora.layers.lora import LayerConfig
+from hf_lora.planning.clients import vllm_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """Where on a model adapters are: paths of low-rank updates, and of modules trained in full."""
+
+    low_rank: Collection[str] = ()
+    in_full: Collection[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One layer that gets a low-rank update."""
+
+    path: str
+    host: str
+    """The layer's class."""
+
+    in_features: int
+    out_features: int
+    slot: LayerConfig
+    dtype: torch.dtype
+    tied_to: tuple[str, ...]
+    """Other modules that share the layer's weight; a merge unties it."""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers: ``r · (in + out)``."""
+        return self.slot.r * (self.in_features + self.out_features)
+
+    @property
+    def bytes(self) -> int:
+        """Size of both factors."""
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Size of what receives gradients: all of it."""
+        return self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One module that is trained in full."""
+
+    path: str
+    host: str
+    parameters: int
+    parameter_bytes: int
+    """Size of what receives gradients."""
+
+    bytes: int
+    """Size of everything that is copied: parameters, and buffers such as running means."""
+
+    tied_to: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerRank:
+    """What one of several processes keeps and sends, in bytes, beside activations."""
+
+    strategy: str
+    """How they share the work, such as ``"FSDP2"``."""
+
+    weights: int
+    """Of the base and the adapter, on the device, all the time."""
+
+    gradients: int
+    """Of the adapter."""
+
+    optimizer: int
+    """Adam's moments, and what DeepSpeed keeps beside them."""
+
+    sent: int
+    """Sent in an optimizer step of one forward and backward."""
+
+    sent_in_full: int
+    """The same if all of the base trained instead of an adapter."""
+
+    gathered: int = 0
+    """Weights that are put together for the moment: two blocks, and what lies outside of blocks."""
+
+    host: int = 0
+    """In the memory of the CPU."""
+
+    sent_per_token: int = 0
+    """Sent for each token of a step, besides."""
+
+    sent_to_save: int = 0
+    """Sent when an adapter is saved: what of it no process has whole."""
+
+    @property
+    def device(self) -> int:
+        """All of it on the device."""
+        return self.weights + self.gathered + self.gradients + self.optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What :func:`hf_lora.wrap` would do. ``print(plan)`` shows it as a table."""
+
+    model: str
+    config: LoRAConfig
+    targets: tuple[Target, ...]
+    trained: tuple[Trained, ...]
+    matches: Mapping[str, int]
+    """Pattern to the number of layers that it adapts."""
+
+    left_out: Mapping[str, str]
+    """Path of a module that a pattern means but that is not adapted, to the reason."""
+
+    problems: tuple[str, ...]
+    """What makes ``wrap`` refuse; empty when it would go through."""
+
+    warnings: tuple[str, ...]
+    """What may make an update useless; ``wrap`` warns of it."""
+
+    notes: tuple[str, ...]
+    """What is worth knowing: tied weights, experts that no pattern can reach, why some way to share
+    the work is not in ``per_rank``."""
+
+    vllm: tuple[str, ...]
+    """Why vLLM could not serve the adapter; empty when it can."""
+
+    llama_cpp: tuple[str, ...]
+    """Why llama.cpp would compute something else with it, or refuse it; empty when it would not."""
+
+    base_parameters: int
+    base_bytes: int
+
+    world: int = 1
+    """Among how many processes the work is shared."""
+
+    per_rank: tuple[PerRank, ...] = ()
+    """What each of them keeps and sends, for each way to share it; empty for one process."""
+
+    missed: tuple[str, ...] = ()
+    """What the targets mean and no update reaches: experts, and layers that ``"all-linear"`` leaves
+    out because they cannot do with one; ``wrap`` warns of it."""
+
+    fresh: tuple[str, ...] = ()
+    """Paths of those in ``trained`` that nobody named: the base's checkpoint did not fill them."""
+
+    unfilled: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What else it did not fill, to the reason why that does not train: it stays random, and is
+    not in the adapter's file. ``wrap`` warns of it, unless ``train=()`` says that it is known."""
+
+    frozen_norms: tuple[str, ...] = ()
+    """Paths of the normalizations with running statistics that do not train: they use those that
+    they have, also while the model trains, and do not move them."""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in all."""
+        return sum(item.parameters for item in (*self.targets, *self.trained))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the adapter's tensors; its file is as large, give or take the header."""
+        return sum(item.bytes for item in (*self.targets, *self.trained))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of their gradients."""
+        return sum(item.parameter_bytes for item in (*self.targets, *self.trained))
+
+    @property
+    def adam_bytes(self) -> int:
+        """Memory of Adam's two moments for them."""
+        return 2 * self.gradient_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the adapter's tensors on disk at their own type."""
+        return self.weight_bytes
+
+    def __str__(self) -> str:
+        """Return the plan as a table, then what is left out, the costs and the problems."""
+        return "\n".join(_lines(self))
+
+
+def _lines(plan: Plan) -> Iterable[str]:
+    groups: dict[tuple, list[Target]] = {}
+    for target in plan.targets:
+        key = (
+            target.path.rsplit(".", 1)[-1] or "(the model itself)",
+            target.host,
+            f"{target.in_features} -> {target.out_features}",
+            str(target.slot.r),
+            f"{target.slot.alpha:g}",
+            f"{target.slot.dropout:g}",
+        )
+        groups.setdefault(key, []).append(target)
+    rows = [("layer", "class", "in -> out", "r", "alpha", "dropout", "layers", "parameters")]
+    for key, members in groups.items():
+        total = sum(member.parameters for member in members)
+        rows.append((*key, str(len(members)), f"{total:,}"))
+    for item in plan.trained:
+        rows.append((item.path, item.host, "in full", "", "", "", "1", f"{item.parameters:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    yield f"{plan.model}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)}"
+    for row in rows:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+    share = 100 * plan.parameters / max(plan.base_parameters, 1)
+    yield (
+        f"trains {plan.parameters:,} parameters ({share:.2f} %): weights {size(plan.weight_bytes)},"
+        f" gradients {size(plan.gradient_bytes)}, Adam {size(plan.adam_bytes)},"
+        f" file {size(plan.file_bytes)}"
+    )
+    if plan.per_rank:
+        yield from _shares(plan)
+    reasons: dict[str, list[str]] = {}
+    for path, reason in plan.left_out.items():
+        reasons.setdefault(reason, []).append(path)
+    lines = [left_out_line(paths, reason) for reason, paths in reasons.items()]
+    yield from (f"left out: {line}" for line in lines)
+    yield from (f"warning: {line}" for line in plan.missed if line not in lines)
+    if plan.fresh:
+        names = ", ".join(plan.fresh)
+        yield f"not in the checkpoint, so trained and saved with the adapter: {names}"
+    if plan.frozen_norms:
+        yield f"running statistics that are used and do not move: {some_paths(plan.frozen_norms)}"
+    for path, reason in plan.unfilled.items():
+        yield f"not in the checkpoint, but neither trained nor saved: {path} ({reason})"
+    yield from (f"warning: {warning}" for warning in plan.warnings)
+    yield from (f"note: {note}" for note in plan.notes)
+    yield from served_by(plan.vllm, plan.llama_cpp, {t.path: t.slot for t in plan.targets})
+    yield from (f"PROBLEM: {problem}" for problem in plan.problems)
+
+
+def left_out_line(paths: Sequence[str], reason: str) -> str:
+    """Return a line about layers that are left out for one reason."""
+    return f"{some_paths(paths)} ({reason})"
+
+
+def some_paths(paths: Sequence[str]) -> str:
+    """Return the first of some paths and the number of the others."""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{paths[0] or 'the model itself'}{more}"
+
+
+def served_by(
+    vllm: Sequence[str], llama_cpp: Sequence[str], slots: Mapping[str, LayerConfig]
+) -> Iterable[str]:
+    """Yield a line for each client: that it can use the adapter, or why not."""
+    if vllm:
+        yield f"vLLM cannot serve it: {'; '.join(vllm)}"
+    else:
+        yield f"vLLM can serve it, started with --max-lora-rank {vllm_rank(slots)} or more"
+    if llama_cpp:
+        yield f"llama.cpp cannot use it as it is: {'; '.join(llama_cpp)}"
+    else:
+        yield "llama.cpp can use it, converted by its convert_lora_to_gguf.py"
+
+
+def _shares(plan: Plan) -> Iterable[str]:
+    """Yield a table of what each process keeps and sends."""
+    yield f"each of {plan.world} processes, beside activations:"
+    columns = "weights,gathered,gradients,Adam,on the CPU,sent a step,in full,a token,to save"
+    rows: list[tuple[str, ...]] = [("", *columns.split(","))]
+    for each in plan.per_rank:
+        kept = (each.weights, each.gathered, each.gradients, each.optimizer, each.host)
+        sent = (each.sent, each.sent_in_full, each.sent_per_token, each.sent_to_save)
+        rows.append((each.strategy, *(size(number) if number else "-" for number in kept + sent)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as a person reads it: ``18.6 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,115 @@
+"""``training.json``: what has been tried in an output folder, for --resume and for the card."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_lora.errors import ConfigError
+from hf_lora.files.atomic import as_json, staged
+from hf_lora.files.read import is_adapter_folder
+from hf_lora.hub.card.facts import Training
+from hf_lora.recipes.recipe import Recipe
+
+RECORD_FILE = "training.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """One training."""
+
+    learning_rate: float
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    """None without data to evaluate on, or if it is not a finite number: the training diverged."""
+
+    seconds: float
+    diverged: bool = False
+    """Whether it was stopped because its numbers were no longer finite: nothing of it is kept."""
+
+    def beats(self, other: "Try | None") -> bool:
+        """Say whether this one is to be kept rather than the other."""
+        return other is None or _rank(self) < _rank(other)
+
+
+class Record:
+    """The file in the output folder that says what has been tried, and with which recipe.
+
+    Raises:
+        ConfigError: The folder holds a training, and it is not to be resumed, or is another one.
+    """
+
+    def __init__(self, recipe: Recipe, *, resume: bool):
+        self._path = recipe.output / RECORD_FILE
+        self._digest = recipe.digest
+        self._card: Training | None = None
+        self.tries: list[Try] = []
+        if not _begun(recipe.output):
+            return
+        if not resume:
+            raise ConfigError(
+                f"output: {recipe.output} holds an adapter or a training already; take another "
+                "folder, or go on with --resume"
+            )
+        content = _read(self._path)
+        if content["recipe"] != self._digest:
+            raise ConfigError(
+                f"output: {recipe.output} was begun with another recipe, so it cannot be resumed "
+                "with this one; take another folder"
+            )
+        self.tries, self._card = content["tries"], content["card"]
+
+    def add(self, done: Try) -> None:
+        """Write down a try that is done."""
+        self.tries.append(done)
+        self.write()
+
+    def finish(self, training: Training) -> None:
+        """Write down what a model card tells of the training."""
+        self._card = training
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        tries = [dataclasses.asdict(each) for each in self.tries]
+        card = self._card and dataclasses.asdict(self._card)
+        text = as_json({"recipe": self._digest, "tries": tries, "card": card})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with staged(self._path, lambda file: file.write(text)) as new:
+            os.replace(new, self._path)
+
+
+def known_training(folder: Path) -> Training | None:
+    """Return what is known of the training that made an adapter folder, or None if nothing is.
+
+    Raises:
+        ConfigError: There is a record, and it cannot be read.
+    """
+    if not (folder / RECORD_FILE).is_file():
+        return None
+    return _read(folder / RECORD_FILE)["card"]
+
+
+def _begun(output: Path) -> bool:
+    """Say whether there is something to lose: a training that failed at once leaves nothing."""
+    checkpoints = any((output / CHECKPOINTS).rglob("checkpoint-*"))
+    tried = (output / RECORD_FILE).is_file() and bool(_read(output / RECORD_FILE)["tries"])
+    return checkpoints or tried or is_adapter_folder(output)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tries = [Try(**each) for each in content["tries"]]
+        card = Training(**content["card"]) if content["card"] else None
+        return {"recipe": content["recipe"], "tries": tries, "card": card}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read: {error!r}") from error
+
+
+def _rank(done: Try) -> tuple[bool, float]:
+    return done.diverged, math.inf if done.eval_loss is None else done.eval_loss
