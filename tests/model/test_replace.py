@@ -93,14 +93,14 @@ def test_a_failure_in_between_leaves_the_old_one(
     with hf_lora.use_adapter(model, "a"):
         before, logits, order = snapshot(model), answers(model), list(hf_lora.adapters(model))
         objects = dict(model.named_parameters())
-        original, count = load.like, iter(range(1000))
+        original, count = load.distribute_like, iter(range(1000))
 
         def failing(*args: Any) -> torch.Tensor:
             if next(count) == 2:
                 raise error("out of nowhere")
             return original(*args)
 
-        monkeypatch.setattr(load, "like", failing)
+        monkeypatch.setattr(load, "distribute_like", failing)
         with pytest.raises(error):
             hf_lora.load(model, tmp_path, adapter="a", replace=True)
         monkeypatch.undo()
