@@ -12,7 +12,7 @@ from transformers import LongformerConfig, LongformerModel
 
 import hf_lora
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch as dispatch
+from hf_lora.layers import dispatch
 from tests.layers.fused_models import (
     INPUTS,
     assert_plain_gradients,
