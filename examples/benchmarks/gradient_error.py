@@ -28,7 +28,17 @@ import typer
 from torch import nn
 
 from examples.benchmarks import wide_products
-from examples.benchmarks.stability import ARMS, TASKS, Task, adapted, interval, read
+from examples.benchmarks.stability import (
+    ARITHMETIC,
+    ARMS,
+    FEW_ROWS,
+    TASKS,
+    Task,
+    adapted,
+    compute_as,
+    interval,
+    read,
+)
 
 STATES = (1, 3, 6, 10, 18, 30)
 """Steps of training; at 0 only the B's have gradients."""
@@ -43,15 +53,26 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
     return [p for kind in (".lora_A", ".lora_B") for name, p in named if kind in name]
 
 
-def gradients(arm: str, task: Task, state: Tensors, batch: dict[str, torch.Tensor]) -> Tensors:
-    """Return one arm's gradients at a state."""
-    model = adapted(arm, task, 0)
+def models(task: Task) -> dict[str, nn.Module]:
+    """Return every arm's model, and one in float32."""
+    wide = dataclasses.replace(task, base=lambda: task.base().float())
+    return {arm: adapted(arm, task, 0) for arm in ARMS} | {"float32": adapted("composed", wide, 0)}
+
+
+def gradients(
+    arm: str, model: nn.Module, state: Tensors, batch: dict[str, torch.Tensor]
+) -> Tensors:
+    """Return the gradients of an arm's model at a state."""
+    if arm in FEW_ROWS:
+        compute_as(arm)
     own = factors(model)
     with torch.no_grad():
         for parameter, value in zip(own, state, strict=True):
             parameter.copy_(value)
     model(**batch).loss.backward()
-    return [parameter.grad.float() for parameter in own]
+    found = [parameter.grad.float() for parameter in own]
+    model.zero_grad()
+    return found
 
 
 def distance(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
@@ -64,15 +85,17 @@ def distance(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> fl
     return math.sqrt(square(off) / square(exact))
 
 
-def compared(task: Task, state: Tensors, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+def compared(
+    of: dict[str, nn.Module], state: Tensors, batch: dict[str, torch.Tensor]
+) -> dict[str, Any]:
     """Return each arm's distances at a state: of all gradients, and of one tensor's, the median."""
-    wide = dataclasses.replace(task, base=lambda: task.base().float())
-    exact = gradients("composed", wide, state, batch)
+    exact = gradients("composed", of["float32"], state, batch)
     rounded = [each.bfloat16().float() for each in state]
-    of_rounded = gradients("composed", wide, rounded, batch)
+    of_rounded = gradients("composed", of["float32"], rounded, batch)
     found: dict[str, Any] = {}
     for arm in ARMS:
-        own, right = gradients(arm, task, state, batch), of_rounded if arm == "peft16" else exact
+        own = gradients(arm, of[arm], state, batch)
+        right = of_rounded if arm == "peft16" else exact
         each = [distance([one], [other]) for one, other in zip(own, right, strict=True)]
         found[arm] = {
             "all": _short(distance(own, right)),
@@ -117,14 +140,19 @@ def run(
     """Compare the arms at the states of several starts; those on file are left out."""
     torch.set_num_threads(1)
     made = {name: TASKS[name]() for name in tasks.split(",")}
-    done = {(line["task"], line["rate"], line["seed"], line["step"]) for line in read([out])}
+    arms = {name: models(task) for name, task in made.items()}
+    done = {
+        (line["task"], line["rate"], line["seed"], line["step"])
+        for line in read([out])
+        if line["arithmetic"] == ARITHMETIC
+    }
     for seed, name in itertools.product(range(first, first + starts), made):
         if all((name, rate, seed, step) in done for step in STATES):
             continue
         for step, state, batch in states(made[name], seed, rate):
             if (name, rate, seed, step) in done:
                 continue
-            found = compared(made[name], state, batch)
+            found = {"arithmetic": ARITHMETIC} | compared(arms[name], state, batch)
             line = {"task": name, "rate": rate, "seed": seed, "step": step, **found}
             with out.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -136,7 +164,15 @@ def report(
     files: Annotated[list[Path] | None, typer.Argument(help="of states, instead of ours")] = None,
 ) -> None:
     """Print a table of the states in these files."""
-    print("\n".join(table(read(files or [FOUND]))))
+    for arithmetic, lines in itertools.groupby(
+        sorted(read(files or [FOUND]), key=_arithmetic), key=_arithmetic
+    ):
+        print(f"Arithmetic {arithmetic}:\n")
+        print("\n".join(table(list(lines))) + "\n")
+
+
+def _arithmetic(line: dict[str, Any]) -> int:
+    return line["arithmetic"]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether a way to compute LoRA diverges more often than another, in 16 bits at high rates.
 
-    python -m examples.benchmarks.stability run --out stability.jsonl       # goes on where it ended
-    python -m examples.benchmarks.stability report stability.jsonl
+    python -m examples.benchmarks.stability run           # goes on where it ended
+    python -m examples.benchmarks.stability report
 
 Two real models in bfloat16, AdamW without clipping, many starts; a start is the same for all arms:
 the same first A, B of zeros, the same examples in the same order.
@@ -21,6 +21,7 @@ A run is one line of JSON, written when it is finished, so that the study can be
 moment and gather runs in several processes with a file each.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -49,14 +50,15 @@ from examples.benchmarks import wide_products
 from examples.benchmarks.arms import LINEAR
 from examples.spelling import encode
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch as dispatch
+from hf_lora.layers import dispatch
 
 ARMS = ("peft", "peft16", "composed", "fused")
 FEW_ROWS = {"composed": 1 << 40, "fused": 0}
 R, STEPS, RATES = 16, 60, (1e-3, 3e-4)
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Stands in every row. Raise it with any change to what an arm computes, to the last bit; so runs
-before and after are not mixed, and both stay on file."""
+before and after are not mixed, and both stay on file. 1: composed rounded an update before it added
+it to the base's output."""
 
 HIGH = 10.0
 """A gradient norm above this counts as an outbreak; in runs that go well it is below 5."""
@@ -88,8 +90,9 @@ def smollm2() -> Task:
         ]
         for pairs in assets.spellings(held_out=200)
     )
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return Task(
-        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+        lambda: copy.deepcopy(loaded),  # a load takes as long as many steps
         LINEAR,
         train,
         test,
@@ -103,18 +106,17 @@ def minilm() -> Task:
     folder = assets.minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def base() -> PreTrainedModel:
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-        return model.to(torch.bfloat16)
-
+    torch.manual_seed(0)
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    loaded.to(torch.bfloat16)
     train, test = (
         [{**tokenizer(word), "label": label} for word, label in rows]
         for rows in assets.sentiments(held_out=500)
     )
     targets = ["query", "key", "value", r"attention\.output\.dense", r"\d\.output\.dense"]
     targets = [*targets, r"intermediate\.dense"]
-    return Task(base, targets, train, test, DataCollatorWithPadding(tokenizer), 32)
+    collate = DataCollatorWithPadding(tokenizer)
+    return Task(lambda: copy.deepcopy(loaded), targets, train, test, collate, 32)
 
 
 TASKS = {"SmolLM2": smollm2, "MiniLM": minilm}
@@ -134,8 +136,7 @@ def adapted(arm: str, task: Task, seed: int) -> nn.Module:
     if arm.startswith("peft"):
         model = _peft(hf_lora.unwrap(model), layers, autocast=arm == "peft")
     else:
-        composed.FEW_ROWS = FEW_ROWS[arm]
-        dispatch.update_type = lambda kind, dtype: dtype
+        compute_as(arm)
     generator = torch.Generator().manual_seed(seed)
     factors = [p for name, p in model.named_parameters() if ".lora_A" in name]
     assert len(factors) == len(layers)
@@ -144,6 +145,12 @@ def adapted(arm: str, task: Task, seed: int) -> nn.Module:
             bound = a_RI.shape[1] ** -0.5
             a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
     return model
+
+
+def compute_as(arm: str) -> None:
+    """Have hf_lora's layers compute as one of its arms, in all models."""
+    composed.FEW_ROWS = FEW_ROWS[arm]
+    dispatch.update_type = lambda kind, dtype: dtype
 
 
 def _peft(base: nn.Module, layers: list[str], autocast: bool) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from examples.benchmarks import stability
 from examples.benchmarks.stability import ARMS, STEPS, Task
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch as dispatch
+from hf_lora.layers import dispatch
 from tests.integrations import training
 
 
