@@ -110,6 +110,12 @@ class Package:
 
 
 def _edges(module: Module, known: set[str]) -> Iterator[Import]:
+    for_types = {
+        id(node)
+        for block in ast.walk(module.tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
     inside_functions = {
         id(node)
         for function in ast.walk(module.tree)
@@ -117,6 +123,8 @@ def _edges(module: Module, known: set[str]) -> Iterator[Import]:
         for node in ast.walk(function)
     }
     for node in ast.walk(module.tree):
+        if id(node) in for_types:  # names for annotations only: nothing is imported when it runs
+            continue
         for target in _targets(node, module, known):
             yield Import(module, target, node.lineno, id(node) in inside_functions)
 

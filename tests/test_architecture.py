@@ -113,6 +113,7 @@ def test_a_clean_package_passes_every_rule(tmp_path: Path):
         "hub/trainer.py": "def f():\n    from transformers.trainer import Trainer",
         "files/peft_format.py": "def f(raw): return 'lora_alpha' in raw and 'lora_A' in {'lora_A'}",
         "config.py": "from .errors import ConfigError",
+        "layers/a.py": "if TYPE_CHECKING:\n    from hf_lora.model import patch",
         "errors.py": "",
     }
     package = write_package(tmp_path, CLEAN | allowed)

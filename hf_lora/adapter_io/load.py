@@ -24,7 +24,7 @@ from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.probe import gradient_fault, is_plain, probe_key
 from hf_lora.layers.quantized import keep_gradients

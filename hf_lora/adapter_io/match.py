@@ -31,7 +31,7 @@ from hf_lora.files.peft_targets import (
 )
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.hosts import features, why_not
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled

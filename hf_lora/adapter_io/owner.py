@@ -9,7 +9,7 @@ import dataclasses
 from torch import nn
 
 from hf_lora.errors import StateError, listing
-from hf_lora.layers.lora import Patched
+from hf_lora.layers.kind import Patched
 from hf_lora.model.registry import Registry, find, is_wrapped
 
 Found = tuple[nn.Module, Registry]

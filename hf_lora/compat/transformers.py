@@ -17,6 +17,10 @@ from torch import nn
 _MARK = "_is_hf_initialized"
 _CONVERSIONS = "_weight_conversions"
 
+COMPUTES_LOCALLY = "_hf_quantized_needs_local_tp"
+"""What transformers calls a module that is given plain tensors, its own part of each, also in
+training. It marks quantized layers so; without it, training runs on DTensors."""
+
 
 def is_pretrained(model: Any) -> bool:
     """Say whether a model is a transformers ``PreTrainedModel``.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_lora.config import LoRAConfig
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

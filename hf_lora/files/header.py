@@ -13,7 +13,7 @@ from hf_lora.files.data import AdapterData
 from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.safe_json import is_number, parse_json
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show, some
 from hf_lora.version import __version__
 

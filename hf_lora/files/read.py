@@ -23,7 +23,7 @@ from hf_lora.files.peft_format import (
 from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.files.set_note import mixture
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import some
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

@@ -13,8 +13,8 @@ from hf_lora.adapter_io.owner import holder_of, owner
 from hf_lora.compat.dtensor import gather_full, has_distributed_parameters
 from hf_lora.errors import StateError
 from hf_lora.integrations.own_methods import uninstall
-from hf_lora.layers.lora import restore_class
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
+from hf_lora.layers.patched import restore_class
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.trained import own_tensors
 from hf_lora.model.patch import remove_adapter

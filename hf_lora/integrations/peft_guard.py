@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_lora.errors import StateError
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.layers.lora import Patched
+from hf_lora.layers.kind import Patched
 
 _MARK = "_hf_lora_guard"
 

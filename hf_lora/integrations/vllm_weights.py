@@ -11,7 +11,7 @@ import torch
 from hf_lora.errors import StateError
 from hf_lora.integrations.import_hooks import when_imported
 from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
-from hf_lora.layers.lora import Patched
+from hf_lora.layers.kind import Patched
 from hf_lora.merging.hand_over import merged_tensors
 
 _SENDERS = {

@@ -6,20 +6,20 @@ and by whoever keeps parts of a model in several types. What trains there keeps 
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from hf_lora.layers.names import REGISTRY
 
-Patched = Any
-"""`layers.base.Patched`, which stands above this module."""
+if TYPE_CHECKING:
+    from hf_lora.layers.kind import Patched
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-def sparing(module: Patched, fn: Function) -> Function:
+def sparing(module: "Patched", fn: Function) -> Function:
     """Return ``fn``, which is about to be applied to all of a module's tensors, as ours take it.
 
     They move with the module. They are cast only with the whole model, and never to 8 bits.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.recompute import Recompute, recompute_of, recomputed
 from hf_lora.layers.tensor_parallel import draws_apart
 
-LoRALayer = Any
-"""`layers.base.LoRALayer`, which stands above this module."""
+if TYPE_CHECKING:
+    from hf_lora.layers.lora import LoRALayer
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -57,7 +57,7 @@ def update_type(kind: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if narrow and not has_products(dtype) else dtype
 
 
-def how_computed(layer: LoRALayer, grouped: Set[nn.Module]) -> str:
+def how_computed(layer: "LoRALayer", grouped: Set[nn.Module]) -> str:
     """Say how a layer computes in training, as far as it does not depend on the input.
 
     Args:
@@ -75,7 +75,7 @@ def how_computed(layer: LoRALayer, grouped: Set[nn.Module]) -> str:
     return "together" if layer in grouped and not _is_apart(layer) else "alone"
 
 
-def precomputed(layer: LoRALayer, x: torch.Tensor) -> torch.Tensor | None:
+def precomputed(layer: "LoRALayer", x: torch.Tensor) -> torch.Tensor | None:
     """Return what another layer that reads the same tensor has computed for this one, or None."""
     sharing = layer.lora_routing.sharing
     if not sharing.has_ready(layer) or not torch.is_grad_enabled():
@@ -83,13 +83,13 @@ def precomputed(layer: LoRALayer, x: torch.Tensor) -> torch.Tensor | None:
     return sharing.take(layer, x, _conditions(layer, compute_type(x)))
 
 
-def _conditions(layer: LoRALayer, dtype: torch.dtype) -> tuple[Any, ...]:
+def _conditions(layer: "LoRALayer", dtype: torch.dtype) -> tuple[Any, ...]:
     """Return what must be the same when an output is taken as when it was computed."""
     return dtype, layer.lora_routing.now()
 
 
 def fused_forward(
-    layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor
+    layer: "LoRALayer", updates: Sequence[Update], x: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the layer's output from one function for base and updates, or None if it cannot be.
 
@@ -102,8 +102,9 @@ def fused_forward(
     if not torch.is_grad_enabled() or _is_apart(layer) or x.is_inference():
         return _compute(layer, x, [own], dtype)[0]
     sharing = layer.lora_routing.sharing
-    group, layers = [layer], [own]
-    for other in sharing.followers(layer):
+    group: list[LoRALayer] = [layer]
+    layers = [own]
+    for other in cast("list[LoRALayer]", sharing.followers(layer)):
         if group[-1]._forward_hooks or other._forward_pre_hooks:
             break  # one that runs before the next layer may write x through .data
         found = _as_follower(layer, other, x, dtype)
@@ -117,7 +118,7 @@ def fused_forward(
 
 
 def fused_on_top(
-    layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor, y: torch.Tensor
+    layer: "LoRALayer", updates: Sequence[Update], x: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the host's own output ``y`` with the updates added, or None if it cannot be."""
     dtype = compute_type(x)
@@ -129,7 +130,7 @@ def fused_on_top(
 
 
 def _compute(
-    layer: LoRALayer, x: torch.Tensor, layers: Sequence[Layer], dtype: torch.dtype
+    layer: "LoRALayer", x: torch.Tensor, layers: Sequence[Layer], dtype: torch.dtype
 ) -> Sequence[torch.Tensor]:
     if is_small(x, layers):
         return composed(x, layers)
@@ -142,7 +143,7 @@ def _compute(
 
 
 def _with_weight(
-    layer: LoRALayer, updates: Sequence[Update], x: torch.Tensor, dtype: torch.dtype
+    layer: "LoRALayer", updates: Sequence[Update], x: torch.Tensor, dtype: torch.dtype
 ) -> Layer | None:
     """Return the layer as one product with its weight, if that is all that its host does."""
     if not multiplies(layer.lora_host) or not _same_device(updates, x):
@@ -174,7 +175,7 @@ def _same_device(updates: Sequence[Update], x: torch.Tensor) -> bool:
 
 
 def _as_follower(
-    leader: LoRALayer, other: LoRALayer, x: torch.Tensor, dtype: torch.dtype
+    leader: "LoRALayer", other: "LoRALayer", x: torch.Tensor, dtype: torch.dtype
 ) -> Layer | None:
     """Return another layer of the group as it will be when its turn comes, or None."""
     if vars(other).get("lora_routing") is not leader.lora_routing or _is_apart(other):
@@ -198,7 +199,7 @@ def multiplies(host: type[nn.Module]) -> bool:
     return getattr(host, "forward", None) in (nn.Linear.forward, Conv1D.forward)
 
 
-def _recipe(layer: LoRALayer, x: torch.Tensor) -> Recompute | None:
+def _recipe(layer: "LoRALayer", x: torch.Tensor) -> Recompute | None:
     """Return how ``x`` can be rebuilt; what was never tried on this layer is tried first."""
     recipe = recompute_of(x)
     if recipe is None:

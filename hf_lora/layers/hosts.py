@@ -11,7 +11,7 @@ from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import is_sharded
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.lora import Patched, parameter_of
+from hf_lora.layers.kind import Patched, parameter_of
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
 from hf_lora.layers.tensor_parallel import split_fault
 

@@ -1,14 +1,5 @@
-"""What every patched layer shares: slots of adapters, the routing that chooses among them, forward.
+"""Low-rank updates on a linear-like layer: its adapters' factors, and the forward with them."""
 
-A layer is patched in place by changing its class to a subclass of its own class
-(``class LoRALinear(LoRALayer, nn.Linear)``), so that its parameters, keys and identity stay.
-"""
-
-import copy
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,186 +8,16 @@ from torch import nn
 
 from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
-from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
-from hf_lora.layers.casting import sparing
+from hf_lora.functional.low_rank import delta_weight, low_rank
 from hf_lora.layers.dispatch import fused_forward, fused_on_top, is_ordinary, precomputed
 from hf_lora.layers.host_first import HostFirst
-from hf_lora.layers.instance_forward import rebind_forwards
-from hf_lora.layers.meta import keep_values, refill, set_full
+from hf_lora.layers.kind import Patched
+from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.meta import set_full
 from hf_lora.layers.names import LORA_A, LORA_B, factor_names, parameter_name
-from hf_lora.layers.offload import hide_from_offloading, show_to_offloading
-from hf_lora.layers.routing import Routing, scales
-from hf_lora.layers.tensor_parallel import (
-    COMPUTES_LOCALLY,
-    draws_apart,
-    dropped,
-    split_of,
-    to_local,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerConfig:
-    """One adapter's numbers on one layer."""
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
-
-    @property
-    def scaling(self) -> float:
-        """The factor s of ``s · B A``."""
-        return scaling(self.r, self.alpha, self.rslora)
-
-
-OWN_FIELDS = frozenset(
-    {"lora_routing", "lora_slots", "lora_copies", "lora_fresh", COMPUTES_LOCALLY}
-)
-"""What we keep in a patched module's ``__dict__``; all else there is the host's, by any name."""
-
-
-class Patched(nn.Module):
-    """A module whose class was swapped for a subclass of its own, and can be swapped back."""
-
-    lora_host: type[nn.Module]
-    """The class that the module had."""
-
-    lora_mixin: type["Patched"]
-    """The class of ours that was put in front of it."""
-
-    lora_prefix = "LoRA"
-    """What the names of such classes begin with."""
-
-    lora_names: tuple[str, ...] = ()
-    """The tensors that the class has properties for (trained copies only)."""
-
-    lora_input = "input"
-    """What the first argument of the host's forward is called, for calls by keyword."""
-
-    lora_routing: Routing
-
-    def lora_added(self) -> set[str]:
-        """Return the names of the parameters and buffers that hf_lora added to this module."""
-        raise NotImplementedError
-
-    def lora_draw(self, names: set[str]) -> None:
-        """Give added tensors that have new memory and no values some, so that none is garbage."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Move or cast, but let no tensor of ours lose precision or come out as garbage."""
-        kept = keep_values(self, fn)
-        result = super()._apply(sparing(self, fn), *args, **kwargs)
-        refill(self, kept)
-        return result
-
-    def _replicate_for_data_parallel(self) -> Any:
-        """Have the replicas, which run in threads of their own, use what is used in this one."""
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__["lora_routing"] = self.lora_routing.seen_here()
-        return replica
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by mixin and host: classes made at run time have no importable name."""
-        return _rebuild, (self.lora_mixin, self.lora_host, self.lora_names), self.__getstate__()
-
-    @classmethod
-    def lora_fields(cls, host: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
-        """Return what a subclass has beside the mixin's own, for tensors called ``names``."""
-        return {}
-
-
-@functools.cache
-def patched_class(
-    mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...] = ()
-) -> type[Patched]:
-    """Return the one class that puts ``mixin`` in front of ``host``."""
-    if vars(mixin).get("lora_host") is host:
-        return mixin
-    fields = {
-        "__module__": __name__,
-        "__doc__": mixin.__doc__,
-        "lora_host": host,
-        "lora_mixin": mixin,
-        "lora_names": names,
-        "lora_input": _first_argument(host),
-    }
-    fields |= mixin.lora_fields(host, names)
-    return type(f"{mixin.lora_prefix}{host.__name__}", (mixin, host), fields)
-
-
-def _rebuild(mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    return object.__new__(patched_class(mixin, host, names))
-
-
-def swap_class(module: nn.Module, cls: type[Patched], routing: Routing) -> None:
-    """Turn ``module`` into an instance of ``cls``, in place."""
-    host = type(module)
-    module.__class__ = cls
-    module.__dict__["lora_routing"] = routing
-    routing.sharing.reconsider()
-    rebind_forwards(module, module, host)
-    if split_of(module) is not None:
-        module.__dict__[COMPUTES_LOCALLY] = True
-    hide_from_offloading(module)
-
-
-def restore_class(module: Patched) -> None:
-    """Give ``module`` the class that it had and leave nothing of ours behind."""
-    patched = type(module)
-    for key in OWN_FIELDS & module.__dict__.keys():
-        del module.__dict__[key]
-    module.__class__ = patched.lora_host  # type: ignore[assignment]
-    rebind_forwards(module, module, patched)
-    show_to_offloading(module)
-
-
-def is_ours(module: nn.Module) -> bool:
-    """Say whether the class of a patched module is still the one that hf_lora gave it."""
-    return "lora_host" in vars(type(module))
-
-
-_CONTAINERS = frozenset(k for k, v in vars(nn.Module()).items() if isinstance(v, (dict, set)))
-
-
-def adopt(module: nn.Module, source: nn.Module) -> None:
-    """Give a new ``module`` the attributes of ``source``: same tensors, containers of its own."""
-    for key, value in vars(source).items():
-        module.__dict__[key] = copy.copy(value) if key in _CONTAINERS else value
-    rebind_forwards(module, source, type(source))
-
-
-def host_view(module: nn.Module) -> nn.Module:
-    """Return a module of the host's class that shares every tensor and has nothing of LoRA."""
-    host = module.lora_host if isinstance(module, Patched) else type(module)
-    view = object.__new__(host)  # the host's own __new__ may want its arguments
-    adopt(view, module)
-    for key in OWN_FIELDS & view.__dict__.keys():
-        del view.__dict__[key]
-    for name in added_names(module):
-        for store in (view._parameters, view._buffers):
-            store.pop(name, None)
-    return view
-
-
-def added_names(module: nn.Module) -> set[str]:
-    """Return the names of the parameters and buffers that hf_lora added to ``module``."""
-    return module.lora_added() if isinstance(module, Patched) else set()
-
-
-def parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Return the parameter that a module itself holds under ``name``, past any property."""
-    # not by get: TorchScript's store has none
-    return next((tensor for held, tensor in module._parameters.items() if held == name), None)
-
-
-def _first_argument(host: type[nn.Module]) -> str:
-    try:
-        names = list(inspect.signature(host.forward).parameters)
-    except (TypeError, ValueError):  # written in C
-        names = []
-    return names[1] if len(names) > 1 else Patched.lora_input
+from hf_lora.layers.patched import host_view
+from hf_lora.layers.routing import scales
+from hf_lora.layers.tensor_parallel import draws_apart, dropped, to_local
 
 
 class LoRALayer(Patched):
@@ -204,6 +25,10 @@ class LoRALayer(Patched):
 
     lora_slots: dict[str, LayerConfig]
     """Adapter name to its numbers, for the adapters that this layer has."""
+
+    weight: Any
+    bias: Any
+    """The host's own: whatever it keeps there."""
 
     fan_in_fan_out = False
     """Whether the host keeps its weight as (in, out)."""

@@ -16,7 +16,8 @@ from hf_lora.compat.dtensor import full_tensor, is_distributed, is_sharded
 from hf_lora.compat.offload_stores import OffloadEntry, entry_of
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import has_float_weight
-from hf_lora.layers.lora import LoRALayer, parameter_of
+from hf_lora.layers.kind import parameter_of
+from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.probe import is_linear_in_its_weight
 from hf_lora.layers.tensor_parallel import split_of
 from hf_lora.layers.trained import TrainedModule, mixture, own_tensors

@@ -6,15 +6,15 @@ right for weights that are loaded next; an adapter has its values already, or mu
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hf_lora.compat.dtensor import distribute_like, is_sharded
 
-Patched = Any
-"""`layers.base.Patched`, which stands above this module."""
+if TYPE_CHECKING:
+    from hf_lora.layers.kind import Patched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Kept:
     """Whether it is ``to_empty`` that asks, which also takes the data of those that have some."""
 
 
-def keep_values(module: Patched, fn: Callable[..., Any]) -> Kept | None:
+def keep_values(module: "Patched", fn: Callable[..., Any]) -> Kept | None:
     """Return what must be known to undo the harm that ``fn`` may do, or None if it does none.
 
     Args:
@@ -49,7 +49,7 @@ def keep_values(module: Patched, fn: Callable[..., Any]) -> Kept | None:
 
 
 @torch.no_grad()
-def refill(module: Patched, kept: Kept | None) -> None:
+def refill(module: "Patched", kept: Kept | None) -> None:
     """Put the values of added tensors back if all were given new memory; draw what has none."""
     if kept is None:
         return

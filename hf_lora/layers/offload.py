@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.accelerate import device_hooks
+from hf_lora.layers.kind import Patched
 from hf_lora.layers.routing import Routing
 
 _NOBODY = Routing()
@@ -50,7 +51,7 @@ def guard_new_hooks(hooks: Any) -> None:
 
     @functools.wraps(original)
     def init_hook(self: Any, module: nn.Module) -> nn.Module:
-        patched = [m for m in _reached(self, module) if hasattr(m, "lora_added")]
+        patched = [m for m in _reached(self, module) if isinstance(m, Patched)]
         if not patched:
             return original(self, module)
         with _base_only(patched):
@@ -100,14 +101,14 @@ def _base_only(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Leave each of our modules the base's tensors alone, and have them read so, for a while."""
     with contextlib.ExitStack() as stack:
         for module in modules:
-            if hasattr(module, "lora_added"):
+            if isinstance(module, Patched):
                 stack.enter_context(_one_base_only(module))
         yield
 
 
 @contextlib.contextmanager
-def _one_base_only(module: nn.Module) -> Iterator[None]:
-    added: set[str] = module.lora_added()  # type: ignore[operator]
+def _one_base_only(module: Patched) -> Iterator[None]:
+    added = module.lora_added()
     stores: list[dict[str, Any]] = [module._parameters, module._buffers]
     taken = [{name: store.pop(name) for name in [*store] if name in added} for store in stores]
     routing = module.__dict__["lora_routing"]
@@ -120,10 +121,10 @@ def _one_base_only(module: nn.Module) -> Iterator[None]:
             store.update(tensors)
 
 
-def _move_added(module: nn.Module, device: Any) -> None:
+def _move_added(module: Patched, device: Any) -> None:
     if device is None or torch.device(device).type == "meta":
         return
-    for name in module.lora_added():  # type: ignore[operator]
+    for name in module.lora_added():
         tensor = module._parameters.get(name)
         tensor = module._buffers.get(name) if tensor is None else tensor
         if tensor is not None and not tensor.is_meta:

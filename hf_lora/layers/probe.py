@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from hf_lora.compat.accelerate import execution_device, is_on_meta, present
 from hf_lora.layers.dispatch import multiplies
 from hf_lora.layers.hosts import features, has_float_weight
-from hf_lora.layers.lora import Patched, host_view, parameter_of
+from hf_lora.layers.kind import Patched, parameter_of
+from hf_lora.layers.patched import host_view
 from hf_lora.layers.quantized import own_state
 
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}

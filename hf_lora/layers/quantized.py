@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.compat.deepspeed import numel_of
 from hf_lora.compat.dtensor import is_sharded
-from hf_lora.layers.lora import parameter_of
+from hf_lora.layers.kind import parameter_of
 
 _FLAG = "support_avx512bf16_for_cpu"
 

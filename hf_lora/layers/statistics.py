@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from hf_lora.layers.lora import Patched, parameter_of
+from hf_lora.layers.kind import Patched, parameter_of
 
 
 def has_statistics(module: nn.Module) -> bool:

@@ -3,8 +3,9 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.layers.kind import Patched, patched_class
 from hf_lora.layers.linear import LoRAConv1D, LoRALinear
-from hf_lora.layers.lora import LoRALayer, Patched, patched_class
+from hf_lora.layers.lora import LoRALayer
 
 _TABLE: tuple[tuple[type[nn.Module], type[LoRALayer]], ...] = (
     (nn.Linear, LoRALinear),

@@ -24,17 +24,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lora.compat.dtensor import is_sharded
+from hf_lora.compat.transformers import COMPUTES_LOCALLY
 from hf_lora.functional.dropout import keep_mask, unpacked
+from hf_lora.layers.kind import Patched
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 
 _LIBRARY = "transformers.distributed"
 _INNER = "original_forward"
 _KINDS = {"ColwiseParallel": {LORA_B: 0}, "RowwiseParallel": {LORA_A: 1}}
 """transformers' class of a style to the factor that is split with the weight, and along what."""
-
-COMPUTES_LOCALLY = "_hf_quantized_needs_local_tp"
-"""What transformers calls a module that is given plain tensors, its own part of each, also in
-training. It marks quantized layers so; without it, training runs on DTensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +80,7 @@ def split_fault(module: nn.Module) -> str | None:
             "it another style in tp_plan"
         )
     weight = module._parameters.get("weight")
-    if hasattr(module, COMPUTES_LOCALLY) and not hasattr(module, "lora_slots"):
+    if hasattr(module, COMPUTES_LOCALLY) and not isinstance(module, Patched):
         return f"tensor parallelism has split it ({style!r}) and it is quantized; exclude it"
     if not is_sharded(weight) or not weight.is_floating_point():  # type: ignore[union-attr]
         return f"tensor parallelism ({style!r}) has not split its weight in the usual way"

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from hf_lora.compat.dtensor import full_tensor, is_sharded
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import SIXTEEN_BIT
-from hf_lora.layers.lora import Patched, added_names, parameter_of
+from hf_lora.layers.kind import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
 from hf_lora.layers.statistics import training_if
 from hf_lora.layers.tensor_parallel import split_fault, split_of, to_local

@@ -14,15 +14,11 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.lora import (
-    LayerConfig,
-    LoRALayer,
-    Patched,
-    patched_class,
-    restore_class,
-    swap_class,
-)
+from hf_lora.layers.kind import Patched, patched_class
+from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
+from hf_lora.layers.patched import restore_class, swap_class
 from hf_lora.layers.probe import gradient_fault, host_class, is_packed, is_plain, probe_key
 from hf_lora.layers.quantized import keep_gradients, restore_packing
 from hf_lora.layers.statistics import FrozenNorm, has_statistics

@@ -13,9 +13,12 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
 from hf_lora.layers.input_groups import unwatch
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.lora import LayerConfig, LoRALayer, Patched, is_ours
+from hf_lora.layers.kind import Patched
+from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.merge import Replaced
 from hf_lora.layers.names import LORA_A, LORA_B, REGISTRY, parameter_name
+from hf_lora.layers.patched import is_ours
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.layers.trained import TrainedModule

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_lora.compat.accelerate import device_hooks
 from hf_lora.layers.choice import STACK
-from hf_lora.layers.lora import OWN_FIELDS
+from hf_lora.layers.kind import OWN_FIELDS
 from hf_lora.model.registry import find
 
 JOURNAL = "_hf_lora_journal"

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from hf_lora.errors import HfLoRAWarning, StateError, listing
 from hf_lora.layers.hosts import features
-from hf_lora.layers.lora import Patched
+from hf_lora.layers.kind import Patched
 from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.planning.heads import output_head

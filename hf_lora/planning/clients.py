@@ -6,7 +6,7 @@ architectures vLLM gives adapters to is its own list.
 
 from collections.abc import Collection, Iterable, Mapping
 
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 
 # vLLM has memory for these ranks only, and refuses others as --max-lora-rank.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

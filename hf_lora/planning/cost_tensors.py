@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.compat.deepspeed import shape_of
-from hf_lora.layers.lora import parameter_of
+from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.quantized import stored_bytes
 from hf_lora.layers.trained import tensor_names

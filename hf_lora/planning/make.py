@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, features, rank_fault
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.statistics import has_statistics

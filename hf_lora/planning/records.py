@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 
 from hf_lora.config import LoRAConfig
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.planning.clients import vllm_rank
 
 

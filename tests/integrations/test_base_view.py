@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_lora
 from hf_lora.errors import StateError
-from hf_lora.layers.lora import Patched
+from hf_lora.layers.kind import Patched
 from tests.integrations import training
 
 X = torch.tensor([[3, 5, 7, 9]])

@@ -27,7 +27,7 @@ from hf_lora.errors import HfLoRAWarning, StateError
 from hf_lora.integrations import references
 from hf_lora.integrations.in_front import is_in_front
 from hf_lora.integrations.trainer.checks import check_ready
-from hf_lora.layers.lora import Patched
+from hf_lora.layers.kind import Patched
 from hf_lora.model.registry import wrapped as with_registry
 from tests.integrations import training
 from tests.integrations.training import adapter_tensors, same

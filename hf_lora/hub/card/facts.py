@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_lora.adapter_io.tasks import BY_PEFT, class_by_name, task_by_name, task_of
 from hf_lora.files.read import AdapterFolder
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.model.registry import Registry
 from hf_lora.planning.make import class_names
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_lora.hub.card.facts import AdapterFacts, ModelFacts, Training
 from hf_lora.hub.card.snippet import MOST_LABELS, are_made_up, snippet
-from hf_lora.layers.lora import LayerConfig
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import DEFAULT
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
 from hf_lora.planning.make import common_alpha
