@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lora.model.registry import Registry
+
 
 def digest(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's type, shape and bytes."""
@@ -61,3 +63,8 @@ def snapshot(model: nn.Module) -> Snapshot:
 def base_digests(model: nn.Module, added: set[str] = frozenset()) -> dict[str, str]:  # type: ignore[assignment]
     """Return the hash of each tensor of the state dict that is not in ``added``."""
     return {name: digest(t) for name, t in model.state_dict().items() if name not in added}
+
+
+def low_rank(registry: Registry) -> dict[str, Any]:
+    """The layers of a registry that have low-rank updates, by path."""
+    return {path: m for path, m in registry.modules.items() if path not in registry.exclusive}

@@ -14,8 +14,8 @@ from hf_lora.compat.dtensor import gather_values, is_distributed
 from hf_lora.compat.offload_stores import entry_of
 from hf_lora.files.keys import without_wrappers
 from hf_lora.layers.hosts import features, has_float_weight
-from hf_lora.layers.merge import Replaced
 from hf_lora.layers.quantized import float_values
+from hf_lora.layers.replaced import Replaced
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import find
 

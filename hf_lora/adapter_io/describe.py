@@ -11,7 +11,6 @@ from hf_lora.errors import listing
 from hf_lora.files.fingerprint import from_json
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.files.sampled_layers import sampled_layers
-from hf_lora.model.summary import update_norm
 from hf_lora.planning.records import size
 from hf_lora.text import printable
 
@@ -26,8 +25,12 @@ class LayerFacts:
     r: int
     alpha: float
     scaling: float
-    in_features: int
-    out_features: int
+    in_features: int | None
+    out_features: int | None
+    sizes: str
+    """What the layer turns into what, for people: ``"64 -> 128"``."""
+
+    parameters: int
     dtype: str
     bytes: int
     norm: float
@@ -73,8 +76,9 @@ class Description:
     @property
     def parameters(self) -> int:
         """Numbers in all tensors."""
-        factors = sum(layer.r * (layer.in_features + layer.out_features) for layer in self.layers)
-        return factors + sum(math.prod(tensor.shape) for tensor in self.trained)
+        return sum(layer.parameters for layer in self.layers) + sum(
+            math.prod(tensor.shape) for tensor in self.trained
+        )
 
     @property
     def dead(self) -> list[str]:
@@ -150,21 +154,24 @@ def describe(
 
 
 def _layer(folder: AdapterFolder, path: str, broken: list[str]) -> LayerFacts:
-    factors, slot = folder.factors[path], folder.slots[path]
-    pair = dict(folder.file.read([factors.a_key, factors.b_key]))
-    bad = [key for key, tensor in pair.items() if not bool(tensor.isfinite().all())]
+    held, slot = folder.factors[path], folder.slots[path]
+    values = dict(folder.file.read(list(held.keys.values())))
+    bad = [key for key, tensor in values.items() if not bool(tensor.isfinite().all())]
     broken.extend(bad)
-    a_RI, b_OR = pair[factors.a_key], pair[factors.b_key]
+    tensors = {role: values[key] for role, key in held.keys.items()}
+    widths = held.layout.widths and held.layout.widths(held.shapes)
     return LayerFacts(
         path=path,
         r=slot.r,
         alpha=slot.alpha,
         scaling=slot.scaling,
-        in_features=factors.in_features,
-        out_features=factors.out_features,
-        dtype=_name(a_RI.dtype),
-        bytes=a_RI.nbytes + b_OR.nbytes,
-        norm=math.nan if bad else update_norm(a_RI, b_OR, slot.scaling),
+        in_features=widths and widths[0],
+        out_features=widths and widths[1],
+        sizes=held.layout.sizes(held.shapes),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        dtype=_name(next(iter(tensors.values())).dtype),
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        norm=math.nan if bad else held.layout.norm(tensors, slot),
     )
 
 
@@ -234,7 +241,7 @@ def _norms(facts: Description) -> Iterable[str]:
             (
                 layer.path or "(the model itself)",
                 str(layer.r),
-                f"{layer.in_features} -> {layer.out_features}",
+                layer.sizes,
                 f"{layer.norm:<10.4g} {'#' * math.ceil(_BAR * share)}",
             )
         )

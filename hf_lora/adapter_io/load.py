@@ -25,9 +25,8 @@ from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.names import LORA_A, LORA_B
-from hf_lora.layers.probe import gradient_fault, is_plain, probe_key
 from hf_lora.layers.quantized import keep_gradients
+from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.model.adapters import check_new_name, freeze, unfreeze
 from hf_lora.model.patch import attach, check_no_engine, remove_adapter, unpatch
@@ -121,11 +120,11 @@ def _refill(
     try:
         fill(registry, name, values)
         for path, slot in match.slots.items():
-            adapter.slots[path] = registry.layers[path].lora_slots[name] = slot
+            adapter.slots[path] = registry.modules[path].lora_slots[name] = slot
     except BaseException:
         fill(registry, name, before)
         for path, slot in slots.items():
-            adapter.slots[path] = registry.layers[path].lora_slots[name] = slot
+            adapter.slots[path] = registry.modules[path].lora_slots[name] = slot
         raise
     adapter.config, adapter.origin, adapter.training = config, match.folder.origin, None
 
@@ -244,12 +243,15 @@ def fill(registry: Registry, name: str, values: dict[Place, torch.Tensor]) -> No
 
 def _check_gradients(model: nn.Module, paths: list[str]) -> None:
     """Raise TargetError if no gradient passes through a layer; one of each kind is tried."""
-    kinds: dict[tuple, str] = {}
+    faults: dict[str, str | None] = {}
+    tried: set[tuple] = set()
     for path in paths:
         module = model.get_submodule(path)
-        if not is_plain(module):
-            kinds.setdefault(probe_key(module), path)
-    faults = {path: gradient_fault(model.get_submodule(path)) for path in kinds.values()}
+        kind = kind_of(module)
+        key = kind and kind.lora_probe_key(module)
+        if kind is not None and key is not None and (kind, *key) not in tried:
+            tried.add((kind, *key))
+            faults[path] = kind.lora_gradient_fault(module)
     problems = [f"{path}: {fault}" for path, fault in faults.items() if fault]
     if problems:
         raise TargetError(
@@ -272,7 +274,7 @@ def _place_dtypes(
     found = {}
     wanted = chosen_dtype(match.folder.config)
     for path, role in match.keys:
-        if role in (LORA_A, LORA_B):
+        if path in dtypes:
             found[path, role] = dtypes[path]
         else:
             tensors = dict(own_tensors(model.get_submodule(path), (role,)))

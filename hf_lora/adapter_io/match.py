@@ -20,7 +20,7 @@ from hf_lora.errors import (
     UnsupportedAdapterError,
     listing,
 )
-from hf_lora.files.data import CONFIG_FILE, Factors
+from hf_lora.files.data import CONFIG_FILE, LayerTensors
 from hf_lora.files.header import BASE_CHANGED
 from hf_lora.files.patterns import endings, parents
 from hf_lora.files.peft_targets import (
@@ -30,9 +30,8 @@ from hf_lora.files.peft_targets import (
     says_no_target,
 )
 from hf_lora.files.read import AdapterFolder
-from hf_lora.layers.hosts import features, why_not
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.names import LORA_A, LORA_B
+from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.patch import check_present
@@ -42,7 +41,7 @@ from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.text import show
 
 Place = tuple[str, str]
-"""(path in the model, role): the role is lora_A, lora_B or the name of a base tensor."""
+"""(path in the model, role there)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ class _Matching:
                 self.problems.append(f"{path or 'the model itself'}: {fault}")
                 continue
             self.slots[path] = self.folder.slots[name]
-            self.keys[path, LORA_A], self.keys[path, LORA_B] = factors.a_key, factors.b_key
+            self.keys |= {(path, role): key for role, key in factors.keys.items()}
 
     def _trained_tops(self) -> list[str]:
         """Return the outermost modules that were trained in full."""
@@ -243,7 +242,7 @@ class _Matching:
             return  # the header names each layer, and has been compared with the tensors
         names = {}
         for path, module in self.modules.items():
-            name = self.names.in_file(path) if why_not(module) is None else None
+            name = self.names.in_file(path) if host_fault(module) is None else None
             if name is not None and not _is_inside(path, tops):
                 names[name] = path
         source = str(self.folder.directory / CONFIG_FILE)
@@ -346,17 +345,17 @@ def _is_inside(path: str, tops: Iterable[str]) -> bool:
     return path in tops or any(above in tops for above in parents(path))
 
 
-def _factor_fault(module: nn.Module | None, factors: Factors) -> str | None:
+def _factor_fault(module: nn.Module | None, factors: LayerTensors) -> str | None:
     if module is None:
         return "the model has no such module"
-    fault = why_not(module)
-    if fault:
+    kind, fault = kind_of(module), host_fault(module)
+    if fault or kind is None:
         return fault
-    sizes = features(module)
-    if sizes != (factors.in_features, factors.out_features):
-        given = (factors.in_features, factors.out_features)
-        return f"the adapter is for in, out = {given}, the layer has {sizes}"
-    return None
+    if kind.lora_layout is not factors.layout:
+        return (
+            f"the adapter has {', '.join(factors.keys)} there, which are for another kind of layer"
+        )
+    return kind.lora_fit_fault(module, factors.shapes)
 
 
 def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:

@@ -92,6 +92,7 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
             adapter,
             slots={at(below): slot for below, slot in adapter.slots.items()},
             trained=tuple(map(at, adapter.trained)),
+            places=dict.fromkeys(map(at, adapter.places)),
             origin={},  # of the part's file: task and class are the outer model's own here
         )
         for name, adapter in registry.adapters.items()
@@ -99,7 +100,7 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
     return dataclasses.replace(
         registry,
         adapters=adapters,
-        layers={at(below): layer for below, layer in registry.layers.items()},
-        copies={at(below): module for below, module in registry.copies.items()},
+        modules={at(below): module for below, module in registry.modules.items()},
+        exclusive={at(below): module for below, module in registry.exclusive.items()},
         base_flags={at(below): flag for below, flag in registry.base_flags.items()},
     )

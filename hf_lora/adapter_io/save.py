@@ -25,7 +25,7 @@ from hf_lora.files.data import AdapterData
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
-from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
+from hf_lora.layers.names import DEFAULT
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Adapter, Registry, wrapped
@@ -167,7 +167,7 @@ def collect(
     trained = sorted(map(without_wrappers, adapter.trained))
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
-    copies = [t for *_, role, t in registry.tensors(name) if role not in (LORA_A, LORA_B)]
+    copies = [t for path, *_, t in registry.tensors(name) if path in registry.exclusive]
     tensors = tensors_of(registry, name, state_dict) | repeated
     if together:
         tensors = gather_full(tensors)
@@ -193,7 +193,7 @@ def collect(
         by_weight=by_weight,
         trained_names=trained_names,
         **purpose,
-        fan_in_fan_out=any(registry.layers[path].fan_in_fan_out for path in adapter.slots),
+        fan_in_fan_out=any(registry.modules[path].fan_in_fan_out for path in adapter.slots),
         labels=labels_of(model, copies),
         fingerprint=fingerprint,
         base_changed=_base_changed(model, registry, purpose["base"], fingerprint),

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_lora.compat.deepspeed import shape_of
 from hf_lora.errors import SaveError, StateError, listing
 from hf_lora.files.keys import PREFIX, without_wrappers
-from hf_lora.layers.lora import LoRALayer
-from hf_lora.layers.names import LORA_A, LORA_B
+from hf_lora.layers.roles import Role
 from hf_lora.model.registry import Registry
 
 
@@ -17,31 +15,26 @@ def tensors_of(
 ) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors under PEFT's keys."""
     gathered = _by_role(registry, name, state_dict) if state_dict is not None else None
-    tensors = {}
-    for path, _, role, tensor in registry.tensors(name):
-        tensors[_key(path, role)] = tensor if gathered is None else gathered[path, role]
-    return tensors
+    found = {}
+    held = (tensor for *_, tensor in registry.tensors(name))
+    for (path, _, role), tensor in zip(registry.roles(name), held, strict=True):
+        found[_key(path, role)] = tensor if gathered is None else gathered[path, role.name]
+    return found
 
 
-def _key(path: str, role: str) -> str:
+def _key(path: str, role: Role) -> str:
     dotted = f"{without_wrappers(path)}." if path else ""
-    ending = ".weight" if role in (LORA_A, LORA_B) else ""
-    return f"{PREFIX}{dotted}{role}{ending}"
+    return f"{PREFIX}{dotted}{role.key}"
 
 
 def check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise StateError if a tensor is not of the size that the adapter's configuration says."""
-    slots = registry.adapter(name).slots
     problems = []
-    for path, module, role, tensor in registry.tensors(name):
-        expected = shape_of(tensor)
-        if isinstance(module, LoRALayer) and role in (LORA_A, LORA_B):
-            r, (in_features, out_features) = slots[path].r, module.lora_features()
-            expected = (r, in_features) if role == LORA_A else (out_features, r)
+    for path, _, role in registry.roles(name):
         given = tuple(tensors[_key(path, role)].shape)
         # one process's share, or a gather that left some out
-        if given != expected:
-            problems.append(f"{path}.{role} has shape {given} where {expected} is expected")
+        if given != role.shape:
+            problems.append(f"{path}.{role.name} has shape {given} where {role.shape} is expected")
     if problems:
         raise StateError(
             listing(

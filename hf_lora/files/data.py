@@ -7,20 +7,26 @@ import torch
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.roles import Layout, Shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Factors:
-    """The names under which one layer's two tensors stand in a file, and their shapes."""
+class LayerTensors:
+    """The tensors of one layer in a file."""
 
-    a_key: str
-    b_key: str
-    r: int
-    in_features: int
-    out_features: int
+    layout: Layout
+    keys: dict[str, str]
+    """Role to the name in the file."""
+
+    shapes: Shapes
+
+    @property
+    def rank(self) -> int | None:
+        """Their rank, if they tell."""
+        return self.layout.rank(self.shapes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """The names of tensors in an adapter file: factors told from others, wrappers' parts taken off."""
 
+import functools
 import re
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
-from hf_lora.files.data import Factors
+from hf_lora.files.data import LayerTensors
 from hf_lora.files.safetensors_io import TensorFile
+from hf_lora.layers.roles import Layout
+from hf_lora.layers.table import layouts
 from hf_lora.text import show
 
 PREFIX = "base_model.model."
@@ -14,7 +17,6 @@ _WRAPPED = re.compile("|".join(_WRAPPERS))
 _BEFORE = re.compile(rf"((?:(?:module|{'|'.join(_WRAPPERS)})\.)*){re.escape(PREFIX)}")
 # A training's own state has the adapter's name in it, which PEFT takes off when it saves.
 _ADAPTER = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
-_FACTOR = re.compile(rf"(?:(?P<path>.+)\.)?lora_(?P<which>[AB]){_ADAPTER}(?:\.weight)?")
 _TRAINED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<role>[^.]+)")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
@@ -30,11 +32,11 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], list[str]]:
-    """Tell factors from other tensors, and check that factors come in pairs that fit.
+def sort_keys(file: TensorFile) -> tuple[dict[str, LayerTensors], dict[str, str], list[str]]:
+    """Tell layers' tensors from others, and check that those of a layer fit each other.
 
     Returns:
-        Path of each layer to its factors; name of every other tensor to its key (the base's own
+        Path of each layer to its tensors; name of every other tensor to its key (the base's own
         weight of an adapted layer under its plain name); and the parts that were taken off.
 
     Raises:
@@ -46,7 +48,8 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], lis
         raise UnsupportedAdapterError(
             listing(f"{file.path} holds tensors of a kind that hf_lora does not implement", foreign)
         )
-    _refuse_convolutions(file)
+    factor = _factor_pattern(layouts())
+    _refuse_convolutions(file, factor)
     problems: list[str] = []
     pairs: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
@@ -54,14 +57,14 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], lis
     adapters: set[str] = set()
     for key in file.shapes:
         plain = _plain_key(key, renamed)
-        found = _FACTOR.fullmatch(plain)
+        found = factor.fullmatch(plain)
         held = found or _TRAINED.fullmatch(plain)
         if held is not None and held["adapter"] is not None:
             adapters.add(held["adapter"])
         if held is not None and found is None:
             plain = f"{held['path']}.{held['role']}"
-        place, name = (pairs.setdefault(found["path"] or "", {}), found["which"]) if found else (
-            others, plain)  # fmt: skip
+        place, name = (others, plain) if found is None else (
+            pairs.setdefault(found["path"] or "", {}), found["role"])  # fmt: skip
         if name in place:
             problems.append(f"{key} and {place[name]} are the same tensor twice")
         place[name] = key
@@ -76,25 +79,30 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, Factors], dict[str, str], lis
     renamed.update(f".{name}" for name in adapters - {"default"})
     factors = {}
     for path, pair in pairs.items():
-        fault = _pair_fault(file, pair)
-        if fault:
-            problems.append(f"{path or 'the model itself'} {fault}")
-            continue
-        (r, in_features), (out_features, _) = (file.shapes[pair[which]] for which in "AB")
-        factors[path] = Factors(pair["A"], pair["B"], r, in_features, out_features)
+        found = _layer_tensors(file, pair)
+        if isinstance(found, str):
+            problems.append(f"{path or 'the model itself'} {found}")
+        else:
+            factors[path] = found
     others = _with_base_layers(others, factors, problems)
     if not pairs:
-        problems.append("there is no lora_A and no lora_B in it")
+        problems.append(f"there is no {' and no '.join(layouts()[0].roles)} in it")
     if problems:
         raise AdapterFileError(listing(f"{file.path} is not a sound adapter", problems))
     return factors, others, sorted(renamed)
 
 
-def _refuse_convolutions(file: TensorFile) -> None:
+@functools.cache
+def _factor_pattern(known: tuple[Layout, ...]) -> re.Pattern[str]:
+    roles = "|".join(sorted({re.escape(role) for layout in known for role in layout.roles}))
+    return re.compile(rf"(?:(?P<path>.+)\.)?(?P<role>{roles}){_ADAPTER}(?:\.weight)?")
+
+
+def _refuse_convolutions(file: TensorFile, factor: re.Pattern[str]) -> None:
     found = [
         f"{key}: {shape}"
         for key, shape in file.shapes.items()
-        if len(shape) > 2 and _FACTOR.fullmatch(key)
+        if len(shape) > 2 and factor.fullmatch(key)
     ]
     if found:
         raise UnsupportedAdapterError(
@@ -114,22 +122,27 @@ def _plain_key(key: str, renamed: set[str]) -> str:
     return bare
 
 
-def _pair_fault(file: TensorFile, pair: dict[str, str]) -> str | None:
-    if len(pair) < 2:
-        return f"has lora_{next(iter(pair))} but not its partner"
-    a_shape, b_shape = file.shapes[pair["A"]], file.shapes[pair["B"]]
-    fits = len(a_shape) == len(b_shape) == 2 and a_shape[0] == b_shape[1]
-    if not fits or 0 in (*a_shape, *b_shape):
-        return f"has lora_A {a_shape} and lora_B {b_shape}, which do not fit together"
-    for which, key in pair.items():
+def _layer_tensors(file: TensorFile, held: dict[str, str]) -> LayerTensors | str:
+    """Return the tensors of one layer, role to key, as a record; or why they are none."""
+    shapes = {role: file.shapes[key] for role, key in held.items()}
+    layout = next((each for each in layouts() if held.keys() <= set(each.roles)), None)
+    if layout is None:
+        return f"has {' and '.join(sorted(held))}, which are of different methods"
+    if len(held) < len(layout.roles):
+        return f"has {next(iter(held))} but not its partner"
+    shapes = {role: shapes[role] for role in layout.roles}
+    fault = layout.fault(shapes)
+    if fault:
+        return fault
+    for role, key in held.items():
         dtype = file.dtypes[key]
         if not dtype.is_floating_point or dtype.itemsize < 2:
-            return f"has lora_{which} of type {str(dtype).removeprefix('torch.')}"
-    return None
+            return f"has {role} of type {str(dtype).removeprefix('torch.')}"
+    return LayerTensors(layout, {role: held[role] for role in layout.roles}, shapes)
 
 
 def _with_base_layers(
-    others: dict[str, str], factors: dict[str, Factors], problems: list[str]
+    others: dict[str, str], factors: dict[str, LayerTensors], problems: list[str]
 ) -> dict[str, str]:
     """Give the base's own tensors of adapted layers their plain names (PEFT: ``.base_layer.``)."""
     named: dict[str, str] = {}

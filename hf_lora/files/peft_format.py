@@ -149,13 +149,13 @@ def check_tying(fields: Mapping[str, Any], paths: Iterable[str], source: str) ->
 
 
 def read_slots(
-    fields: Mapping[str, Any], ranks: Mapping[str, int], source: str, patience: Budget
+    fields: Mapping[str, Any], ranks: Mapping[str, int | None], source: str, patience: Budget
 ) -> dict[str, LayerConfig]:
     """Return each layer's numbers, from the configuration and the tensors' own ranks.
 
     Args:
         fields: The parsed ``adapter_config.json``.
-        ranks: Path of each layer in the file to the rank that its tensors have.
+        ranks: Path of each layer in the file to the rank that its tensors have, if they tell.
         source: What to name in errors.
         patience: What matching the file's patterns may still cost.
 
@@ -184,11 +184,11 @@ def read_slots(
     for path, rank in ranks.items():
         name = f"{path}.weight" if by_weight.means(f"{path}.weight") else path
         said = rank_pattern.get(name, r)
-        if said != rank:
+        if rank is not None and said != rank:
             problems.append(f"{path}: the configuration says r={said}, the tensors have {rank}")
         strength = alpha_pattern.get(name, alpha)
         slots[path] = LayerConfig(
-            r=rank, alpha=float(strength), dropout=float(dropout), rslora=rslora
+            r=rank or int(said), alpha=float(strength), dropout=float(dropout), rslora=rslora
         )
     if problems:
         raise AdapterFileError(listing(f"{source} contradicts its weights", problems))

@@ -9,7 +9,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, listing
 from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.commit_note import noted_fields
-from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE, Factors
+from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE, LayerTensors
 from hf_lora.files.header import OwnHeader, contradictions, read_header
 from hf_lora.files.keys import sort_keys
 from hf_lora.files.labels import read_labels
@@ -39,8 +39,8 @@ class AdapterFolder:
     fields: dict[str, Any]
     """``adapter_config.json``."""
 
-    factors: dict[str, Factors]
-    """Path of a layer, as the file names it, to where its factors are."""
+    factors: dict[str, LayerTensors]
+    """Path of a layer, as the file names it, to its tensors."""
 
     slots: dict[str, LayerConfig]
     others: dict[str, str]
@@ -127,7 +127,8 @@ def read_folder(directory: Path) -> AdapterFolder:
     factors, others, renamed = sort_keys(file)
     check_tying(fields, [*factors, *others], source)
     patience = Budget(source)
-    slots = read_slots(fields, {path: f.r for path, f in factors.items()}, source, patience)
+    ranks = {path: held.rank for path, held in factors.items()}
+    slots = read_slots(fields, ranks, source, patience)
     trained_names = read_trained_names(fields, source)
     if own is not None:
         told += own.told

@@ -24,6 +24,16 @@ def low_rank(x_NI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, s: floa
     return F.linear(h_NR * s, b_OR.to(x_NI.dtype))
 
 
+def update_norm(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> float:
+    """Return the Frobenius norm of ``s · B A`` from the two Gram matrices, without the product.
+
+    ``‖B A‖² = tr((BᵀB)(A Aᵀ))``, in float64.
+    """
+    a_RI, b_OR = a_RI.detach().double(), b_OR.detach().double()
+    squared = ((b_OR.t() @ b_OR) * (a_RI @ a_RI.t())).sum()
+    return s * float(squared.clamp_min(0).sqrt())
+
+
 def delta_weight(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> torch.Tensor:
     """Return ``s · B A``, shape (O, I), in float32 (float64 for float64 factors)."""
     wide = torch.promote_types(a_RI.dtype, torch.float32)

@@ -13,10 +13,8 @@ from hf_lora.adapter_io.owner import holder_of, owner
 from hf_lora.compat.dtensor import gather_full, has_distributed_parameters
 from hf_lora.errors import StateError
 from hf_lora.integrations.own_methods import uninstall
-from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 from hf_lora.layers.patched import restore_class
 from hf_lora.layers.routing import Routing
-from hf_lora.layers.trained import own_tensors
 from hf_lora.model.patch import remove_adapter
 from hf_lora.model.registry import Registry, pop_registry, wrapped
 
@@ -86,16 +84,10 @@ def is_fresh(registry: Registry) -> bool:
     Where they are spread, every process must ask.
     """
     for name in registry.routing.active:
-        held = {(path, role): t for path, _, role, t in registry.tensors(name)}
-        tensors = gather_full(held)
-        for path, module, role, _ in registry.tensors(name):
-            tensor = tensors[path, role]
-            if role == LORA_B and tensor.any():
+        for path in registry.adapter(name).places:
+            module = registry.modules[path]
+            if not module.lora_is_at_start(name, gather_full(module.lora_tensors(name))):
                 return False
-            if role not in (LORA_A, LORA_B):
-                base = gather_full(dict(own_tensors(module, (role,))))[role]
-                if not torch.equal(tensor, base.to(tensor)):
-                    return False
     return True
 
 
@@ -148,13 +140,9 @@ def _strip(view: nn.Module) -> nn.Module:
     holder = holder_of(view)
     copied = pop_registry(holder)
     for name, adapter in copied.adapters.items():
-        for path in adapter.slots:
-            for kind in (LORA_A, LORA_B):
-                del copied.layers[path]._parameters[parameter_name(kind, name)]
-    for module in copied.copies.values():
-        for adapter in list(module.lora_copies):
-            module.lora_remove_copy(adapter)
-    for module in (*copied.layers.values(), *copied.copies.values(), *copied.norms.values()):
+        for path in adapter.places:
+            copied.modules[path].lora_remove(name)
+    for module in (*copied.modules.values(), *copied.norms.values()):
         restore_class(module)
     uninstall(holder)
     for parameter in view.parameters():

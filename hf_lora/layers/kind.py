@@ -6,7 +6,7 @@ A module is patched in place by changing its class to a subclass of the one that
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
 import torch
@@ -14,7 +14,11 @@ from torch import nn
 
 from hf_lora.compat.transformers import COMPUTES_LOCALLY
 from hf_lora.layers.casting import sparing
+from hf_lora.layers.choice import Weights
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.meta import keep_values, refill
+from hf_lora.layers.replaced import Replaced, Tensors
+from hf_lora.layers.roles import Layout, Role, Shapes
 from hf_lora.layers.routing import Routing
 
 OWN_FIELDS = frozenset(
@@ -41,11 +45,99 @@ class Patched(nn.Module):
     lora_input = "input"
     """What the first argument of the host's forward is called, for calls by keyword."""
 
+    lora_layout: Layout
+    """How files hold its tensors; of modules trained in full, as a checkpoint does."""
+
+    lora_adds_up = True
+    """Whether several adapters on one module are added up, each with a factor of its own."""
+
+    lora_fresh = False
+    """Whether the base's own tensors hold nothing that means anything, as of a fresh head."""
+
+    fan_in_fan_out = False
+    """Whether the host keeps its weight as (in, out)."""
+
     lora_routing: Routing
+
+    lora_slots: dict[str, LayerConfig]
+    """Adapter name to its numbers, for the adapters that the module has."""
+
+    def lora_roles(self, adapter: str) -> tuple[Role, ...]:
+        """Return what an adapter has on this module, in the order in which it is computed with."""
+        raise NotImplementedError
+
+    def lora_adapters(self) -> Collection[str]:
+        """Return the adapters that have something on this module."""
+        return self.lora_slots.keys()
+
+    def lora_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Return role to tensor: what this process has of it."""
+        raise NotImplementedError
 
     def lora_added(self) -> set[str]:
         """Return the names of the parameters and buffers that hf_lora added to this module."""
+        return {role.held for name in self.lora_adapters() for role in self.lora_roles(name)}
+
+    def lora_remove(self, adapter: str) -> None:
+        """Take away what an adapter has here."""
         raise NotImplementedError
+
+    def lora_misfit(self) -> str | None:
+        """Return how the host has changed since, so that its adapters do not fit, or None."""
+        return None
+
+    def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Say whether an adapter leaves the host's output as it is, as it does before training.
+
+        Args:
+            adapter: Its name.
+            tensors: What it has here, all of it in this process.
+        """
+        raise NotImplementedError
+
+    def lora_how(self, grouped: Set[nn.Module]) -> str | None:
+        """Return how the module computes in training, if that is worth telling.
+
+        Args:
+            grouped: The modules that are computed together with others.
+        """
+        return None
+
+    def lora_clash(self, shares: Mapping[str, float], merged: Collection[str]) -> str | None:
+        """Return why adapters cannot be in use together here, "" where that goes without saying.
+
+        None if they can.
+
+        Args:
+            shares: Those in use that the module has, each with its factor.
+            merged: The adapters inside the weights, now or soon.
+        """
+        return None
+
+    def lora_split(self, adapter: str, mesh: Any) -> list[nn.Parameter]:
+        """Make an adapter's whole tensors DTensors on a mesh, as tensor parallelism has the host.
+
+        Returns:
+            Those of which each process will have a part of the gradient's sum.
+        """
+        raise NotImplementedError
+
+    def lora_merge_fault(self) -> str | None:
+        """Return why adapters cannot be put into the host's own tensors, or None."""
+        raise NotImplementedError
+
+    def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
+        """Return the host's own tensors with adapters in them: name to tensor, rounded once.
+
+        Args:
+            adapters: All that shall be inside, with their factors.
+            replaced: What stood in the module before, if some adapters are inside already.
+        """
+        raise NotImplementedError
+
+    def lora_merge_damage(self, merged: Tensors) -> str | None:
+        """Return what is wrong with merged tensors that was not with the host's own, or None."""
+        return None
 
     def lora_draw(self, names: set[str]) -> None:
         """Give added tensors that have new memory and no values some, so that none is garbage."""
@@ -72,6 +164,68 @@ class Patched(nn.Module):
     def lora_fields(cls, host: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
         """Return what a subclass has beside the mixin's own, for tensors called ``names``."""
         return {}
+
+
+class Adaptable(Patched):
+    """A kind of layer that targets can mean: what it asks of a host, before that is patched.
+
+    A new kind is a class below this one and a row in :mod:`hf_lora.layers.table`.
+    """
+
+    lora_layout: Layout
+    """How files hold its tensors."""
+
+    @classmethod
+    def lora_takes(cls, host: nn.Module) -> bool:
+        """Say whether a module declares itself to be of this kind."""
+        raise NotImplementedError
+
+    @classmethod
+    def lora_fault(cls, host: nn.Module) -> str | None:
+        """Return why a module of this kind cannot be adapted after all, or None."""
+        return None
+
+    @classmethod
+    def lora_rank_fault(cls, host: nn.Module, r: int) -> str | None:
+        """Return what is wrong with a rank on this module, or None."""
+        return None
+
+    @classmethod
+    def lora_gradient_fault(cls, host: nn.Module, *, certain: bool = False) -> str | None:
+        """Return why no gradient would reach what the module computes from, or None.
+
+        Args:
+            host: The module, patched or not.
+            certain: Whether only what is sure is a fault.
+        """
+        return None
+
+    @classmethod
+    def lora_probe_key(cls, host: nn.Module) -> tuple | None:
+        """Return what modules have in common that need one trial; None if this one needs none."""
+        return None
+
+    @classmethod
+    def lora_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
+        """Return role to shape of what an adapter of these numbers would have on a module."""
+        raise NotImplementedError
+
+    @classmethod
+    def lora_fit_fault(cls, host: nn.Module, shapes: Shapes) -> str | None:
+        """Return why tensors of these shapes, which are sound, are for another module, or None."""
+        raise NotImplementedError
+
+    def lora_add(
+        self,
+        adapter: str,
+        config: LayerConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        init: str | None,
+    ) -> None:
+        """Give the layer the tensors of an adapter; ``init=None`` leaves them unfilled."""
+        raise NotImplementedError
 
 
 @functools.cache

@@ -1,89 +1,160 @@
 """Low-rank updates on a linear-like layer: its adapters' factors, and the forward with them."""
 
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.fused import Update
-from hf_lora.functional.init import init_low_rank
-from hf_lora.functional.low_rank import delta_weight, low_rank
-from hf_lora.layers.dispatch import fused_forward, fused_on_top, is_ordinary, precomputed
+from hf_lora.functional.low_rank import delta_weight, low_rank, update_norm
+from hf_lora.layers.dispatch import (
+    fused_forward,
+    fused_on_top,
+    how_computed,
+    is_ordinary,
+    precomputed,
+)
+from hf_lora.layers.factors import Factored
 from hf_lora.layers.host_first import HostFirst
-from hf_lora.layers.kind import Patched
+from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.meta import set_full
-from hf_lora.layers.names import LORA_A, LORA_B, factor_names, parameter_name
+from hf_lora.layers.names import LORA_A, LORA_B, factor_names
 from hf_lora.layers.patched import host_view
+from hf_lora.layers.probe import (
+    gradient_fault,
+    is_linear_in_its_weight,
+    is_plain,
+    probe_key,
+)
+from hf_lora.layers.roles import Layout, Shapes
 from hf_lora.layers.routing import scales
-from hf_lora.layers.tensor_parallel import draws_apart, dropped, to_local
+from hf_lora.layers.tensor_parallel import (
+    draws_apart,
+    dropped,
+    split_factors,
+    split_of,
+    to_local,
+)
 
 
-class LoRALayer(Patched):
+def _fault(shapes: Shapes) -> str | None:
+    a, b = shapes[LORA_A], shapes[LORA_B]
+    fits = len(a) == len(b) == 2 and a[0] == b[1]
+    if not fits or 0 in (*a, *b):
+        return f"has lora_A {a} and lora_B {b}, which do not fit together"
+    return None
+
+
+def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
+    return update_norm(tensors[LORA_A], tensors[LORA_B], config.scaling)
+
+
+LOW_RANK = Layout(
+    roles=(LORA_A, LORA_B),
+    fault=_fault,
+    rank=lambda shapes: shapes[LORA_A][0],
+    norm=_norm,
+    widths=lambda shapes: (shapes[LORA_A][1], shapes[LORA_B][0]),
+)
+"""A (r, in) and B (out, r) of a linear layer."""
+
+
+class LoRALayer(Factored):
     """Mixin that adds low-rank updates to a linear-like host: ``y = host(x) + Σ s · (x Aᵀ) Bᵀ``."""
 
-    lora_slots: dict[str, LayerConfig]
-    """Adapter name to its numbers, for the adapters that this layer has."""
+    lora_layout = LOW_RANK
 
     weight: Any
     bias: Any
     """The host's own: whatever it keeps there."""
 
-    fan_in_fan_out = False
-    """Whether the host keeps its weight as (in, out)."""
+    @classmethod
+    def lora_takes(cls, host: nn.Module) -> bool:
+        """Say whether a module declares an input and an output width."""
+        return features(host) is not None
+
+    @classmethod
+    def lora_fault(cls, host: nn.Module) -> str | None:
+        """Return why a linear-like module cannot get a low-rank update, or None."""
+        return why_not(host)
+
+    @classmethod
+    def lora_rank_fault(cls, host: nn.Module, r: int) -> str | None:
+        """Return what is wrong with a rank: it is at most the smaller width."""
+        return rank_fault(host, r)
+
+    @classmethod
+    def lora_gradient_fault(cls, host: nn.Module, *, certain: bool = False) -> str | None:
+        """Run the host on a row of ones and say why no gradient would reach it, or None."""
+        return gradient_fault(host, certain=certain)
+
+    @classmethod
+    def lora_probe_key(cls, host: nn.Module) -> tuple | None:
+        """Return what is common to hosts that behave alike; None for a plain linear layer."""
+        return None if is_plain(host) else probe_key(host)
+
+    @classmethod
+    def lora_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        sizes = features(host)
+        assert sizes is not None
+        return {LORA_A: (config.r, sizes[0]), LORA_B: (sizes[1], config.r)}
+
+    @classmethod
+    def lora_fit_fault(cls, host: nn.Module, shapes: Shapes) -> str | None:
+        """Return how the widths differ, or None."""
+        sizes, given = features(host), (shapes[LORA_A][1], shapes[LORA_B][0])
+        if sizes != given:
+            return f"the adapter is for in, out = {given}, the layer has {sizes}"
+        return None
 
     def lora_features(self) -> tuple[int, int]:
         """Return (in, out) as the host declares them; its weight may be packed or sharded."""
         return int(self.in_features), int(self.out_features)  # type: ignore[arg-type]
 
-    def lora_add(
-        self,
-        name: str,
-        slot: LayerConfig,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        init: str | None,
-    ) -> None:
-        """Give the layer the factors of adapter ``name``; ``init=None`` leaves them unfilled."""
-        in_features, out_features = self.lora_features()
-        a_RI = nn.Parameter(torch.empty(slot.r, in_features, dtype=dtype, device=device))
-        b_OR = nn.Parameter(torch.empty(out_features, slot.r, dtype=dtype, device=device))
-        if init is not None:
-            init_low_rank(a_RI, b_OR, init)
-        for kind, factor in ((LORA_A, a_RI), (LORA_B, b_OR)):
-            # transformers initializes again whatever does not carry this mark
-            factor._is_hf_initialized = True  # type: ignore[attr-defined]
-            self.register_parameter(parameter_name(kind, name), factor)
-            # accelerate's init_empty_weights has put another there, without values
-            self._parameters[parameter_name(kind, name)] = factor
-        self.lora_slots[name] = slot
-        self.lora_routing.starts[name] = init or "kaiming"
-        self.lora_routing.names.add(name)
-        self.lora_routing.factors[name] = factor_names(name)
+    def lora_held(self, adapter: str) -> tuple[str, ...]:
+        """Return the names of A and B, which are the same on all layers."""
+        names = self.lora_routing.factors.get(adapter)
+        if names is None:
+            names = self.lora_routing.factors[adapter] = factor_names(adapter)
+        return names
 
-    def lora_draw(self, names: set[str]) -> None:
-        """Draw factors anew: as they started, since what they were is lost."""
-        for adapter, slot in self.lora_slots.items():
-            keys = [parameter_name(kind, adapter) for kind in (LORA_A, LORA_B)]
-            if names & set(keys):
-                in_features, out_features = self.lora_features()
-                drawn = torch.empty(slot.r, in_features), torch.empty(out_features, slot.r)
-                init_low_rank(*drawn, self.lora_routing.starts[adapter])
-                for key, factor, value in zip(keys, self.lora_pair(adapter), drawn, strict=True):
-                    if key in names:
-                        set_full(factor, value)
+    def lora_misfit(self) -> str | None:
+        """Return whether the host has other widths now, or None."""
+        sizes = self.lora_features()
+        for name in self.lora_slots:
+            a_RI, b_OR = self.lora_pair(name)
+            if (shape_of(a_RI)[1], shape_of(b_OR)[0]) != sizes:
+                return f"has other sizes now (in, out = {sizes}) than its adapter"
+        return None
 
-    def lora_remove(self, name: str) -> None:
-        """Take the factors of adapter ``name`` away."""
-        del self.lora_slots[name]
-        for kind in (LORA_A, LORA_B):
-            delattr(self, parameter_name(kind, name))
+    def lora_how(self, grouped: Set[nn.Module]) -> str:
+        """Return how the layer computes in training: see ``layers.dispatch``."""
+        return how_computed(self, grouped)
 
-    def lora_pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return A (r, in) and B (out, r) of adapter ``name``."""
-        key_a, key_b = self.lora_routing.factors.get(name) or factor_names(name)
+    def lora_split(self, adapter: str, mesh: Any) -> list[nn.Parameter]:
+        """Split one factor as the weight is, if it is; the other has a part of a sum."""
+        split = split_of(self)
+        split_factors(self, adapter, split, mesh)
+        pair = zip((LORA_A, LORA_B), self.lora_pair(adapter), strict=True)
+        return [factor for role, factor in pair if role not in split.dims] if split else []
+
+    def lora_merge_fault(self) -> str | None:
+        """Return why updates cannot be put into the weight, or None."""
+        fault = super().lora_merge_fault()
+        if fault is None and not is_linear_in_its_weight(self):
+            return (
+                f"the forward of its base ({self.lora_host.__name__}) is not x Wᵀ + b, so "
+                "W + s·B A would not do the same"
+            )
+        return fault
+
+    def lora_pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return A (r, in) and B (out, r) of an adapter."""
+        key_a, key_b = self.lora_routing.factors.get(adapter) or factor_names(adapter)
         a_RI, b_OR = self._parameters.get(key_a), self._parameters.get(key_b)
         if a_RI is None or b_OR is None:  # the replicas of nn.DataParallel keep plain attributes
             return getattr(self, key_a), getattr(self, key_b)
@@ -93,10 +164,6 @@ class LoRALayer(Patched):
         """Return adapter ``name``'s update of the weight, float32, in the weight's own layout."""
         delta_OI = delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling)
         return delta_OI.t() if self.fan_in_fan_out else delta_OI
-
-    def lora_added(self) -> set[str]:
-        """Return the names of the factors that this layer has."""
-        return {parameter_name(kind, name) for name in self.lora_slots for kind in (LORA_A, LORA_B)}
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""

@@ -50,9 +50,9 @@ class FrozenNorm(Patched):
         """Return the attribute by which the host's forward knows what it is to do."""
         return {"training": training_if(_is_unfrozen)}
 
-    def lora_added(self) -> set[str]:
-        """Return nothing: the module has no tensors but the base's."""
-        return set()
+    def lora_adapters(self) -> tuple[str, ...]:
+        """Return none: the module has no tensors but the base's."""
+        return ()
 
     def lora_draw(self, names: set[str]) -> None:
         """Do nothing, as there is nothing that was added."""

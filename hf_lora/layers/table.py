@@ -1,26 +1,51 @@
-"""The one table from a host's class to the layer class that adapts it."""
+"""The one table of the kinds of layers that targets can mean, and of their classes."""
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.layers.kind import Patched, patched_class
+from hf_lora.layers.kind import Adaptable, patched_class
 from hf_lora.layers.linear import LoRAConv1D, LoRALinear
 from hf_lora.layers.lora import LoRALayer
+from hf_lora.layers.probe import host_class
+from hf_lora.layers.roles import Layout
 
-_TABLE: tuple[tuple[type[nn.Module], type[LoRALayer]], ...] = (
+KINDS: tuple[type[Adaptable], ...] = (LoRALayer,)
+"""Those that a module is asked for, in this order."""
+
+_TABLE: tuple[tuple[type[nn.Module], type[Adaptable]], ...] = (
     (nn.Linear, LoRALinear),
     (Conv1D, LoRAConv1D),
 )
+"""Classes of hosts that have a class of their own."""
 
 
-def layer_class(host: type[nn.Module]) -> type[Patched]:
-    """Return the class that adapts hosts of class ``host``.
+def kind_of(module: nn.Module) -> type[Adaptable] | None:
+    """Return the kind of layer that a module is, patched or not; None if it is of none."""
+    return next((kind for kind in KINDS if kind.lora_takes(module)), None)
+
+
+def layer_class(module: nn.Module) -> type[Adaptable]:
+    """Return the class that adapts a module of some kind.
 
     Subclasses of a listed host get a subclass of its layer class, so that a 4-bit linear layer
-    still is a ``LoRALinear``; any other class with ``in_features`` and ``out_features`` gets the
-    mixin in front of it.
+    still is a ``LoRALinear``; any other host gets its kind's mixin in front of it.
     """
-    for known, layer in _TABLE:
-        if issubclass(host, known):
-            return patched_class(layer, host)
-    return patched_class(LoRALayer, host)
+    host, kind = host_class(module), kind_of(module)
+    assert kind is not None
+    known = next((layer for listed, layer in _TABLE if issubclass(host, listed)), kind)
+    made = patched_class(known if issubclass(known, kind) else kind, type(module))
+    assert issubclass(made, Adaptable)
+    return made
+
+
+def host_fault(module: nn.Module) -> str | None:
+    """Return why targets cannot mean a module, or None if they can."""
+    kind = kind_of(module)
+    if kind is None:
+        return f"{type(module).__name__} is not a linear layer"
+    return kind.lora_fault(module)
+
+
+def layouts() -> tuple[Layout, ...]:
+    """Return how files hold the tensors of each kind."""
+    return tuple(dict.fromkeys(kind.lora_layout for kind in KINDS))

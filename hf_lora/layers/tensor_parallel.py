@@ -31,7 +31,7 @@ from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 
 _LIBRARY = "transformers.distributed"
 _INNER = "original_forward"
-_KINDS = {"ColwiseParallel": {LORA_B: 0}, "RowwiseParallel": {LORA_A: 1}}
+SPLIT_WITH = {"ColwiseParallel": {LORA_B: 0}, "RowwiseParallel": {LORA_A: 1}}
 """transformers' class of a style to the factor that is split with the weight, and along what."""
 
 
@@ -58,7 +58,7 @@ def split_of(module: nn.Module) -> Split | None:
     """Return how a module was split, if in a way that an adapter can follow."""
     forward = vars(module).get("forward")
     cells = _cells(forward)
-    dims = _KINDS.get(type(cells["self"]).__name__) if cells else None
+    dims = SPLIT_WITH.get(type(cells["self"]).__name__) if cells else None
     return Split(_style(forward), dims, cells["mesh"]) if cells and dims else None
 
 
@@ -90,7 +90,7 @@ def split_fault(module: nn.Module) -> str | None:
 def called_by(forward: Any) -> Any:
     """Return what a forward of tensor parallelism calls, or, if it is none, the forward itself."""
     cells = _cells(forward)
-    return cells[_INNER] if cells and type(cells["self"]).__name__ in _KINDS else forward
+    return cells[_INNER] if cells and type(cells["self"]).__name__ in SPLIT_WITH else forward
 
 
 def calling(forward: Any, module: nn.Module, method: Any) -> Any:

@@ -7,7 +7,7 @@ that share a tensor each get a copy of their own.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from hf_lora.compat.dtensor import full_tensor, is_sharded
+from hf_lora.compat.deepspeed import shape_of
+from hf_lora.compat.dtensor import full_tensor, gather_full, is_distributed, is_sharded
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import SIXTEEN_BIT
 from hf_lora.layers.kind import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
+from hf_lora.layers.replaced import Replaced, Tensors, in_place_of
+from hf_lora.layers.roles import IN_FULL, IN_FULL_VECTORS, Group, Role
 from hf_lora.layers.statistics import training_if
-from hf_lora.layers.tensor_parallel import split_fault, split_of, to_local
+from hf_lora.layers.tensor_parallel import as_distributed, split_fault, split_of, to_local
 
 
 class TrainedModule(Patched):
     """Mixin whose parameters and persistent buffers read as the active adapter's own copies."""
 
     lora_prefix = "Trained"
+    lora_adds_up = False
 
     lora_copies: dict[str, dict[str, str]]
     """Adapter to (name of a tensor to the name of the adapter's copy of it)."""
@@ -42,7 +46,73 @@ class TrainedModule(Patched):
 
     def lora_added(self) -> set[str]:
         """Return the names of the copies that this module has."""
-        return {added for copies in self.lora_copies.values() for added in copies.values()}
+        return {held for copies in self.lora_copies.values() for held in copies.values()}
+
+    def lora_adapters(self) -> Collection[str]:
+        """Return the adapters that have copies here."""
+        return self.lora_copies.keys()
+
+    def lora_roles(self, adapter: str) -> tuple[Role, ...]:
+        """Return the module's own tensors, each under its own name."""
+        return tuple(
+            Role(name, held, shape_of(tensor), name, self._group(name, tensor))
+            for name, held in self.lora_copies[adapter].items()
+            for tensor in (_stored(self, held),)
+        )
+
+    def _group(self, name: str, tensor: torch.Tensor) -> Group:
+        # Trainer goes by names; a shape also tells the norms whose names it does not know
+        vector = tensor.ndim < 2 or isinstance(self, nn.LayerNorm) or name.endswith("bias")
+        return IN_FULL_VECTORS if vector else IN_FULL
+
+    def lora_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Return role to this process's part of the copy."""
+        return self.lora_copy(adapter)
+
+    def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Say whether the copies are what the base has."""
+        base = gather_full(dict(own_tensors(self, tuple(tensors))))
+        return all(torch.equal(t, base[name].to(t)) for name, t in tensors.items())
+
+    def lora_clash(self, shares: Mapping[str, float], merged: Collection[str]) -> str | None:
+        """Return why copies cannot be mixed so, or None."""
+        if len(shares) > 1 and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+            return ""
+        if len({name in merged for name in shares}) > 1:
+            return "some of them merged, and some not"
+        if self.lora_fresh and shares and sum(shares.values()) <= 0:
+            return "it is fresh, and there is nothing to take it away from"
+        if any(factor != 1.0 for factor in shares.values()) and self.lora_counts():
+            return f"it counts in {', '.join(self.lora_counts())}"
+        return None
+
+    def lora_split(self, adapter: str, mesh: Any) -> list[nn.Parameter]:
+        """Make the copies DTensors, whole everywhere."""
+        for held in self.lora_copies[adapter].values():
+            copy = self._parameters.get(held)
+            if copy is not None:
+                self._parameters[held] = as_distributed(copy, mesh)
+        return []
+
+    def lora_merge_fault(self) -> str | None:
+        """Return whether the module is spread, or None."""
+        if any(is_distributed(tensor) for _, tensor in own_tensors(self, self.lora_names)):
+            return "its tensors are spread over several processes"
+        return None
+
+    @torch.no_grad()
+    def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
+        """Return the adapters' copies, to stand in the place of the module's own tensors."""
+        shares = [(self.lora_copy(name), factor) for name, factor in self.lora_shares(adapters)]
+        merged: Tensors = {}
+        for name, tensor in own_tensors(self, tuple(shares[0][0]) if shares else ()):
+            copies = [(full_tensor(copies[name].detach()), factor) for copies, factor in shares]
+            one = len(copies) == 1 and copies[0][1] == 1.0
+            data = copies[0][0].clone() if one else mixture(full_tensor(tensor.detach()), copies)
+            original = parameter_of(self, name)
+            data = data.to(tensor.dtype)
+            merged[name] = data if original is None else in_place_of(original, data)
+        return merged
 
     def lora_add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
         """Give ``adapter`` its own copy of each of the module's tensors, equal to the base's.
@@ -70,7 +140,7 @@ class TrainedModule(Patched):
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
 
-    def lora_remove_copy(self, adapter: str) -> None:
+    def lora_remove(self, adapter: str) -> None:
         """Take the copies of ``adapter`` away."""
         for added in self.lora_copies.pop(adapter).values():
             delattr(self, added)
@@ -78,9 +148,6 @@ class TrainedModule(Patched):
     def lora_copy(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return name to copy, for one adapter."""
         return {name: _stored(self, added) for name, added in self.lora_copies[adapter].items()}
-
-    lora_fresh = False
-    """Whether the base's own tensors hold nothing that means anything, as of a fresh head."""
 
     def lora_shares(self, weights: Weights | None = None) -> Weights:
         """Return the adapters whose copies count, and how much of each.

@@ -14,7 +14,7 @@ from hf_lora.files.keys import without_wrappers
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.kind import added_names, parameter_of
 from hf_lora.layers.lora import LoRALayer
-from hf_lora.layers.merge import merge_fault, merged_copies, with_updates
+from hf_lora.layers.merge import with_updates
 from hf_lora.layers.quantized import float_weight
 from hf_lora.layers.trained import TrainedModule
 
@@ -57,7 +57,7 @@ def _value(module: nn.Module, name: str) -> torch.Tensor:
     parameter = module._parameters[name]
     assert parameter is not None
     if _is_trained(module, name):
-        parameter = merged_copies(module, module.lora_shares())[name]
+        parameter = module.lora_merged(module.lora_shares(), None)[name]
     elif name == "weight" and (weight := float_weight(module)) is not None:
         parameter = weight
         if _has_updates(module):
@@ -91,8 +91,12 @@ def _check(model: nn.Module) -> None:
 def _fault(layer: LoRALayer) -> str | None:
     weight = parameter_of(layer, "weight")
     if weight is None or (not is_distributed(weight) and has_float_weight(layer)):
-        return merge_fault(layer)
-    return None if float_weight(layer) is not None or is_distributed(weight) else merge_fault(layer)
+        return layer.lora_merge_fault()
+    return (
+        None
+        if float_weight(layer) is not None or is_distributed(weight)
+        else layer.lora_merge_fault()
+    )
 
 
 def _change(module: nn.Module, name: str) -> Any:

@@ -5,18 +5,9 @@ import contextlib
 from torch import nn
 
 from hf_lora.compat.accelerate import present
-from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, TargetError, listing
 from hf_lora.layers.choice import Weights
-from hf_lora.layers.merge import (
-    Replaced,
-    Tensors,
-    merge_fault,
-    merged_copies,
-    merged_weight,
-    not_finite,
-)
-from hf_lora.layers.trained import own_tensors
+from hf_lora.layers.replaced import Replaced, Tensors
 from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
 from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
@@ -115,13 +106,8 @@ def keep_merged(model: nn.Module) -> nn.Module:
 def _check_layers(registry: Registry, chosen: set[str]) -> None:
     problems = [
         f"{path}: {fault}"
-        for path, layer in registry.layers.items()
-        if chosen & layer.lora_slots.keys() and (fault := merge_fault(layer))
-    ]
-    problems += [
-        f"{path}: its tensors are spread over several processes"
-        for path, module in registry.copies.items()
-        if any(is_distributed(tensor) for _, tensor in own_tensors(module, module.lora_names))
+        for path, module in registry.modules.items()
+        if chosen & set(module.lora_adapters()) and (fault := module.lora_merge_fault())
     ]
     if problems:
         raise TargetError(
@@ -137,19 +123,14 @@ def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
     """Put ``merged`` into every module that one of ``chosen`` is on."""
     problems = []
     before = {id(original.module): original for original in registry.originals}
-    for path, layer in registry.layers.items():
-        if chosen & layer.lora_slots.keys():
-            original = before.get(id(layer))
-            with present(layer):
-                base = None if original is None else original.read("weight")
-                weight = merged_weight(layer, merged, base)
-                fault = not_finite(layer, weight)
+    for path, module in registry.modules.items():
+        if chosen & set(module.lora_adapters()):
+            with present(module):
+                tensors = module.lora_merged(merged, before.get(id(module)))
+                fault = module.lora_merge_damage(tensors)
             if fault:
                 problems.append(f"{path}: {fault}")
-            _replace(registry, layer, weight)
-    for module in registry.copies.values():
-        if chosen & module.lora_copies.keys():
-            _replace(registry, module, merged_copies(module, merged))
+            _replace(registry, module, tensors)
     if problems:
         raise StateError(listing("This merge would break the model", problems))
 

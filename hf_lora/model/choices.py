@@ -170,9 +170,9 @@ def _choice(model: nn.Module, registry: Registry, names: Names) -> Weights:
 
 def note_fresh(model: nn.Module, registry: Registry, chosen: Weights) -> None:
     """Tell modules that are trained in full whether the base has anything to mix them with."""
-    if registry.copies and any(factor != 1.0 for _, factor in chosen):
+    if registry.exclusive and any(factor != 1.0 for _, factor in chosen):
         needed = find_unfilled(model).needed
-        for path, module in registry.copies.items():
+        for path, module in registry.exclusive.items():
             if module.lora_fresh != inside(path, needed):
                 module.lora_fresh = not module.lora_fresh
 
@@ -188,17 +188,11 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
     clashes = []
     factors = dict(chosen) | dict(merged)
     inside = dict(merged)
-    for path, module in registry.copies.items():
-        shares = {name: factors[name] for name in module.lora_copies if name in factors}
-        both = f"{path}: {', '.join(shares)}"
-        if len(shares) > 1 and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
-            clashes.append(both)
-        elif len({name in inside for name in shares}) > 1:
-            clashes.append(f"{both} (some of them merged, and some not)")
-        elif module.lora_fresh and shares and sum(shares.values()) <= 0:
-            clashes.append(f"{both} (it is fresh, and there is nothing to take it away from)")
-        elif any(factor != 1.0 for factor in shares.values()) and module.lora_counts():
-            clashes.append(f"{both} (it counts in {', '.join(module.lora_counts())})")
+    for path, module in registry.exclusive.items():
+        shares = {name: factors[name] for name in module.lora_adapters() if name in factors}
+        clash = module.lora_clash(shares, inside)
+        if clash is not None:
+            clashes.append(f"{path}: {', '.join(shares)}" + (f" ({clash})" if clash else ""))
     if clashes:
         raise StateError(
             listing(

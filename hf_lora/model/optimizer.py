@@ -8,12 +8,8 @@ from typing import Any
 from torch import nn
 
 from hf_lora.errors import ConfigError, GradientError, HfLoRAWarning, listing
-from hf_lora.layers.names import LORA_A, LORA_B
-from hf_lora.layers.trained import TrainedModule
+from hf_lora.layers.roles import Group
 from hf_lora.model.registry import Registry, wrapped
-
-TRAINED = "trained"
-TRAINED_NO_DECAY = "trained_no_decay"
 
 
 def optimizer_groups(
@@ -62,7 +58,7 @@ def optimizer_groups(
     registry.check_unmerged("train")
     registry.check_in_place(inner)
     parameters = _by_group(registry)
-    if not any(parameters.values()):
+    if not parameters:
         raise GradientError(
             listing(
                 "Nothing would train",
@@ -73,13 +69,12 @@ def optimizer_groups(
     _tell_left_out(inner, registry)
     return [
         {
-            "name": name,
+            "name": group.name,
             "params": params,
-            "lr": b_lr if name == LORA_B else lr,
-            "weight_decay": 0.0 if name == TRAINED_NO_DECAY else weight_decay,
+            "lr": b_lr if group.fast else lr,
+            "weight_decay": weight_decay if group.decays else 0.0,
         }
-        for name, params in parameters.items()
-        if params
+        for group, params in sorted(parameters.items())
     ]
 
 
@@ -111,23 +106,14 @@ def _as_float(value: object) -> float:
         return math.inf
 
 
-def _by_group(registry: Registry) -> dict[str, list[nn.Parameter]]:
-    groups: dict[str, list[nn.Parameter]] = {
-        name: [] for name in (LORA_A, LORA_B, TRAINED, TRAINED_NO_DECAY)
-    }
+def _by_group(registry: Registry) -> dict[Group, list[nn.Parameter]]:
+    groups: dict[Group, list[nn.Parameter]] = {}
     for adapter in registry.adapters:
-        for _, module, role, tensor in registry.tensors(adapter):
+        tensors = (tensor for *_, tensor in registry.tensors(adapter))
+        for (*_, role), tensor in zip(registry.roles(adapter), tensors, strict=True):
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                groups[_group(module, role, tensor)].append(tensor)
+                groups.setdefault(role.group, []).append(tensor)
     return groups
-
-
-def _group(module: nn.Module, role: str, tensor: nn.Parameter) -> str:
-    if not isinstance(module, TrainedModule):
-        return role
-    # Trainer goes by names; a shape also tells the norms whose names it does not know
-    vector = tensor.ndim < 2 or isinstance(module, nn.LayerNorm) or role.endswith("bias")
-    return TRAINED_NO_DECAY if vector else TRAINED
 
 
 def _tell_left_out(model: nn.Module, registry: Registry) -> None:

@@ -14,15 +14,14 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.kind import Patched, patched_class
+from hf_lora.layers.kind import Adaptable, Patched, patched_class
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.lora import LoRALayer
-from hf_lora.layers.names import LORA_A, LORA_B, check_adapter_name, copy_kind
+from hf_lora.layers.names import check_adapter_name, copy_kind
 from hf_lora.layers.patched import restore_class, swap_class
-from hf_lora.layers.probe import gradient_fault, host_class, is_packed, is_plain, probe_key
+from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.quantized import keep_gradients, restore_packing
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
-from hf_lora.layers.table import layer_class
+from hf_lora.layers.table import kind_of, layer_class
 from hf_lora.layers.trained import TrainedModule, tensor_names
 from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.registry import (
@@ -131,12 +130,14 @@ def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
     targeted = {target.path for target in plan.targets}
     problems, told = [], []
     for path, module in model.named_modules():
-        if is_plain(module) or (path not in targeted and not is_packed(module)):
-            continue
         asked = path in targeted
-        same = (asked, *probe_key(module))
+        kind = kind_of(module) if asked or is_packed(module) else None
+        key = kind and kind.lora_probe_key(module)
+        if kind is None or key is None:
+            continue
+        same = (asked, kind, *key)
         if same not in faults:
-            faults[same] = gradient_fault(module, certain=not asked)
+            faults[same] = kind.lora_gradient_fault(module, certain=not asked)
         if faults[same]:
             line = f"{path or 'the model itself'} ({host_class(module).__name__}): {faults[same]}"
             (problems if asked else told).append(line)
@@ -222,6 +223,7 @@ def attach(
                 dtype = dtypes[path] if dtypes else adapter_dtype(layer)
                 layer.lora_add(name, slot, dtype=dtype, device=execution_device(layer), init=init)
                 adapter.slots[path] = slot
+                adapter.places[path] = None
             for top in trained:
                 for path, module in _with_tensors(modules[top], top):
                     train_module(registry, name, path, module)
@@ -237,31 +239,30 @@ def attach(
 
 def train_module(registry: Registry, name: str, path: str, module: nn.Module) -> TrainedModule:
     """Give an adapter copies of a module's own tensors, and return the module as it is then."""
+    adapter = registry.adapter(name)
     copies = _as_trained(module, registry, path)
     with present(module):
-        copies.lora_add_copy(name, chosen_dtype(registry.adapter(name).config))
+        copies.lora_add_copy(name, chosen_dtype(adapter.config))
+    adapter.places[path] = None
     return copies
 
 
 def remove_adapter(registry: Registry, name: str) -> None:
     """Take an adapter's tensors away, and the patch off every module that carries no other."""
-    adapter = registry.adapters.pop(name)
+    registry.adapters.pop(name)
     if registry.places is not None:
         registry.places.stale = True
-    for path in adapter.slots:
-        registry.layers[path].lora_remove(name)
-    for path, layer in list(registry.layers.items()):
-        if not layer.lora_slots:
-            restore_class(registry.layers.pop(path))
     for adopted in registry.adopted:
         if adopted.adapter == name:
             adopted.give_back()
     registry.adopted = [adopted for adopted in registry.adopted if adopted.adapter != name]
-    for path, module in list(registry.copies.items()):
-        if name in module.lora_copies:
-            module.lora_remove_copy(name)
-        if not module.lora_copies:
-            restore_class(registry.copies.pop(path))
+    # asked of all: where attaching stopped halfway, a module is patched and has no adapter yet
+    for path, module in list(registry.modules.items()):
+        if name in module.lora_adapters():
+            module.lora_remove(name)
+        if not module.lora_adapters():
+            registry.exclusive.pop(path, None)
+            restore_class(registry.modules.pop(path))
             keep_still(registry, {path: module})
     registry.routing.forget(name)
 
@@ -276,12 +277,12 @@ def keep_still(registry: Registry, modules: Mapping[str, nn.Module]) -> None:
                 registry.norms[path] = module
 
 
-def _as_layer(module: nn.Module, registry: Registry, path: str) -> LoRALayer:
-    if not isinstance(module, LoRALayer):
+def _as_layer(module: nn.Module, registry: Registry, path: str) -> Adaptable:
+    if not isinstance(module, Adaptable):
         _swap(module, registry, path, layer_class)
         module.__dict__["lora_slots"] = {}
-    assert isinstance(module, LoRALayer)
-    registry.layers[path] = module
+    assert isinstance(module, Adaptable)
+    registry.modules[path] = module
     return module
 
 
@@ -291,10 +292,10 @@ def _as_trained(module: nn.Module, registry: Registry, path: str) -> TrainedModu
             registry.norms = {p: norm for p, norm in registry.norms.items() if norm is not module}
             restore_class(module)
         names = tensor_names(module)
-        _swap(module, registry, path, lambda host: patched_class(TrainedModule, host, names))
+        _swap(module, registry, path, lambda m: patched_class(TrainedModule, type(m), names))
         module.__dict__["lora_copies"] = {}
     assert isinstance(module, TrainedModule)
-    registry.copies[path] = module
+    registry.modules[path] = registry.exclusive[path] = module
     return module
 
 
@@ -302,11 +303,11 @@ def _swap(
     module: nn.Module,
     registry: Registry,
     path: str,
-    make: Callable[[type[nn.Module]], type[Patched]],
+    make: Callable[[nn.Module], type[Patched]],
 ) -> None:
     host = type(module)
     try:
-        swap_class(module, make(host), registry.routing)
+        swap_class(module, make(module), registry.routing)
     except TypeError as error:  # such as a class that forbids subclasses
         raise TargetError(f"{path}: {host.__name__} cannot be patched in place: {error}") from error
 
@@ -329,14 +330,15 @@ def _conflicts(
     problems = []
     silent = uncalled(modules)
     for path in slots:
-        if path in registry.copies:
+        if path in registry.exclusive:
             problems.append(f"{path} is trained in full by another adapter")
         if path in silent:
             problems.append(f"{path}: {silent[path]}")
-        problems += _taken(path, modules[path], name, (LORA_A, LORA_B))
+        kind = kind_of(modules[path])
+        problems += _taken(path, modules[path], name, kind.lora_layout.roles if kind else ())
     for top in trained:
         for path, module in _with_tensors(modules[top], top):
-            if path in registry.layers:
+            if path in registry.modules and path not in registry.exclusive:
                 problems.append(f"{path} has a low-rank update from another adapter")
                 continue
             if any(original.module is module for original in registry.originals):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.compat.deepspeed import is_engine, is_partitioned, shape_of
+from hf_lora.compat.deepspeed import is_engine, is_partitioned
 from hf_lora.compat.dtensor import is_sharded
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
@@ -15,13 +15,12 @@ from hf_lora.layers.input_groups import unwatch
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Patched
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.lora import LoRALayer
-from hf_lora.layers.merge import Replaced
-from hf_lora.layers.names import LORA_A, LORA_B, REGISTRY, parameter_name
+from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.patched import is_ours
+from hf_lora.layers.replaced import Replaced
+from hf_lora.layers.roles import Role
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.statistics import FrozenNorm
-from hf_lora.layers.trained import TrainedModule
 from hf_lora.model import watch
 from hf_lora.planning.cores import core_of
 from hf_lora.planning.records import Adapted
@@ -44,6 +43,9 @@ class Adapter:
     trained: tuple[str, ...]
     """Paths of the modules that are trained in full, each with everything below it."""
 
+    places: dict[str, None] = dataclasses.field(default_factory=dict)
+    """Paths of all modules that it has something on: the layers, then those below ``trained``."""
+
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the file that it was loaded from says of base, task and class, to be saved again."""
 
@@ -56,7 +58,7 @@ class Adopted:
     """A Parameter of the base that became an adapter's copy; the base has its values in another."""
 
     adapter: str
-    module: TrainedModule
+    module: Patched
     role: str
     parameter: nn.Parameter
 
@@ -75,8 +77,12 @@ class Registry:
 
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     routing: Routing = dataclasses.field(default_factory=Routing)
-    layers: dict[str, LoRALayer] = dataclasses.field(default_factory=dict)
-    copies: dict[str, TrainedModule] = dataclasses.field(default_factory=dict)
+    modules: dict[str, Patched] = dataclasses.field(default_factory=dict)
+    """Path to module, for all that carry an adapter."""
+
+    exclusive: dict[str, Patched] = dataclasses.field(default_factory=dict)
+    """Those of them on which adapters are not simply added up: modules trained in full."""
+
     norms: dict[str, FrozenNorm] = dataclasses.field(default_factory=dict)
     """The normalizations whose running statistics are kept still."""
 
@@ -139,29 +145,24 @@ class Registry:
         chosen = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else names
         return tuple(dict.fromkeys(self.adapter(name).name for name in chosen))
 
-    def tensors(self, name: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-        """Yield (path, module, role, tensor) for everything that adapter ``name`` holds.
+    def tensors(self, name: str) -> Iterator[tuple[str, Patched, str, torch.Tensor]]:
+        """Yield (path, module, role, tensor) for everything that adapter ``name`` holds."""
+        for path in self.adapter(name).places:
+            module = self.modules[path]
+            for role, tensor in module.lora_tensors(name).items():
+                yield path, module, role, tensor
 
-        The role is ``lora_A``, ``lora_B`` or the name of the base tensor that a copy stands for.
-        """
-        for path in self.adapter(name).slots:
-            layer = self.layers[path]
-            for role, factor in zip((LORA_A, LORA_B), layer.lora_pair(name), strict=True):
-                yield path, layer, role, factor
-        for path, module in self.copies.items():
-            if name in module.lora_copies:
-                for role, tensor in module.lora_copy(name).items():
-                    yield path, module, role, tensor
+    def roles(self, name: str) -> Iterator[tuple[str, Patched, Role]]:
+        """Yield (path, module, role) for everything that adapter ``name`` holds, in that order."""
+        for path in self.adapter(name).places:
+            module = self.modules[path]
+            for role in module.lora_roles(name):
+                yield path, module, role
 
     def keys(self, name: str) -> Iterator[tuple[str, str, str]]:
         """Yield (path, role, key in the model's state dict) for everything of ``name``."""
-        for path, module, role, _ in self.tensors(name):
-            held = (
-                module.lora_copies[name][role]
-                if isinstance(module, TrainedModule)
-                else parameter_name(role, name)
-            )
-            yield path, role, f"{path}.{held}" if path else held
+        for path, _, role in self.roles(name):
+            yield path, role.name, f"{path}.{role.held}" if path else role.held
 
     def parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (full name in the model, Parameter) for everything of ``name`` that can train."""
@@ -171,7 +172,8 @@ class Registry:
 
     def adapted(self) -> Adapted:
         """Return where on the model its adapters are."""
-        return Adapted(low_rank=self.layers.keys(), in_full=self.copies.keys())
+        low_rank = self.modules.keys() - self.exclusive.keys()
+        return Adapted(low_rank=low_rank, in_full=self.exclusive.keys())
 
     def all_parameters(self) -> dict[int, str]:
         """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
@@ -213,7 +215,7 @@ class Registry:
         """Raise StateError if a patched module was replaced, hidden, resized or offloaded since."""
         problems = []
         there = set(model.modules())
-        for path, module in (*self.layers.items(), *self.copies.items()):
+        for path, module in self.modules.items():
             fault = None if module in there else "is no longer part of the model: it was replaced"
             fault = fault or _misfit(module)
             if fault:
@@ -234,14 +236,13 @@ class Registry:
         Args:
             *names: Adapters that would be; FSDP2 puts what it shards back in the next forward.
         """
-        held = [(path, layer, layer.lora_slots) for path, layer in self.layers.items()]
-        held += [(path, module, module.lora_copies) for path, module in self.copies.items()]
+        held = dict(self.modules)
         if self.adapters.keys() <= set(names):
-            held += [(path, module, {}) for path, module in self.norms.items()]
+            held |= self.norms
         changed = {
             path: type(module).__name__
-            for path, module, adapters in held
-            if not is_ours(module) and adapters.keys() <= set(names)
+            for path, module in held.items()
+            if not is_ours(module) and set(module.lora_adapters()) <= set(names)
         }
         changed |= {
             path: f"the {role} of {name!r} is sharded"
@@ -260,20 +261,14 @@ class Registry:
             )
 
 
-def _misfit(module: LoRALayer | TrainedModule) -> str | None:
+def _misfit(module: Patched) -> str | None:
     if has_foreign_forward(module):
         return "has a forward of another library's on the instance now, which hides its adapter"
     for name in module.lora_added():
         tensor = module._parameters.get(name)
         if tensor is not None and tensor.is_meta:
             return "had its adapter offloaded with it"
-    if isinstance(module, LoRALayer):
-        sizes = module.lora_features()
-        for name in module.lora_slots:
-            a_RI, b_OR = module.lora_pair(name)
-            if (shape_of(a_RI)[1], shape_of(b_OR)[0]) != sizes:
-                return f"has other sizes now (in, out = {sizes}) than its adapter"
-    return None
+    return module.lora_misfit()
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from hf_lora.errors import StateError
-from hf_lora.layers.names import parameter_name
-from hf_lora.layers.trained import TrainedModule
 from hf_lora.model.choices import check_compatible
 from hf_lora.model.patch import attach, remove_adapter
 from hf_lora.model.registry import Adapter, Registry
@@ -63,12 +61,10 @@ def _bring_back(
     if old.name in registry.adapters:
         remove_adapter(registry, old.name)
     attach(model, registry, old.name, old.config, old.slots, list(old.trained))
-    for path, module, role, _ in list(registry.tensors(old.name)):
-        copied = isinstance(module, TrainedModule)
-        held = module.lora_copies[old.name][role] if copied else parameter_name(role, old.name)
-        tensor = tensors[path, role]
+    for path, module, role in list(registry.roles(old.name)):
+        tensor = tensors[path, role.name]
         if isinstance(tensor, nn.Parameter):
-            module._parameters[held] = tensor
+            module._parameters[role.held] = tensor
         else:
-            module._buffers[held] = tensor
+            module._buffers[role.held] = tensor
     registry.adapters[old.name] = old

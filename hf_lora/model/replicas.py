@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from hf_lora.compat.dtensor import is_sharded
-from hf_lora.layers.tensor_parallel import as_distributed, split_factors, split_of
+from hf_lora.layers.tensor_parallel import split_of
 from hf_lora.model.registry import Registry
 
 
@@ -63,19 +63,10 @@ def _is_over(mesh: Any, dim: int, registry: Registry) -> bool:
 def _split(registry: Registry, name: str) -> None:
     """Make an adapter's factors DTensors, and its copies too, each process with its part."""
     size = registry.mesh.size()
-    for path in registry.adapter(name).slots:
-        layer = registry.layers[path]
-        split = split_of(layer)
-        split_factors(layer, name, split, registry.mesh)
-        for factor in layer.lora_pair(name) if split else ():
-            if not _is_split(factor):
-                # each process has a part of a sum, and the mean is what will be taken
-                factor.register_hook(lambda gradient: gradient * size)
-    for module in registry.copies.values():
-        for added in module.lora_copies.get(name, {}).values():
-            copy = module._parameters.get(added)
-            if copy is not None:
-                module._parameters[added] = as_distributed(copy, registry.mesh)
+    for path in registry.adapter(name).places:
+        for parameter in registry.modules[path].lora_split(name, registry.mesh):
+            # each process has a part of a sum, and the mean is what will be taken
+            parameter.register_hook(lambda gradient: gradient * size)
 
 
 def _is_split(parameter: Any) -> bool:

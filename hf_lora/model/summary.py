@@ -8,7 +8,6 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import numel_of
 from hf_lora.compat.dtensor import gather_full
-from hf_lora.layers.dispatch import how_computed
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.planning.records import size
 
@@ -52,7 +51,7 @@ class Summary:
     base_parameters: int
     adapters: tuple[AdapterSummary, ...]
     computed: dict[str, str]
-    """Path of each adapted layer to how it computes: see ``layers.fused.how_computed``."""
+    """Path of each adapted layer to how it computes: see ``layers.dispatch.how_computed``."""
 
     traced: bool
     """Whether layers that read the same tensor were looked for, as the first training step does."""
@@ -87,16 +86,6 @@ class Summary:
         return "\n".join(lines)
 
 
-def update_norm(a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float) -> float:
-    """Return the Frobenius norm of ``s · B A`` from the two Gram matrices, without the product.
-
-    ``‖B A‖² = tr((BᵀB)(A Aᵀ))``, in float64.
-    """
-    a_RI, b_OR = a_RI.detach().double(), b_OR.detach().double()
-    squared = ((b_OR.t() @ b_OR) * (a_RI @ a_RI.t())).sum()
-    return scaling * float(squared.clamp_min(0).sqrt())
-
-
 def summary(model: nn.Module) -> Summary:
     """Return counts, bytes, states and the norms of every adapter's updates.
 
@@ -111,7 +100,6 @@ def summary(model: nn.Module) -> Summary:
     found = []
     for name, adapter in registry.adapters.items():
         tensors = [tensor for *_, tensor in registry.tensors(name)]
-        factors = _factors(registry, name)
         found.append(
             AdapterSummary(
                 name=name,
@@ -123,22 +111,25 @@ def summary(model: nn.Module) -> Summary:
                 trained=adapter.trained,
                 parameters=sum(map(numel_of, tensors)),
                 bytes=sum(numel_of(tensor) * tensor.element_size() for tensor in tensors),
-                norms={
-                    path: update_norm(*factors[path], slot.scaling)
-                    for path, slot in adapter.slots.items()
-                },
+                norms=_norms(registry, name),
             )
         )
     base = sum(numel_of(p) for p in inner.parameters() if id(p) not in added)
     sharing = registry.routing.sharing
     grouped = sharing.grouped()
-    computed = {path: how_computed(layer, grouped) for path, layer in registry.layers.items()}
+    said = {path: module.lora_how(grouped) for path, module in registry.modules.items()}
+    computed = {path: how for path, how in said.items() if how is not None}
     return Summary(type(inner).__name__, base, tuple(found), computed, sharing.traced)
 
 
-def _factors(registry: Registry, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return path to A and B of one adapter, whole."""
-    pairs = {path: registry.layers[path].lora_pair(name) for path in registry.adapter(name).slots}
-    a = gather_full({path: a_RI for path, (a_RI, _) in pairs.items()})
-    b = gather_full({path: b_OR for path, (_, b_OR) in pairs.items()})
-    return {path: (a[path], b[path]) for path in pairs}
+def _norms(registry: Registry, name: str) -> dict[str, float]:
+    """Return path to the norm of one adapter's update, for each layer that has one."""
+    slots = registry.adapter(name).slots
+    whole: dict[str, dict[str, torch.Tensor]] = {path: {} for path in slots}
+    held = {(path, role): t for path, _, role, t in registry.tensors(name) if path in slots}
+    for (path, role), tensor in gather_full(held).items():
+        whole[path][role] = tensor
+    return {
+        path: registry.modules[path].lora_layout.norm(whole[path], slot)
+        for path, slot in slots.items()
+    }

@@ -13,7 +13,7 @@ from torch import nn
 from hf_lora.compat.accelerate import is_offloaded
 from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, listing
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.trained import TrainedModule, own_parameters, tensor_names, train_fault
 from hf_lora.model.patch import train_module
 from hf_lora.model.registry import Adopted, Registry
@@ -69,7 +69,7 @@ def _unfrozen(model: nn.Module, registry: Registry) -> Found:
     def base() -> Iterator[tuple[str, str, nn.Parameter]]:
         for path, module in model.named_modules():
             # of a module with copies the base's own are not read
-            if path not in registry.copies:
+            if path not in registry.exclusive:
                 for name, parameter in own_parameters(module):
                     if parameter.requires_grad:
                         yield path, name, parameter
@@ -93,7 +93,7 @@ def _fault(path: str, module: nn.Module, parameter: nn.Parameter) -> str | None:
     if is_distributed(parameter):
         return "it is spread over several processes already"
     for part in module.modules():
-        if isinstance(part, LoRALayer):
+        if isinstance(part, Adaptable):
             return "its layer has a low-rank update" if part is module else "so has a layer in it"
         if is_offloaded(part):
             return "accelerate keeps its values elsewhere between calls"

@@ -14,21 +14,21 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from hf_lora.errors import HfLoRAWarning, StateError, listing
-from hf_lora.layers.hosts import features
-from hf_lora.layers.kind import Patched
+from hf_lora.layers.kind import Adaptable, Patched
 from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.statistics import FrozenNorm
+from hf_lora.layers.table import kind_of
 from hf_lora.planning.heads import output_head
 
-Registry = Any
-"""`model.registry.Registry`, which stands above this module."""
+if TYPE_CHECKING:
+    from hf_lora.model.registry import Registry
 
 _HEAD = (
     "{names} had no part in what was computed just now, although an adapter on it is in use: its "
@@ -41,8 +41,8 @@ _HEAD = (
 class Places:
     """Where the modules that carry adapters stand in a model, and what stands around them."""
 
-    def __init__(self, model: nn.Module, registry: Registry, before: "Places | None" = None):
-        carriers = {*registry.layers.values(), *registry.copies.values()}
+    def __init__(self, model: nn.Module, registry: "Registry", before: "Places | None" = None):
+        carriers = set(registry.modules.values())
         modules = dict(model.named_modules())
         self.paths = {path: module for path, module in modules.items() if module in carriers}
         parents = {path.rpartition(".")[0] for path in self.paths if path}
@@ -92,7 +92,7 @@ class Places:
             parent = path.rpartition(".")[0]
             store, before = self.parents.get(parent, {}), self.children.get(parent, [])
             for name, module in store.items():
-                if name not in before and module is not None and features(module) is not None:
+                if name not in before and module is not None and kind_of(module) is not None:
                     found.setdefault(path, (name, layer))
         return found
 
@@ -147,7 +147,7 @@ def unwatch(model: nn.Module) -> None:
             model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def look_at_places(model: nn.Module, registry: Registry) -> dict[str, tuple[str, nn.Module]]:
+def look_at_places(model: nn.Module, registry: "Registry") -> dict[str, tuple[str, nn.Module]]:
     """Check that all that carries adapters is in its place, after any change of the module tree.
 
     Returns:
@@ -179,7 +179,7 @@ def _forward(model: nn.Module) -> Any:
     return vars(model).get("forward", type(model).forward)
 
 
-def _asked_for(registry: Registry, way: tuple[Any, ...]) -> dict[str, nn.Module]:
+def _asked_for(registry: "Registry", way: tuple[Any, ...]) -> dict[str, nn.Module]:
     """Return the adapted heads that must be heard in a computation that was not done yet so."""
     if registry.places is None or not registry.places.heads:
         return {}
@@ -192,22 +192,21 @@ def _asked_for(registry: Registry, way: tuple[Any, ...]) -> dict[str, nn.Module]
     return {
         path: head
         for path, head in registry.places.heads.items()
-        if (names := used & getattr(head, "lora_slots", {}).keys())
+        if isinstance(head, Adaptable)
+        and (names := used & head.lora_slots.keys())
         and not (registry.gradients_checked and _trains(head, names))
     }
 
 
-def _trains(head: Any, names: Iterable[str]) -> bool:
+def _trains(head: Adaptable, names: Iterable[str]) -> bool:
     """Say whether gradients would show that the head is not heard."""
-    pairs = (head.lora_pair(name) for name in names)
-    return torch.is_grad_enabled() and any(
-        factor.requires_grad for pair in pairs for factor in pair
-    )
+    held = (tensor for name in names for tensor in head.lora_tensors(name).values())
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
 
 
 def _listen(
     model: nn.Module,
-    registry: Registry,
+    registry: "Registry",
     fused: dict[str, tuple[str, nn.Module]],
     heads: dict[str, nn.Module],
     before: Places | None,
@@ -249,7 +248,7 @@ def _called(layers: Iterable[nn.Module]) -> tuple[set[nn.Module], list[Any]]:
 
 
 @contextlib.contextmanager
-def heads_heard(model: nn.Module, registry: Registry, way: str) -> Iterator[None]:
+def heads_heard(model: nn.Module, registry: "Registry", way: str) -> Iterator[None]:
     """Tell if an adapted output head has no part in what is computed inside the ``with`` block.
 
     Args:
@@ -268,7 +267,7 @@ def heads_heard(model: nn.Module, registry: Registry, way: str) -> Iterator[None
     _tell(registry, [path for path, head in heads.items() if head not in called])
 
 
-def _tell(registry: Registry, paths: list[str]) -> None:
+def _tell(registry: "Registry", paths: list[str]) -> None:
     told = (*paths, *registry.routing.active)
     if not paths or told in registry.heard:
         return

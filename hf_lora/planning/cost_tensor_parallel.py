@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.probe import host_class
+from hf_lora.layers.tensor_parallel import SPLIT_WITH
 from hf_lora.planning.cost_tensors import Piece, Pieces, ring
 from hf_lora.planning.records import PerRank, Plan
 
 _COLUMNS, _ROWS = "colwise", "rowwise"
 _GATHERED, _EMBEDDING = "colwise_gather_output", "embedding_rowwise"
 _STYLES = {_COLUMNS, _ROWS, _GATHERED, _EMBEDDING}
+_CLASSES = {_ROWS: "RowwiseParallel", _COLUMNS: "ColwiseParallel", _GATHERED: "ColwiseParallel"}
+"""Those with which adapters are split, to transformers' class."""
 
 
 def fault(model: nn.Module, plan: Plan, tensors: Pieces, world: int) -> str | None:
@@ -98,10 +100,8 @@ def _cut(tensor: Piece, style: str | None) -> int | None:
     """Return the dimension along which a tensor is cut, or None."""
     if style is None:
         return None
-    if tensor.name == LORA_A:
-        return 1 if style == _ROWS else None
-    if tensor.name == LORA_B:
-        return 0 if style in (_COLUMNS, _GATHERED) else None
+    if tensor.added:
+        return SPLIT_WITH.get(_CLASSES.get(style, ""), {}).get(tensor.name)
     if style == _ROWS:  # its bias is added to the sum, once
         return 1 if len(tensor.shape) == 2 else None
     return 0
@@ -112,12 +112,12 @@ def _crossing(model: nn.Module, styles: Mapping[str, str], world: int) -> Iterab
     for path, style in styles.items():
         weight = model.get_submodule(path).weight
         assert isinstance(weight, torch.Tensor)
-        out_features, in_features = weight.shape
+        wide_out, wide_in = weight.shape
         item = weight.element_size()
         if style == _ROWS:  # its output is a sum over the processes
-            yield 2 * ring(out_features * item, world)
+            yield 2 * ring(wide_out * item, world)
             continue
         # an embedding's output is such a sum too, and the gradient of the others' inputs
-        yield 2 * ring(in_features * item, world)
+        yield 2 * ring(wide_in * item, world)
         if style == _GATHERED:
-            yield math.ceil(out_features / world) * (world - 1) * item
+            yield math.ceil(wide_out / world) * (world - 1) * item

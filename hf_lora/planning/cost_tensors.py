@@ -10,7 +10,6 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.layers.kind import parameter_of
-from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.layers.quantized import stored_bytes
 from hf_lora.layers.trained import tensor_names
 from hf_lora.planning.records import Plan
@@ -24,7 +23,7 @@ class Piece:
     """Of its module."""
 
     name: str
-    """In its module; ``lora_A`` or ``lora_B`` for an adapter's factors."""
+    """In its module; the role for an adapter's tensors."""
 
     shape: tuple[int, ...]
     """Of what is stored, which for a quantized weight may be another than the layer's."""
@@ -32,6 +31,9 @@ class Piece:
     bytes: int
     block: str | None
     """Path of the repeated block that it is in."""
+
+    added: bool = False
+    """Whether a target's adapter has it, and not the base or a copy of a module of it."""
 
     def part(self, world: int, dim: int | None = 0) -> int:
         """Return the bytes of the largest of ``world`` parts along a dimension; all without one."""
@@ -49,7 +51,7 @@ class Pieces:
     """Tied parameters once."""
 
     learning: tuple[Piece, ...]
-    """A and B of each target, and the copies of modules that are trained in full."""
+    """Those of each target, and the copies of modules that are trained in full."""
 
     buffers: int
     """Bytes of such copies' buffers, which are whole in every process."""
@@ -84,10 +86,10 @@ def _piece(path: str, name: str, tensor: torch.Tensor, blocks: set[str]) -> Piec
 
 def _factors(plan: Plan, blocks: set[str]) -> Iterator[Piece]:
     for target in plan.targets:
-        r, block = target.slot.r, _block(target.path, blocks)
-        for name, shape in ((LORA_A, (r, target.in_features)), (LORA_B, (target.out_features, r))):
+        block = _block(target.path, blocks)
+        for name, shape in target.shapes.items():
             size = math.prod(shape) * target.dtype.itemsize
-            yield Piece(target.path, name, shape, size, block)
+            yield Piece(target.path, name, shape, size, block, added=True)
 
 
 def _copies(model: nn.Module, plan: Plan, blocks: set[str]) -> Iterator[Piece]:

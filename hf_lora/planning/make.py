@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
-from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, features, rank_fault
+from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.statistics import has_statistics
+from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_parameters, own_tensors, tensor_names
 from hf_lora.layers.uncalled import reader_of
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
@@ -158,18 +159,19 @@ def _target(
 ) -> Target:
     fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
     fields |= config.overrides[override] if override is not None else {}
-    fault = rank_fault(module, fields["r"])
+    slot = LayerConfig(**fields, rslora=config.rslora)
+    kind = kind_of(module)
+    assert kind is not None
+    fault = kind.lora_rank_fault(module, slot.r)
     if fault:
         problems.append(f"{path or 'the model itself'}: {fault}")
-    sizes = features(module)
-    assert sizes is not None
     weights = [tensor for name, tensor in own_parameters(module) if name == "weight"]
     return Target(
         path=path,
         host=host_class(module).__name__,
-        in_features=sizes[0],
-        out_features=sizes[1],
-        slot=LayerConfig(**fields, rslora=config.rslora),
+        shapes=kind.lora_shapes(module, slot),
+        layout=kind.lora_layout,
+        slot=slot,
         dtype=chosen_dtype(config) or adapter_dtype(module),
         tied_to=owners.others(weights, path),
     )

@@ -5,12 +5,14 @@ exactly this plan, or refuses with all its problems at once.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.roles import Layout, Shapes
 from hf_lora.planning.clients import vllm_rank
 
 
@@ -30,8 +32,10 @@ class Target:
     host: str
     """The layer's class."""
 
-    in_features: int
-    out_features: int
+    shapes: Shapes
+    """What the adapter has there: role to shape, such as ``lora_A`` to (r, in)."""
+
+    layout: Layout
     slot: LayerConfig
     dtype: torch.dtype
     tied_to: tuple[str, ...]
@@ -39,12 +43,22 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers: ``r · (in + out)``."""
-        return self.slot.r * (self.in_features + self.out_features)
+        """Trainable numbers; of a linear layer ``r · (in + out)``."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def in_features(self) -> int | None:
+        """Width that the layer reads, if it is one that has such a width."""
+        return self.layout.widths(self.shapes)[0] if self.layout.widths else None
+
+    @property
+    def out_features(self) -> int | None:
+        """Width that it gives."""
+        return self.layout.widths(self.shapes)[1] if self.layout.widths else None
 
     @property
     def bytes(self) -> int:
-        """Size of both factors."""
+        """Size of all of them."""
         return self.parameters * self.dtype.itemsize
 
     @property
@@ -199,7 +213,7 @@ def _lines(plan: Plan) -> Iterable[str]:
         key = (
             target.path.rsplit(".", 1)[-1] or "(the model itself)",
             target.host,
-            f"{target.in_features} -> {target.out_features}",
+            target.layout.sizes(target.shapes),
             str(target.slot.r),
             f"{target.slot.alpha:g}",
             f"{target.slot.dropout:g}",

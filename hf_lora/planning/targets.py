@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.config import ALL_LINEAR, LoRAConfig
-from hf_lora.layers.hosts import features, rank_fault, why_not
+from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.lora import LoRALayer
-from hf_lora.layers.probe import gradient_fault, is_packed, is_plain, probe_key
+from hf_lora.layers.probe import is_packed
+from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.tensor_parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.uncalled import reader_of, uncalled
@@ -162,7 +163,7 @@ class Tree:
 
     def reason(self, path: str) -> str | None:
         """Return why the module at ``path`` cannot be adapted, or None."""
-        return self.unheard.get(path) or why_not(self.modules[path])
+        return self.unheard.get(path) or host_fault(self.modules[path])
 
     def missed_stacks(self, config: LoRAConfig, settled: Collection[str]) -> list[Stack]:
         """Return the stacked parameters that the targets mean, outside of what is settled."""
@@ -181,9 +182,8 @@ class Tree:
         if reader is not None:
             return f"{reader[0]}'s own code reads {reader[1]}.weight, past the layer"
         # what is packed is tried when it is wrapped, once it is no longer packed for inference
-        tried = not is_plain(module) and not is_packed(module)
-        fault = self._trial(module) if tried else None
-        small = not self._has_own_rank(path, config) and rank_fault(module, config.r)
+        fault = None if is_packed(module) else self._trial(module)
+        small = not self._has_own_rank(path, config) and self._rank_fault(path, config.r)
         if fault is None and small and self._some_take(config):
             return f"smaller than r={config.r}"
         return fault
@@ -196,26 +196,34 @@ class Tree:
         """Say whether the rank fits some layer at all: if not, it is the rank that is wrong."""
         if self._fits is None:
             self._fits = any(
-                not rank_fault(self.modules[path], config.r)
+                not self._rank_fault(path, config.r)
                 for path in self.linear
                 if path not in self.head and not self._has_own_rank(path, config)
             )
         return self._fits
 
+    def _rank_fault(self, path: str, r: int) -> str | None:
+        kind = kind_of(self.modules[path])
+        return kind and kind.lora_rank_fault(self.modules[path], r)
+
     def _trial(self, module: nn.Module) -> str | None:
-        same = probe_key(module)
-        if same not in self._trials:
-            self._trials[same] = gradient_fault(module)
-        return self._trials[same]
+        kind = kind_of(module)
+        key = kind and kind.lora_probe_key(module)
+        if kind is None or key is None:
+            return None
+        if (kind, *key) not in self._trials:
+            self._trials[kind, *key] = kind.lora_gradient_fault(module)
+        return self._trials[kind, *key]
 
     def is_layer(self, path: str) -> bool:
         """Say whether a module has something of its own to adapt, and is not a mere container."""
-        return features(self.modules[path]) is not None or bool(tensor_names(self.modules[path]))
+        module = self.modules[path]
+        return kind_of(module) is not None or bool(tensor_names(module))
 
     @functools.cached_property
     def linear(self) -> list[str]:
         """The paths of everything that declares itself to be a linear layer."""
-        return [path for path, module in self.modules.items() if features(module) is not None]
+        return [path for path, module in self.modules.items() if LoRALayer.lora_takes(module)]
 
     def targets(self, config: LoRAConfig, problems: list[str]) -> dict[str, list[str]]:
         """Return each target pattern and the modules that it means."""
@@ -314,7 +322,7 @@ class Tree:
     def _train_fault(self, top: str) -> str | None:
         for module in self.modules[top].modules():
             fault = train_fault(module)
-            if isinstance(module, LoRALayer):
+            if isinstance(module, Adaptable):
                 fault = "another adapter has a low-rank update there"
             if fault:
                 return fault

@@ -361,6 +361,6 @@ def test_a_layer_and_its_wrapper_have_one_name():
     registry = registry_of(hf_lora.wrap(model, targets=[r"0\._checkpoint_wrapped_module"], r=2))
     adapter = registry.adapter("default")
     adapter.slots["0"] = adapter.slots["0._checkpoint_wrapped_module"]
-    registry.layers["0"] = registry.layers["0._checkpoint_wrapped_module"]
+    registry.modules["0"] = registry.modules["0._checkpoint_wrapped_module"]
     with pytest.raises(hf_lora.SaveError, match="a file has one name for them"):
         collect(model, registry, "default", None)

@@ -127,8 +127,8 @@ def said(model: Any) -> tuple[Any, ...]:
             [*found[1].adapters],
             found[1].routing.active,
             found[1].routing.merged,
-            [*found[1].layers],
-            [*found[1].copies],
+            [*found[1].modules],
+            [*found[1].exclusive],
             len(found[1].originals),
         ),
     )

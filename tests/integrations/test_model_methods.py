@@ -19,6 +19,7 @@ from hf_lora.layers.lora import LoRALayer
 from hf_lora.model.registry import wrapped as with_registry
 from tests.integrations import training
 from tests.integrations.training import adapter_tensors, base_tensors, same
+from tests.snapshot import low_rank
 
 X = torch.tensor([[3, 5, 7, 9]])
 
@@ -280,4 +281,4 @@ class TestMethods:
 def test_a_wrapped_layer_is_found_by_its_class():
     model = training.wrapped()
     found = [m for m in model.modules() if isinstance(m, LoRALayer)]
-    assert found == list(with_registry(model)[1].layers.values())
+    assert found == list(low_rank(with_registry(model)[1]).values())

@@ -191,7 +191,8 @@ class TestWhatThePolicyIs:
         model = wrap(loaded(folder), train=["lm_head"])
         fresh = dpo(model, tmp_path).ref_model
         assert (
-            fresh.lm_head.weight is with_registry(model)[1].copies["lm_head"]._parameters["weight"]
+            fresh.lm_head.weight
+            is with_registry(model)[1].exclusive["lm_head"]._parameters["weight"]
         )
         again = wrap(loaded(folder), train=["lm_head"])
         with torch.no_grad():

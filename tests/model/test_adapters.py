@@ -8,7 +8,7 @@ import hf_lora
 from hf_lora import ConfigError, StateError, TargetError, UnknownAdapterError
 from hf_lora.model.registry import registry_of
 from tests.rounding import assert_rounded_alike
-from tests.snapshot import snapshot
+from tests.snapshot import low_rank, snapshot
 from tests.tiny import Net, answers, rows, scramble
 
 Q, V = "q_proj", "v_proj"
@@ -27,7 +27,7 @@ def by_hand(names: list[str], model: Net) -> torch.Tensor:
     """Return the answer of a plain model whose weights hold these adapters' updates, in float64."""
     plain = Net().double()
     registry = registry_of(model)
-    for path, layer in registry.layers.items():
+    for path, layer in low_rank(registry).items():
         weight = plain.get_submodule(path).weight
         for name in names:
             if name in layer.lora_slots:
@@ -72,12 +72,12 @@ def test_a_new_adapter_is_there_but_not_active():
 def test_ranks_and_layers_differ_between_adapters():
     model = two()
     registry = registry_of(model)
-    layer = registry.layers["layers.0.q_proj"]
+    layer = low_rank(registry)["layers.0.q_proj"]
     assert layer.lora_A.shape == (2, 8)
     assert layer.lora_A_fr.shape == (3, 8)
-    assert set(registry.layers["layers.0.v_proj"].lora_slots) == {"fr"}
-    assert registry.layers["layers.0.v_proj"].lora_A_fr.shape == (1, 8)
-    assert not hasattr(registry.layers["layers.0.v_proj"], "lora_A")
+    assert set(low_rank(registry)["layers.0.v_proj"].lora_slots) == {"fr"}
+    assert low_rank(registry)["layers.0.v_proj"].lora_A_fr.shape == (1, 8)
+    assert not hasattr(low_rank(registry)["layers.0.v_proj"], "lora_A")
 
 
 def test_deleting_an_adapter_gives_layers_back_that_no_other_uses():

@@ -41,7 +41,7 @@ class TestWhoIsIn:
         for name in ("lora_A", "lora_B"):
             assert {roles[key] for key in groups[name]} == {name}
         copies = groups.get("trained", set()) | groups.get("trained_no_decay", set())
-        assert {key.rpartition(".")[0] for key in copies} == set(registry.copies)
+        assert {key.rpartition(".")[0] for key in copies} == set(registry.exclusive)
 
     def test_the_groups_say_what_they_are(self):
         model = adapted(train=["head"])

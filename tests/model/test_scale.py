@@ -14,6 +14,7 @@ from torch import nn
 import hf_lora
 from hf_lora.layers.lora import LoRALayer
 from hf_lora.model.registry import Registry, registry_of
+from tests.snapshot import low_rank
 
 SMALL, LARGE = 30, 240
 
@@ -111,7 +112,7 @@ def test_a_switch_touches_no_module(monkeypatch: pytest.MonkeyPatch):
     def touched(self: object, *args: object) -> object:
         raise AssertionError(f"{type(self).__name__} was touched: {args}")
 
-    before = [dict(vars(layer)) for layer in registry.layers.values()]
+    before = [dict(vars(layer)) for layer in low_rank(registry).values()]
     monkeypatch.setattr(nn.Module, "__setattr__", touched)
     monkeypatch.setattr(nn.Module, "__getattr__", touched)
     monkeypatch.setattr(nn.Module, "named_modules", touched)
@@ -122,4 +123,4 @@ def test_a_switch_touches_no_module(monkeypatch: pytest.MonkeyPatch):
         assert hf_lora.active_adapters(model) == ("a1",)
     assert hf_lora.active_adapters(model) == ("default", "a1")
     monkeypatch.undo()
-    assert [dict(vars(layer)) for layer in registry.layers.values()] == before
+    assert [dict(vars(layer)) for layer in low_rank(registry).values()] == before

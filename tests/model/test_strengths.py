@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 import hf_lora
 from hf_lora import ConfigError, StateError
 from hf_lora.model.registry import registry_of
-from tests.snapshot import snapshot
+from tests.snapshot import low_rank, snapshot
 from tests.tiny import Net, answers, rows, scramble
 
 WEIGHTS = [
@@ -41,13 +41,13 @@ def expected(model: Net, weights: Mapping[str, float]) -> torch.Tensor:
     """Return the answer of a plain model whose weights hold these shares, in float64."""
     plain = Net().double()
     registry = registry_of(model)
-    for path, layer in registry.layers.items():
+    for path, layer in low_rank(registry).items():
         weight = plain.get_submodule(path).weight
         for name, factor in weights.items():
             if name in layer.lora_slots:
                 a, b = (part.detach().double() for part in layer.lora_pair(name))
                 weight.data += float(factor) * layer.lora_slots[name].scaling * b @ a
-    for path, module in registry.copies.items():
+    for path, module in registry.exclusive.items():
         for name, parameter in plain.get_submodule(path).named_parameters():
             change = sum(
                 float(factor) * (module.lora_copy(a)[name].detach().double() - parameter.data)
@@ -124,7 +124,7 @@ def test_merging_on_top_is_merging_at_once():
     one, other = (two(train=["head"]).to(torch.bfloat16) for _ in range(2))
     hf_lora.merge(hf_lora.merge(one, "a"), {"b": 0.5})
     hf_lora.merge(other, {"a": 1.0, "b": 0.5})
-    for path, layer in registry_of(one).layers.items():
+    for path, layer in low_rank(registry_of(one)).items():
         assert torch.equal(layer.weight, other.get_submodule(path).weight)
     assert len(registry_of(one).originals) == len(registry_of(other).originals)
 

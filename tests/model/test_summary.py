@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import hf_lora
+from hf_lora.functional.low_rank import update_norm
 from hf_lora.model.registry import registry_of
-from hf_lora.model.summary import update_norm
 from tests.model.models import CASES, Case, each_case
+from tests.snapshot import low_rank
 from tests.tiny import Net, scramble
 
 
@@ -22,9 +23,9 @@ def test_counts_bytes_and_norms_are_those_of_the_tensors(case: Case):
     tensors = [tensor for *_, tensor in registry.tensors("default")]
     assert one.parameters == sum(tensor.numel() for tensor in tensors)
     assert one.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert one.layers == len(registry.layers) == len(one.norms)
+    assert one.layers == len(low_rank(registry)) == len(one.norms)
     for path, norm in one.norms.items():
-        dense = registry.layers[path].lora_delta("default").double().norm().item()
+        dense = low_rank(registry)[path].lora_delta("default").double().norm().item()
         assert norm == pytest.approx(dense, rel=1e-5)
     assert not one.dead
 

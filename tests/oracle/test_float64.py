@@ -11,6 +11,7 @@ import hf_lora
 from hf_lora.model.registry import registry_of
 from tests.oracle.adapting import ALPHA, EXCEPTION, PLAIN, R, distance, our_fields, scramble
 from tests.oracle.architectures import Architecture, Inputs, each_architecture
+from tests.snapshot import low_rank
 
 TOLERANCE = 1e-12
 
@@ -53,7 +54,7 @@ def test_forward_and_gradients_are_the_formulas(architecture: Architecture) -> N
     plain = model(**inputs).logits.detach()
     hf_lora.wrap(model, **our_fields(architecture))
     scramble(model)
-    layers = registry_of(model).layers
+    layers = low_rank(registry_of(model))
     assert all(layer.lora_A.dtype == torch.float64 for layer in layers.values())
     factors = {
         path: (

@@ -22,7 +22,7 @@ from tests.model.models import (
     llama,
     t5,
 )
-from tests.snapshot import snapshot
+from tests.snapshot import low_rank, snapshot
 from tests.tiny import Net
 
 
@@ -78,9 +78,9 @@ def test_the_targets_are_the_layers_that_are_made(case: Case):
     assert hosts == {target.path: target.host for target in plan.targets}
     hf_lora.wrap(model, **case.fields)
     registry = registry_of(model)
-    assert list(registry.layers) == [target.path for target in plan.targets]
+    assert list(low_rank(registry)) == [target.path for target in plan.targets]
     for target in plan.targets:
-        layer = registry.layers[target.path]
+        layer = low_rank(registry)[target.path]
         a, b = layer.lora_pair("default")
         assert a.shape == (target.slot.r, target.in_features)
         assert b.shape == (target.out_features, target.slot.r)

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import GradientError, HfLoRAWarning, StateError, listing
+from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.tensor_parallel import to_local
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Registry
@@ -98,9 +99,9 @@ def switch_dropout_off(registry: Registry) -> None:
 
     The adapters' configurations, and what is saved, keep the value.
     """
-    for layer in registry.layers.values():
-        for name, slot in layer.lora_slots.items():
-            layer.lora_slots[name] = dataclasses.replace(slot, dropout=0.0)
+    for module in registry.modules.values():
+        for name, slot in module.lora_slots.items() if isinstance(module, Adaptable) else ():
+            module.lora_slots[name] = dataclasses.replace(slot, dropout=0.0)
 
 
 def check_gradients(model: nn.Module, registry: Registry) -> None:

@@ -38,7 +38,7 @@ def _head_is_patched(model: nn.Module, registry: Registry) -> bool:
     """Say whether the output head has an adapter: a fused loss reads its weight without a call."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return any(module is head for module in (*registry.layers.values(), *registry.copies.values()))
+    return any(module is head for module in registry.modules.values())
 
 
 def _chooses(config: Any) -> bool:

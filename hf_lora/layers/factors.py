@@ -1,0 +1,131 @@
+"""Kinds of layers whose update is made of two factors, A and B, one of which starts at zero."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hf_lora.compat.deepspeed import shape_of
+from hf_lora.functional.init import init_low_rank
+from hf_lora.layers.choice import Weights
+from hf_lora.layers.kind import Adaptable
+from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.merge import merged_weight, not_finite, weight_fault
+from hf_lora.layers.meta import set_full
+from hf_lora.layers.names import parameter_name
+from hf_lora.layers.replaced import Replaced, Tensors
+from hf_lora.layers.roles import FACTOR_A, FACTOR_B, Role
+
+
+class Factored(Adaptable):
+    """Mixin that keeps two factors for each adapter, under the roles of its layout."""
+
+    lora_zero = 1
+    """Which of the two starts at zero, so that the layer begins as its base."""
+
+    @classmethod
+    def lora_init(cls, factors: Sequence[torch.Tensor], method: str) -> None:
+        """Fill A and B in place, as an adapter starts.
+
+        Args:
+            factors: A and B.
+            method: As a configuration says.
+        """
+        a, b = factors
+        init_low_rank(a, b, method)
+
+    def lora_held(self, adapter: str) -> tuple[str, ...]:
+        """Return the names of an adapter's factors on this module."""
+        return tuple(parameter_name(role, adapter) for role in self.lora_layout.roles)
+
+    def lora_add(
+        self,
+        adapter: str,
+        config: LayerConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        init: str | None,
+    ) -> None:
+        """Give the layer the factors of an adapter; ``init=None`` leaves them unfilled."""
+        shapes = self.lora_shapes(self, config).values()
+        factors = [nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes]
+        if init is not None:
+            self.lora_init(factors, init)
+        for held, factor in zip(self.lora_held(adapter), factors, strict=True):
+            # transformers initializes again whatever does not carry this mark
+            factor._is_hf_initialized = True  # type: ignore[attr-defined]
+            self.register_parameter(held, factor)
+            # accelerate's init_empty_weights has put another there, without values
+            self._parameters[held] = factor
+        self.lora_slots[adapter] = config
+        self.lora_routing.starts[adapter] = init or "kaiming"
+        self.lora_routing.names.add(adapter)
+
+    def lora_draw(self, names: set[str]) -> None:
+        """Draw factors anew: as they started, since what they were is lost."""
+        for adapter, config in self.lora_slots.items():
+            held = self.lora_held(adapter)
+            if names & set(held):
+                drawn = [torch.empty(s) for s in self.lora_shapes(self, config).values()]
+                self.lora_init(drawn, self.lora_routing.starts[adapter])
+                for key, factor, value in zip(held, self.lora_pair(adapter), drawn, strict=True):
+                    if key in names:
+                        set_full(factor, value)
+
+    def lora_remove(self, adapter: str) -> None:
+        """Take the factors of an adapter away."""
+        del self.lora_slots[adapter]
+        for held in self.lora_held(adapter):
+            delattr(self, held)
+
+    def lora_pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return A and B of an adapter."""
+        a, b = (getattr(self, held) for held in self.lora_held(adapter))
+        return a, b
+
+    def lora_roles(self, adapter: str) -> tuple[Role, ...]:
+        """Return A and B, in this order."""
+        shapes = self.lora_shapes(self, self.lora_slots[adapter])
+        groups = (FACTOR_A, FACTOR_B)
+        return tuple(
+            Role(role, held, shapes[role], self.lora_layout.key(role), group)
+            for role, held, group in zip(shapes, self.lora_held(adapter), groups, strict=True)
+        )
+
+    def lora_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Return role to what this process has of A and B."""
+        return dict(zip(self.lora_layout.roles, self.lora_pair(adapter), strict=True))
+
+    def lora_added(self) -> set[str]:
+        """Return the names of the factors that this layer has."""
+        return {held for adapter in self.lora_slots for held in self.lora_held(adapter)}
+
+    def lora_misfit(self) -> str | None:
+        """Return whether the host has other sizes now, or None."""
+        for adapter, config in self.lora_slots.items():
+            now = self.lora_shapes(self, config)
+            for (role, shape), factor in zip(now.items(), self.lora_pair(adapter), strict=True):
+                if shape_of(factor) != shape:
+                    return f"has other sizes now ({role} would be {shape}) than its adapter"
+        return None
+
+    def lora_delta(self, name: str) -> torch.Tensor:
+        """Return an adapter's update of the weight, float32, in the weight's own layout."""
+        raise NotImplementedError
+
+    def lora_merge_fault(self) -> str | None:
+        """Return why updates cannot be put into the weight, or None."""
+        return weight_fault(self)
+
+    def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
+        """Return the weight with the sum of the adapters' updates."""
+        return merged_weight(self, adapters, None if replaced is None else replaced.read("weight"))
+
+    def lora_merge_damage(self, merged: Tensors) -> str | None:
+        """Return how many values are not finite that were, or None."""
+        return not_finite(self, merged)
+
+    def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Say whether the factor that starts at zero is zero."""
+        return not tensors[self.lora_layout.roles[self.lora_zero]].any()
