@@ -97,7 +97,7 @@ class TestSteps:
                 return F.dropout(self.q(x) * self.k(x), 0.5, self.training)
 
         torch.manual_seed(0)
-        model = hf_lora.wrap(Net(), ["q", "k"], r=2).train()
+        model = hf_lora.wrap(Net(), ["q", "k"], r=2, train=["norm"]).train()
         calls = []
         model.q.register_forward_hook(lambda *_: calls.append(1))
         torch.manual_seed(1)
