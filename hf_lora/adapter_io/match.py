@@ -1,7 +1,7 @@
 """Where each tensor of an adapter folder goes in a model: each in its place, every place filled."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ from hf_lora.files.peft_targets import (
 )
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.lora import LOW_RANK
+from hf_lora.layers.roles import Layout
 from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled
@@ -251,7 +253,12 @@ class _Matching:
         optional: set[str] = set()
         if says_all_linear(fields):  # PEFT leaves out heads, by rules of its own
             optional = output_head(self.model) | beside_backbone(self.model).keys()
-        without = sorted(meant - optional - self.slots.keys())
+        # tools that adapt linear layers only also write the names of embeddings there
+        held = {layer.layout for layer in self.folder.factors.values()}
+        other = [p for p in sorted(meant - self.slots.keys()) if not self._is_held(p, held)]
+        if other and not says_all_linear(fields):
+            self.told.append(f"{other[0]} ({len(other)} in all) is a target and has no tensors")
+        without = sorted(meant - optional - self.slots.keys() - {*other})
         if without and self.missing == "zero":
             self.told.append(
                 f"{without[0]} ({len(without)} in all) is a target and has no tensors: missing="
@@ -265,6 +272,10 @@ class _Matching:
         self.problems += [
             f"{path} has tensors, but is no target" for path in sorted(self.slots.keys() - meant)
         ]
+
+    def _is_held(self, path: str, layouts: Collection[Layout]) -> bool:
+        kind = kind_of(self.modules[path])
+        return kind is not None and (kind.lora_layout is LOW_RANK or kind.lora_layout in layouts)
 
     def _compare_copies(self, copies: dict[Place, str]) -> None:
         """Leave out tensors that only repeat the base's own; nothing else is left out."""

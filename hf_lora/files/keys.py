@@ -20,7 +20,7 @@ _ADAPTER = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
 _TRAINED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<role>[^.]+)")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
-    r"\blora_embedding_[AB]\b|\blora_magnitude_vector\b|\blora_[AB](?:\.[^.]+)?\.bias\b"
+    r"\blora_magnitude_vector\b|\blora_[AB](?:\.[^.]+)?\.bias\b"
     r"|\btrainable_tokens_delta\b|\bvera_|\bhada_|\blokr_|\bia3_"
 )
 
@@ -49,7 +49,6 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, LayerTensors], dict[str, str]
             listing(f"{file.path} holds tensors of a kind that hf_lora does not implement", foreign)
         )
     factor = _factor_pattern(layouts())
-    _refuse_convolutions(file, factor)
     problems: list[str] = []
     pairs: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
@@ -98,18 +97,6 @@ def _factor_pattern(known: tuple[Layout, ...]) -> re.Pattern[str]:
     return re.compile(rf"(?:(?P<path>.+)\.)?(?P<role>{roles}){_ADAPTER}(?:\.weight)?")
 
 
-def _refuse_convolutions(file: TensorFile, factor: re.Pattern[str]) -> None:
-    found = [
-        f"{key}: {shape}"
-        for key, shape in file.shapes.items()
-        if len(shape) > 2 and factor.fullmatch(key)
-    ]
-    if found:
-        raise UnsupportedAdapterError(
-            listing(f"{file.path} holds factors of convolutions, not of linear layers", found)
-        )
-
-
 def _plain_key(key: str, renamed: set[str]) -> str:
     plain = key
     before = _BEFORE.match(key)
@@ -125,11 +112,13 @@ def _plain_key(key: str, renamed: set[str]) -> str:
 def _layer_tensors(file: TensorFile, held: dict[str, str]) -> LayerTensors | str:
     """Return the tensors of one layer, role to key, as a record; or why they are none."""
     shapes = {role: file.shapes[key] for role, key in held.items()}
-    layout = next((each for each in layouts() if held.keys() <= set(each.roles)), None)
-    if layout is None:
+    known = [each for each in layouts() if held.keys() <= set(each.roles)]
+    if not known:
         return f"has {' and '.join(sorted(held))}, which are of different methods"
-    if len(held) < len(layout.roles):
+    if len(held) < len(known[0].roles):
         return f"has {next(iter(held))} but not its partner"
+    # factors of linear layers and of convolutions have the same names; their shapes tell
+    layout = next((each for each in known if each.fault(shapes) is None), known[0])
     shapes = {role: shapes[role] for role in layout.roles}
     fault = layout.fault(shapes)
     if fault:

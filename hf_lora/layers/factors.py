@@ -8,11 +8,13 @@ from torch import nn
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.init import init_low_rank
 from hf_lora.layers.choice import Weights
+from hf_lora.layers.host_first import HostFirst
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.merge import merged_weight, not_finite, weight_fault
 from hf_lora.layers.meta import set_full
 from hf_lora.layers.names import parameter_name
+from hf_lora.layers.patched import host_view
 from hf_lora.layers.replaced import Replaced, Tensors
 from hf_lora.layers.roles import FACTOR_A, FACTOR_B, Role
 
@@ -129,3 +131,40 @@ class Factored(Adaptable):
     def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Say whether the factor that starts at zero is zero."""
         return not tensors[self.lora_layout.roles[self.lora_zero]].any()
+
+    @HostFirst
+    def r(self) -> int:
+        """Rank of the active adapter."""
+        return _shown(self)[0].r
+
+    @HostFirst
+    def alpha(self) -> float:
+        """Strength of the active adapter."""
+        return _shown(self)[0].alpha
+
+    @HostFirst
+    def scaling(self) -> float:
+        """The factor that the active adapter's update is multiplied by."""
+        slot, factor = _shown(self)
+        return slot.scaling * factor
+
+    @HostFirst
+    def base(self) -> nn.Module:
+        """The frozen layer on its own: the host's class on the same parameters, without LoRA."""
+        return host_view(self)
+
+    def extra_repr(self) -> str:
+        """Show the host's own line, then each adapter's rank and strength."""
+        shown = ", ".join(f"{n}: r={s.r}, alpha={s.alpha:g}" for n, s in self.lora_slots.items())
+        return ", ".join(filter(None, (super().extra_repr(), f"lora=({shown})")))
+
+
+def _shown(layer: Factored) -> tuple[LayerConfig, float]:
+    """Return the numbers of the first active adapter that the layer has, else of its first.
+
+    And what its update is multiplied by beside them.
+    """
+    for name, factor in (*layer.lora_routing.now().chosen, *((n, 1.0) for n in layer.lora_slots)):
+        if name in layer.lora_slots:
+            return layer.lora_slots[name], factor
+    raise AttributeError("this layer has no adapter")

@@ -18,11 +18,9 @@ from hf_lora.layers.dispatch import (
     precomputed,
 )
 from hf_lora.layers.factors import Factored
-from hf_lora.layers.host_first import HostFirst
 from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import LORA_A, LORA_B, factor_names
-from hf_lora.layers.patched import host_view
 from hf_lora.layers.probe import (
     gradient_fault,
     is_linear_in_its_weight,
@@ -219,48 +217,11 @@ class LoRALayer(Factored):
             if (slot := self.lora_slots.get(name)) is not None
         ]
 
-    @HostFirst
-    def r(self) -> int:
-        """Rank of the active adapter."""
-        return _shown(self)[0].r
-
-    @HostFirst
-    def alpha(self) -> float:
-        """Strength of the active adapter."""
-        return _shown(self)[0].alpha
-
-    @HostFirst
-    def scaling(self) -> float:
-        """The factor that the active adapter's update is multiplied by."""
-        slot, factor = _shown(self)
-        return slot.scaling * factor
-
-    @HostFirst
-    def base(self) -> nn.Module:
-        """The frozen layer on its own: the host's class on the same parameters, without LoRA."""
-        return host_view(self)
-
-    def extra_repr(self) -> str:
-        """Show the host's own line, then each adapter's rank and strength."""
-        shown = ", ".join(f"{n}: r={s.r}, alpha={s.alpha:g}" for n, s in self.lora_slots.items())
-        return ", ".join(filter(None, (super().extra_repr(), f"lora=({shown})")))
-
 
 def _here(layer: LoRALayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what this process has of A and B of adapter ``name``."""
     a_RI, b_OR = layer.lora_pair(name)
     return to_local(a_RI), to_local(b_OR)
-
-
-def _shown(layer: LoRALayer) -> tuple[LayerConfig, float]:
-    """Return the numbers of the first active adapter that the layer has, else of its first.
-
-    And what its update is multiplied by beside them.
-    """
-    for name, factor in (*layer.lora_routing.now().chosen, *((n, 1.0) for n in layer.lora_slots)):
-        if name in layer.lora_slots:
-            return layer.lora_slots[name], factor
-    raise AttributeError("this layer has no adapter")
 
 
 LoRALayer.lora_mixin = LoRALayer

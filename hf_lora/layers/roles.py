@@ -69,6 +69,9 @@ class Layout:
     norm: Callable[[Mapping[str, Any], LayerConfig], float]
     """The Frobenius norm of what they change, from the tensors themselves."""
 
+    ending: str = ".weight"
+    """What follows a role in the name of a tensor in a file."""
+
     widths: Callable[[Shapes], tuple[int, int]] | None = None
     """What a layer reads and gives for each row, (in, out), if that is what it does."""
 
@@ -80,4 +83,4 @@ class Layout:
 
     def key(self, role: str) -> str:
         """Return the end of a tensor's name in a file that we write."""
-        return f"{role}.weight"
+        return f"{role}{self.ending}"

@@ -3,13 +3,15 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.layers.conv import LoRAConv
+from hf_lora.layers.embedding import LoRAEmbedding
 from hf_lora.layers.kind import Adaptable, patched_class
 from hf_lora.layers.linear import LoRAConv1D, LoRALinear
 from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.roles import Layout
 
-KINDS: tuple[type[Adaptable], ...] = (LoRALayer,)
+KINDS: tuple[type[Adaptable], ...] = (LoRALayer, LoRAConv, LoRAEmbedding)
 """Those that a module is asked for, in this order."""
 
 _TABLE: tuple[tuple[type[nn.Module], type[Adaptable]], ...] = (
@@ -42,7 +44,7 @@ def host_fault(module: nn.Module) -> str | None:
     """Return why targets cannot mean a module, or None if they can."""
     kind = kind_of(module)
     if kind is None:
-        return f"{type(module).__name__} is not a linear layer"
+        return f"{type(module).__name__} is no linear layer, convolution or embedding"
     return kind.lora_fault(module)
 
 

@@ -52,7 +52,11 @@ _LLAMA_CPP = (
 
 
 def vllm_reasons(
-    classes: Collection[str], slots: Mapping[str, LayerConfig], trained: Iterable[str]
+    classes: Collection[str],
+    slots: Mapping[str, LayerConfig],
+    trained: Iterable[str],
+    *,
+    not_linear: Collection[str] = (),
 ) -> list[str]:
     """Return why vLLM cannot serve an adapter; nothing if it can.
 
@@ -61,6 +65,7 @@ def vllm_reasons(
             not known, and then not asked for.
         slots: Path of each adapted layer to its numbers.
         trained: Paths or names of the modules that are trained in full.
+        not_linear: Those of the layers that are convolutions or embeddings.
     """
     reasons = [] if slots else ["there is no adapted layer"]
     heads = {name.removesuffix("ForSequenceClassification") + "ForCausalLM" for name in classes}
@@ -73,6 +78,8 @@ def vllm_reasons(
             f"it adapts the language model, and other parts by an experimental switch only, here "
             f"{_some(outside)}"
         )
+    if not_linear:
+        reasons.append(f"it adapts linear layers only, here also {_some(not_linear)}")
     highest = max((slot.r for slot in slots.values()), default=0)
     if highest > _VLLM_RANKS[-1]:
         reasons.append(f"its highest rank is {_VLLM_RANKS[-1]}, here {highest}")
@@ -95,6 +102,7 @@ def llama_cpp_reasons(
     *,
     alpha: float,
     tied: Collection[str] = (),
+    not_linear: Collection[str] = (),
 ) -> list[str]:
     """Return why llama.cpp computes something else with an adapter, or refuses it.
 
@@ -102,6 +110,7 @@ def llama_cpp_reasons(
         classes, slots, trained: As for :func:`vllm_reasons`.
         alpha: The one strength that it reads.
         tied: Those of the layers that share their weight with another module, or may do so.
+        not_linear: As for :func:`vllm_reasons`.
     """
     reasons = [] if slots else ["there is no adapted layer"]
     if classes and {*classes}.isdisjoint(_LLAMA_CPP):
@@ -118,6 +127,8 @@ def llama_cpp_reasons(
     kept = list(trained)
     if kept:
         reasons.append(f"it drops or refuses modules trained in full, here {_some(kept)}")
+    if not_linear:
+        reasons.append(f"it converts linear layers only, here also {_some(not_linear)}")
     if tied:
         reasons.append(f"it refuses layers that share a weight, here {_some(tied)}")
     return reasons

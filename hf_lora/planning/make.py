@@ -10,6 +10,7 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.lora import LOW_RANK
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.statistics import has_statistics
@@ -47,6 +48,7 @@ def make_plan(
     size = sum(map(numel, owners.tensors()))
     problems += _conflicts(others or Adapted(), matches.chosen, matches.trained)
     classes = class_names(model)
+    not_linear = [target.path for target in targets if target.layout is not LOW_RANK]
     slots = {target.path: target.slot for target in targets}
     tops = [item.path for item in trained]
     plan = Plan(
@@ -60,7 +62,7 @@ def make_plan(
         warnings=tuple(_unseen(modules, matches.chosen)),
         missed=tuple(_missed(matches, size)),
         notes=(*matches.notes, *_notes(modules, (*targets, *trained), matches)),
-        vllm=tuple(vllm_reasons(classes, slots, tops)),
+        vllm=tuple(vllm_reasons(classes, slots, tops, not_linear=not_linear)),
         llama_cpp=tuple(
             llama_cpp_reasons(
                 classes,
@@ -68,6 +70,7 @@ def make_plan(
                 tops,
                 alpha=common_alpha(slots.values()),
                 tied=[target.path for target in targets if target.tied_to],
+                not_linear=not_linear,
             )
         ),
         base_parameters=size,

@@ -205,20 +205,6 @@ class TestOtherMethods:
         plain = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
         refuse(tmp_path, "trainable_token_indices", error=UnsupportedAdapterError, model=plain)
 
-    def test_embeddings(self, tmp_path: Path):
-        config = peft.LoraConfig(target_modules=["0"], r=2)
-        model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-        peft.get_peft_model(model, config).save_pretrained(tmp_path)
-        plain = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-        refuse(tmp_path, "lora_embedding_A", error=UnsupportedAdapterError, model=plain)
-
-    def test_convolutions(self, tmp_path: Path):
-        config = peft.LoraConfig(target_modules=["0"], r=2)
-        model = nn.Sequential(nn.Conv2d(3, 4, 2))
-        peft.get_peft_model(model, config).save_pretrained(tmp_path)
-        plain = nn.Sequential(nn.Conv2d(3, 4, 2))
-        refuse(tmp_path, "convolutions", error=UnsupportedAdapterError, model=plain)
-
     @pytest.mark.parametrize(
         ("field", "value"),
         [

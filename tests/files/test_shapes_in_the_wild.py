@@ -301,10 +301,9 @@ REFUSED: dict[str, tuple[Callable[[], Shape], str]] = {
     "aLoRA": (lambda: llama(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
     "QA-LoRA": (lambda: llama(use_qalora=True), "use_qalora"),
     "tokens": (lambda: llama(trainable_token_indices=[1]), "trainable_token_indices"),
-    "embeddings": (lambda: more("model.embed_tokens.lora_embedding_A", R, 96), "lora_embedding_A"),
-    "mergekit's embeddings": (
-        lambda: more("model.embed_tokens.lora_embedding_A.weight", R, 96),
-        "lora_embedding_A",
+    "half of an embedding's": (
+        lambda: more("model.embed_tokens.lora_embedding_A", R, 96),
+        "model.embed_tokens has lora_embedding_A but not its partner",
     ),
     "a bias of its own": (lambda: llama(lora_bias=True), "lora_bias = True"),
     "a bias in the file": (lambda: more(f"{FIRST}.lora_B.bias", 32), "lora_B.bias"),

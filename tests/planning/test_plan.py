@@ -182,7 +182,7 @@ def test_what_is_left_out_has_its_reason():
     assert [t.path.rsplit(".", 1)[1] for t in plan.targets] == ["q_proj", "k_proj", "v_proj"]
     assert plan.problems == (
         "'norm' matches only modules that cannot be adapted "
-        "(1; model.norm: LlamaRMSNorm is not a linear layer)",
+        "(1; model.norm: LlamaRMSNorm is no linear layer, convolution or embedding)",
     )
     assert "left out: model.layers.1.self_attn.q_proj and 6 more" in str(plan)
 
@@ -241,7 +241,7 @@ def test_all_problems_are_told_at_once_with_near_misses():
     with pytest.raises(hf_lora.TargetError) as caught:
         hf_lora.wrap(
             model,
-            ["q_porj", "embed_tokens", "input_layernorm", "v_proj", "self_attn", "norm.weight"],
+            ["q_porj", "rotary_emb", "input_layernorm", "v_proj", "self_attn", "norm.weight"],
             r=20,
             exclude=["layer.9"],
             train=["scoer", "rotary_emb", "mpl"],
@@ -255,9 +255,9 @@ def test_all_problems_are_told_at_once_with_near_misses():
     assert lines[3].startswith("train 'mpl' matches no module; near: mlp")
     assert lines[4].startswith("exclude 'layer.9' matches no module")
     assert lines[5].startswith("'q_porj' matches no module; near: q_proj")
-    assert "(1; model.embed_tokens: Embedding is not a linear layer)" in lines[6]
-    assert "(2; model.layers.0.input_layernorm: LlamaRMSNorm is not a linear layer)" in lines[7]
-    assert "(2; model.layers.0.self_attn: LlamaAttention is not a linear layer)" in lines[8]
+    assert "(1; model.rotary_emb: LlamaRotaryEmbedding is no linear layer" in lines[6]
+    assert "(2; model.layers.0.input_layernorm: LlamaRMSNorm is no linear layer" in lines[7]
+    assert "(2; model.layers.0.self_attn: LlamaAttention is no linear layer" in lines[8]
     assert lines[9].startswith("'norm.weight' means the parameter model.norm.weight of shape (32,)")
     assert lines[10].startswith("overrides 'o_proj' matches none of the adapted layers")
     assert lines[11].startswith("model.layers.0.self_attn.v_proj: r=20 is larger than the layer's")
@@ -325,7 +325,7 @@ def test_stacked_experts_and_routers_are_told():
     problem = hf_lora.plan(model, ["q_proj", "experts.gate_up_proj"], r=4).problems[0]
     assert "means the parameter model.layers.0.mlp.experts.gate_up_proj of shape (4," in problem
     problem = hf_lora.plan(model, "mlp.experts", r=4).problems[0]
-    assert "is not a linear layer" in problem
+    assert "is no linear layer, convolution or embedding" in problem
 
 
 def test_the_dtype_is_chosen_by_the_base_or_by_the_configuration():

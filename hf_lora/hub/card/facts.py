@@ -11,6 +11,7 @@ from torch import nn
 from hf_lora.adapter_io.tasks import BY_PEFT, class_by_name, task_by_name, task_of
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.lora import LOW_RANK
 from hf_lora.model.registry import Registry
 from hf_lora.planning.make import class_names
 
@@ -54,6 +55,9 @@ class AdapterFacts:
     bytes: int
     dtypes: tuple[str, ...] = ()
     """Types of its tensors, where they are known."""
+
+    not_linear: tuple[str, ...] = ()
+    """Adapted layers that are convolutions or embeddings."""
 
     tied: tuple[str, ...] = ()
     """Adapted layers that share their weight with another module, or may do so."""
@@ -125,6 +129,9 @@ def _adapter_facts(
         parameters=sum(tensor.numel() for tensor in tensors),
         bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
         dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
+        not_linear=tuple(
+            path for path in adapter.slots if registry.modules[path].lora_layout is not LOW_RANK
+        ),
         tied=tuple(path for path in adapter.slots if path in tied),
     )
 
@@ -137,6 +144,9 @@ def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
         trained=tuple(folder.trained_names),
         parameters=sum(math.prod(shape) for shape in folder.file.shapes.values()),
         bytes=folder.file.path.stat().st_size,
+        not_linear=tuple(
+            path for path, held in folder.factors.items() if held.layout is not LOW_RANK
+        ),
         tied=tuple(path for path in folder.slots if path.endswith("lm_head")),
     )
 

@@ -65,13 +65,16 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
     lines = ["## In other software", ""]
     for adapter in adapters:
         of = f"`{adapter.name}`: " if len(adapters) > 1 else ""
-        vllm = vllm_reasons(model.classes, adapter.slots, adapter.trained)
+        vllm = vllm_reasons(
+            model.classes, adapter.slots, adapter.trained, not_linear=adapter.not_linear
+        )
         llama_cpp = llama_cpp_reasons(
             model.classes,
             adapter.slots,
             adapter.trained,
             alpha=common_alpha(adapter.slots.values()),
             tied=adapter.tied,
+            not_linear=adapter.not_linear,
         )
         lines += [f"- {of}{line}." for line in served_by(vllm, llama_cpp, adapter.slots)]
     if not model.classes:
