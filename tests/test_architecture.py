@@ -49,6 +49,13 @@ def test_files_beside_the_package_open_with_a_docstring_and_stay_short(folder: s
     assert long_files(beside) == []
 
 
+def test_the_table_for_contributors_is_the_one_that_is_tested():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    block = text.split("do not know each other:\n\n```\n")[1].split("\n```")[0]
+    rows = [tuple(line[:43].strip().split(" | ")) for line in block.splitlines()]
+    assert rows[::-1] == list(LAYERS)
+
+
 # Each faulty package: its files, and what the one broken rule must say about it.
 CLEAN = {"__init__.py": "from hf_lora.model.patch import wrap", "model/patch.py": "import torch"}
 FAULTS: list[tuple[Rule, dict[str, str], str]] = [
