@@ -1,13 +1,12 @@
-"""Patterns and sizes meant to take forever: a load ends in less than two seconds, whatever it says.
+"""Patterns and sizes meant to take forever: a load ends soon, whatever it says.
 
-Measured in processor time of this process, so that a busy machine fails no test.
+What it does is counted: a clock would say what else the machine does.
 """
 
 import json
 import random
 import re
 import resource
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from hf_lora.files.patterns import LayerIndex, PatternMap, TailIndex
 from tests import tiny
 from tests.files import edit
 from tests.tiny import Net
+from tests.work import calls
 
-SECONDS = 6.0
+CALLS = 5_000_000
+"""Of functions: for the million steps that all patterns of a file may take, and the rest."""
 MEGABYTES = 500
 LAYERS = 40
 
@@ -53,16 +54,19 @@ BOMBS = [
 ]
 
 
-def timed_load(directory: Path, model: Net, seconds: float = SECONDS) -> str | None:
-    """Load, and return the error's message or None; check time and memory."""
+def bounded_load(directory: Path, model: Net, most: int = CALLS) -> str | None:
+    """Load, and return the error's message or None; check work and memory."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    try:
-        hf_lora.load(model, directory)
-        message = None
-    except hf_lora.AdapterFileError as error:
-        message = str(error)
-    assert time.process_time() - start < seconds
+    message = None
+
+    def load() -> None:
+        nonlocal message
+        try:
+            hf_lora.load(model, directory)
+        except hf_lora.AdapterFileError as error:
+            message = str(error)
+
+    assert calls(load) < most
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024 < MEGABYTES
     return message
 
@@ -87,7 +91,7 @@ def test_a_pattern(large: tuple[Path, dict[str, Any]], field: str, bomb: str):
         "layers": {"layers_to_transform": list(range(LAYERS)), "layers_pattern": [bomb]},
     }[field]
     edit.write_config(folder, config | fields)
-    message = timed_load(folder, Net(LAYERS))
+    message = bounded_load(folder, Net(LAYERS))
     # the pattern that means nothing is the only one that may be harmless
     assert message is not None or field in ("exclude_modules", "rank_pattern")
 
@@ -108,7 +112,7 @@ def test_many_patterns(large: tuple[Path, dict[str, Any]], field: str, patterns:
     folder, config = large
     value: Any = patterns if field.endswith("pattern") else [*patterns, "q_proj", "v_proj"]
     edit.write_config(folder, config | {"modules_to_save" if field == "saved" else field: value})
-    message = timed_load(folder, Net(LAYERS))
+    message = bounded_load(folder, Net(LAYERS))
     assert message is not None or field in ("target_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -126,7 +130,7 @@ def test_many_names_that_take_long_to_look_at(tmp_path: Path, name: str):
             "modules_to_save": ["a", "a" * 99],
         },
     )
-    assert timed_load(tmp_path, Net()) is not None
+    assert bounded_load(tmp_path, Net()) is not None
 
 
 @pytest.mark.parametrize("name", ["a{}", "base_model.model." + "b." * 20 + "{}.lora_A.weight"])
@@ -136,7 +140,7 @@ def test_as_many_tensors_as_a_file_may_have(tmp_path: Path, name: str):
     edit.change_config(tmp_path, target_modules="(a|a)*b", rank_pattern={"(.*)*x": 2})
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     edit.write_header(tmp_path, {name.format(n): entry for n in range(100_000)}, b"")
-    assert timed_load(tmp_path, Net(), seconds=10) is not None
+    assert bounded_load(tmp_path, Net(), most=100 * 100_000) is not None
 
 
 def test_many_names_that_are_no_factors(tmp_path: Path):
@@ -144,7 +148,7 @@ def test_many_names_that_are_no_factors(tmp_path: Path):
     more = {f"{'b.' * 100}{n}": torch.ones(1) for n in range(10_000)}
     edit.change_tensors(tmp_path, lambda tensors: tensors.update(more))
     edit.change_config(tmp_path, modules_to_save=[f"b.{n}" for n in range(10_000)])
-    assert timed_load(tmp_path, Net()) is not None
+    assert bounded_load(tmp_path, Net()) is not None
 
 
 def test_the_budget_is_one_for_the_whole_file(tmp_path: Path):
@@ -279,11 +283,11 @@ def test_a_large_honest_configuration_is_quick(tmp_path: Path):
         alpha_pattern={rf".*\.{n}\.(q|v)_proj": 4 for n in range(10)},
         r=1,
     )
-    assert timed_load(tmp_path, Net(300)) is None
+    assert bounded_load(tmp_path, Net(300)) is None
 
 
 def test_json_is_read_once(tmp_path: Path):
     """The JSON that a note of a killed save holds is bounded like any other."""
     tiny.saved(tmp_path)
     (tmp_path / ".adapter_config.json.pending").write_text(json.dumps(["x"] * 3_000_000))
-    assert timed_load(tmp_path, Net()) is None
+    assert bounded_load(tmp_path, Net()) is None
