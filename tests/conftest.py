@@ -4,6 +4,8 @@ The environment is set before anything imports torch or huggingface_hub, because
 """
 
 import atexit
+import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -20,11 +22,16 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-lora-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+# Collecting tests makes a million objects that stay, and looks at all of them time and again.
+gc.disable()
+
 import random
 
 import numpy as np
 import pytest
 import torch
+
+from tests import forked
 
 pytest_plugins = ["tests.folder_fixtures", "tests.hub_fixtures"]
 
@@ -60,6 +67,10 @@ def pytest_configure(config: pytest.Config) -> None:
     Not in pyproject.toml: naming the class there would import hf_lora before the lines above ran.
     """
     config.addinivalue_line("filterwarnings", "error::hf_lora.errors.HfLoRAWarning")
+    if forked.FOLDER not in os.environ:  # the workers have that of the process that started them
+        server = contextlib.ExitStack()
+        server.enter_context(forked.serving())
+        config.add_cleanup(server.close)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -77,6 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TEST_SECONDS))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there out of every later collection: libraries ask for one at each step."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 import hf_lora
+from tests import forked
 from tests.cli.conftest import EXAMPLES, Run
 from tests.hub_server import HubServer, hub_environment
 
@@ -36,14 +35,7 @@ print(json.dumps(found))
 def call(hub: HubServer, home: Path, calls: Mapping[str, list]) -> dict[str, tuple]:
     """Run the calls; return exit code, stdout and stderr of each by its name."""
     words = {name: [str(word) for word in arguments] for name, arguments in calls.items()}
-    done = subprocess.run(
-        [sys.executable, "-c", CALLS, json.dumps(words)],
-        env=hub_environment(hub, home),
-        capture_output=True,
-        text=True,
-        timeout=480,
-        check=False,
-    )
+    done = forked.run_code(CALLS, json.dumps(words), stage="torch", env=hub_environment(hub, home))
     assert done.returncode == 0, done.stderr
     return {name: tuple(each) for name, each in json.loads(done.stdout.splitlines()[-1]).items()}
 

@@ -4,16 +4,19 @@ import os
 import time
 from pathlib import Path
 
-import torch.distributed as dist
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def works(folder: Path) -> dict[str, str]:
-    """Tell who this is."""
-    return {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    """Tell everything that a launcher may have said."""
+    theirs = (*NAMES, "ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "ROLE_", "TORCH")
+    return {name: text for name, text in os.environ.items() if name.startswith(theirs)}
 
 
 def one_fails(folder: Path) -> None:
     """One process raises while the other waits for it."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
         raise RuntimeError("the second process had enough")

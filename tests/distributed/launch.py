@@ -1,7 +1,8 @@
 """Starting the processes of a distributed test, and ending them: in time, all of them, with logs.
 
 A worker is a function of a module in this folder that takes a folder and returns what it has to
-tell as JSON. It runs in every process of a real ``torchrun`` or ``accelerate launch``.
+tell as JSON. It runs in forks that are told what ``torchrun`` tells its processes, or, where that
+is what a test is about, in every process of a real ``torchrun`` or ``accelerate launch``.
 """
 
 import contextlib
@@ -11,9 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 480
@@ -56,7 +60,7 @@ def launch(
     folder: Path,
     *,
     processes: int = 2,
-    launcher: Launcher = torchrun,
+    launcher: Launcher | None = None,
     limit: float = LIMIT,
     fails: bool = False,
     **more: str,
@@ -67,7 +71,7 @@ def launch(
         worker: ``module:function``, the module inside this folder.
         folder: Handed to every process, for the files of the test.
         processes: How many.
-        launcher: What starts them.
+        launcher: What starts them; without one they are forks, which are there at once.
         limit: Seconds until they are ended and the test fails.
         fails: Whether they are expected to end with an error; None stands for what a process that
             did not come to its end has told.
@@ -79,35 +83,42 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="launch-") as name:
         told = Path(name)
-        command = [*launcher(processes), "-m", "tests.distributed.entry", worker, name]
-        code, log = _run(command, told, limit, {**more, "TEST_FOLDER": str(folder)})
+        variables = environment(limit) | more | {"TEST_FOLDER": str(folder)}
+        with tempfile.TemporaryFile("w+") as output:
+            process = _start(worker, told, processes, launcher, variables, output)
+            try:
+                code = process.wait(limit + _GRACE)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _end(process, told)
+            output.seek(0)
+            log = output.read()
         if code is None or (code != 0) != fails:
             said = f"not finished after {limit:g} s" if code is None else f"exit code {code}"
             raise LaunchError(f"{worker} in {processes} processes: {said}\n{log[-_MOST_LOG:]}")
         return [_told(told, rank) for rank in range(processes)]
 
 
-def _run(
-    command: list[str], told: Path, limit: float, more: dict[str, str]
-) -> tuple[int | None, str]:
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(limit) | more,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(limit + _GRACE)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process, told)
-        log.seek(0)
-        return code, log.read()
+def _start(
+    worker: str,
+    told: Path,
+    processes: int,
+    launcher: Launcher | None,
+    variables: dict[str, str],
+    output: IO,
+) -> subprocess.Popen | forked.Process:
+    streams: dict[str, Any] = {"env": variables, "stdout": output, "stderr": subprocess.STDOUT}
+    if launcher is None:
+        ranks = "tests.distributed.entry:ranks"
+        return forked.Process(ranks, worker, str(told), processes, **streams)
+    return subprocess.Popen(
+        [*launcher(processes), "-m", "tests.distributed.entry", worker, str(told)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        **streams,
+    )
 
 
 def environment(limit: float = LIMIT) -> dict[str, str]:
@@ -117,14 +128,14 @@ def environment(limit: float = LIMIT) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "ACCELERATE_USE_CPU": "true",
-        "TEST_LIMIT": str(limit),
+        "TEST_DEADLINE": str(time.time() + limit),
     }
     # nothing of a launcher that the tests themselves may run under
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {k: v for k, v in os.environ.items() if k not in ranks} | ours
 
 
-def _end(launcher: subprocess.Popen, told: Path) -> None:
+def _end(launcher: subprocess.Popen | forked.Process, told: Path) -> None:
     """End the launcher and the processes that it started, which are in sessions of their own."""
     for path in told.glob("pid-*"):
         with contextlib.suppress(ProcessLookupError, ValueError):

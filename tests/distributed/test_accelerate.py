@@ -1,7 +1,6 @@
 """Loops of one's own with accelerate: states that hold adapters, one process and two."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 import hf_lora
 from hf_lora.files.manifest import MANIFEST_FILE
+from tests import forked
 from tests.distributed import fsdp_worker
 from tests.distributed.accelerate_worker import KINDS, Loop, equal
 from tests.distributed.launch import ROOT, environment, launch, torchrun
@@ -125,16 +125,20 @@ def test_what_is_no_accelerator_or_no_safetensors_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_example_learns_stops_and_goes_on(tmp_path: Path, processes: int):
-    command = [sys.executable] if processes == 1 else torchrun(processes)
-    done = subprocess.run(
-        [*command, str(ROOT / "examples" / "accelerate_loop.py"), "--quick", "--cpu"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=480,
-        check=False,
-    )
+    program = ROOT / "examples" / "accelerate_loop.py"
+    options = ["--quick", "--cpu"]
+    if processes == 1:
+        done = forked.run_file(program, *options, env=environment(), cwd=tmp_path)
+    else:
+        done = subprocess.run(
+            [*torchrun(processes), str(program), *options],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=480,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert "base: mnopqrst" in lines

@@ -1,19 +1,20 @@
 """A process with the real client and hf_lora in it, which runs one piece of code after another.
 
 Its Hub is a server of the test. Importing transformers costs seconds, and the client reads its
-endpoint when it is imported: so one process for many tests, and not this one.
+endpoint when it is imported: so one process for many tests, and not this one. It is a fork that has
+imported torch, but nothing of the Hub.
 """
 
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.hub_server import HubServer, hub_environment
 
 # What every piece of code may use.
@@ -79,11 +80,12 @@ def told(call, *args, **kwargs):
     return value, [str(w.message) for w in caught if w.category is hf_lora.HfLoRAWarning]
 """
 
-# Runs in the process: a line of JSON in, a line of JSON out.
+# Runs in the process: a line of JSON in, a line of JSON out, and what is printed goes to the log.
 _LOOP = """
 import json, os, sys, traceback
 
-answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
 names = {"__name__": "__main__"}
 exec(json.loads(sys.stdin.readline()), names)
 for line in sys.stdin:
@@ -106,20 +108,22 @@ class Worker:
         self._work = home / "work"
         self._work.mkdir(parents=True)
         self._log = home / "output"
-        read_end, write_end = os.pipe()
-        self._answers = os.fdopen(read_end)
+        questions, write_end = os.pipe()
+        read_end, answers = os.pipe()
         with open(self._log, "w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _LOOP, str(write_end)],
+            self._process = forked.Process(
+                "tests.fork_server:script",
+                _LOOP,
+                stage="torch",
                 env=hub_environment(hub, home, **environment),
                 cwd=self._work,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[write_end],
-                text=True,
+                stdin=questions,
+                stdout=answers,
+                stderr=output,
             )
-        os.close(write_end)
+        for end in (questions, answers):
+            os.close(end)
+        self._questions, self._answers = os.fdopen(write_end, "w"), os.fdopen(read_end)
         self._send(PRELUDE)
 
     def run(self, code: str, /, **values: Any) -> Any:
@@ -139,8 +143,7 @@ class Worker:
         return self._log.read_text()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._questions.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -149,9 +152,8 @@ class Worker:
         self._answers.close()
 
     def _send(self, message: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        self._questions.write(json.dumps(message) + "\n")
+        self._questions.flush()
 
 
 @contextmanager

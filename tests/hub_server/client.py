@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests import forked
 
 from .accounts import WRITE, Token
 from .server import HubServer
@@ -89,7 +90,7 @@ def run_python(
     fails: bool = False,
     **values: Any,
 ) -> Finished:
-    """Run `code` in a fresh interpreter, in an empty folder; show everything if it goes wrong.
+    """Run `code` in a process of its own, in an empty folder; show everything if it goes wrong.
 
     `values` are variables of the script (paths become strings). Inside it, `report(x)` hands a
     JSON value back, which is `.value` of the result. With `fails=True` the script must fail.
@@ -102,11 +103,8 @@ def run_python(
     assigned = "; ".join(f"{name} = {value!r}" for name, value in given.items()) or "pass"
     script = home / "script.py"
     script.write_text(f"{setup}\n{assigned}\n{textwrap.dedent(code).strip()}\n")
-    command = [sys.executable, str(script)]
     try:
-        done = subprocess.run(
-            command, env=env, cwd=work, timeout=timeout, capture_output=True, text=True
-        )
+        done = forked.run_file(script, stage="torch", env=env, cwd=work, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         out, err = (text.decode() if text else "" for text in (error.stdout, error.stderr))
         message = f"still running after {timeout} s\n--- stdout\n{out}\n--- stderr\n{err}"

@@ -5,8 +5,6 @@ training without activation checkpointing.
 """
 
 import contextlib
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_lora
 from hf_lora import StateError
 from hf_lora.compat.torch_checkpoint import keep_functions
+from tests import forked
 from tests.oracle.adapting import scramble
 from tests.rounding import assert_rounded_alike
 from tests.tiny import WIDTH, Net, rows
@@ -281,7 +280,6 @@ def test_the_parts_of_pytorch_are_changed_once():
 
 def test_deepspeeds_own_two_ways_to_checkpoint():
     """In a process of its own, because DeepSpeed changes the one that imports it."""
-    command = [sys.executable, "-m", "tests.distributed.checkpointing_worker"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ran = forked.run("tests.distributed.checkpointing_worker:main")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("the same\n")

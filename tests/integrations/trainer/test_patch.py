@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +19,10 @@ from hf_lora.errors import HfLoRAWarning
 from hf_lora.integrations.trainer import patch as trainer_patch
 from hf_lora.integrations.trainer.callback import GradientCheck
 from hf_lora.integrations.trainer.hooks import restore_checkpoint
+from tests import forked
 from tests.integrations import training
 from tests.integrations.training import CHECKPOINT, adapter_tensors, run, same
 
-ROOT = Path(__file__).parents[2]
 PATCHED = ("train", "create_model_card", "_load_from_checkpoint", "_load_best_model")
 
 
@@ -219,12 +217,8 @@ print(json.dumps(main(pathlib.Path(sys.argv[1]))))
 @pytest.fixture(scope="module")
 def blocked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/integrations/without_peft.py says in a process that cannot import peft."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PEFT, str(tmp_path_factory.mktemp("blocked"))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    folder = tmp_path_factory.mktemp("blocked")
+    done = forked.run_code(WITHOUT_PEFT, str(folder), stage="torch")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
