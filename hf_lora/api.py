@@ -93,8 +93,9 @@ def unwrap(model: Model) -> Model:
     Raises:
         StateError: The model is not wrapped.
     """
+    registry = registry_of(model)
+    registry.settle_buffers()
     with Transaction(model) as change:
-        registry = registry_of(model)
         inner = unpatch(model)
         uninstall(inner, registry)
         change.commit()

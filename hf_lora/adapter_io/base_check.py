@@ -23,13 +23,16 @@ from hf_lora.files.keys import without_wrappers
 from hf_lora.targets import inside
 
 
-def take_fingerprint(base: BaseTensors, trained: Collection[str]) -> dict[str, Any]:
+def take_fingerprint(
+    base: BaseTensors, trained: Collection[str], moved: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the fingerprint of a base, as the header holds it.
 
     Args:
         base: The base's tensors.
         trained: Paths of the modules that an adapter trains in full: their tensors, and those that
             are tied to them, are the adapter's own.
+        moved: Names of buffers that the training has moved in the base itself.
     """
     left_out = {
         base.ties.get(name, name)
@@ -37,7 +40,8 @@ def take_fingerprint(base: BaseTensors, trained: Collection[str]) -> dict[str, A
         if inside(name.rpartition(".")[0], trained) or held.tensor().requires_grad
     }
     kept = {name: held for name, held in base.tensors.items() if name not in left_out}
-    values = base.read({name: positions(held.shape) for name, held in kept.items()})
+    still = {name: held for name, held in kept.items() if name not in moved}
+    values = base.read({name: positions(held.shape) for name, held in still.items()})
     samples = {
         name: Sample(held.shape, values.get(name), held.quantized) for name, held in kept.items()
     }

@@ -11,7 +11,7 @@ from hf_lora.errors import listing
 from hf_lora.files.fingerprint import from_json
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.files.sampled_layers import sampled_layers
-from hf_lora.planning.records import size
+from hf_lora.planning.records import size, some_paths
 from hf_lora.text import printable
 
 _BAR = 24
@@ -60,6 +60,11 @@ class Description:
     """Modules trained in full: their paths, or in files made elsewhere their names."""
 
     trained: tuple[TrainedFacts, ...]
+    """Their tensors, and the buffers that the training moved."""
+
+    buffers: tuple[str, ...]
+    """Names of the buffers of the base that the training moved."""
+
     dropout: float
     rslora: bool
     header: dict[str, Any] | None
@@ -93,7 +98,10 @@ class Description:
             cause = f"{_tail(layer.path)}, rank {layer.r}, {layer.dtype}"
             sizes[cause] = sizes.get(cause, 0) + layer.bytes
         for tensor in self.trained:
-            cause = f"{tensor.name.rpartition('.')[0] or tensor.name} in full, {tensor.dtype}"
+            path, _, role = tensor.name.rpartition(".")
+            moved = tensor.name in self.buffers
+            cause = f"{role} that moved" if moved else f"{path or tensor.name} in full"
+            cause = f"{cause}, {tensor.dtype}"
             sizes[cause] = sizes.get(cause, 0) + tensor.bytes
         sizes["header"] = self.file_bytes - sum(sizes.values())
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -144,6 +152,7 @@ def describe(
         layers=tuple(layers),
         trained_names=tuple(folder.trained_names if folder.own is None else folder.own.trained),
         trained=tuple(trained),
+        buffers=() if folder.own is None else tuple(folder.own.buffers),
         dropout=next(iter(folder.slots.values())).dropout,
         rslora=next(iter(folder.slots.values())).rslora,
         header=header,
@@ -209,6 +218,8 @@ def _lines(facts: Description) -> Iterable[str]:
     )
     if facts.trained_names:
         yield f"trained in full: {', '.join(facts.trained_names)}"
+    if facts.buffers:
+        yield f"buffers that the training moved: {some_paths(facts.buffers)}"
     if facts.config is not None:
         targets = facts.config.targets
         yield f"targets: {targets if isinstance(targets, str) else ', '.join(targets)}"

@@ -23,6 +23,7 @@ from hf_lora.errors import (
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
+from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.quantized import keep_gradients
@@ -49,6 +50,8 @@ def load_folder(
     found = find(model)
     model, registry = found or (model, None)
     reshard(model)
+    if registry is not None:
+        registry.settle_buffers()
     anew = replace and registry is not None and adapter in registry.adapters
     if registry is not None and anew:
         check_replaceable(registry, adapter)
@@ -58,6 +61,7 @@ def load_folder(
     match = match_folder(read_folder(directory), model, check_base=check_base, missing=missing)
     dtypes = _dtypes(match, model)
     values = read_values(match, _place_dtypes(match, model, dtypes))
+    buffers = {place: values.pop(place) for place in match.buffers}
     if trainable:
         check_no_engine(model)
         _check_gradients(model, list(match.slots))
@@ -77,6 +81,7 @@ def load_folder(
                 attach(model, registry, adapter, config, match.slots, match.trained, dtypes)
                 registry.adapter(adapter).origin = match.folder.origin
                 fill(registry, adapter, values)
+        fill_buffers(model, registry, adapter, buffers)
     except BaseException:
         if found is None:
             unpatch(model)
@@ -85,6 +90,7 @@ def load_folder(
         raise
     if found is None:
         registry.routing.choose(((adapter, 1.0),))
+    registry.buffers.note_again(model, registry)
     (unfreeze if trainable else freeze)(model, adapter)
     return model
 
@@ -132,6 +138,8 @@ def _refill(
 def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -> None:
     """Overwrite the values of adapters that the model has with those in their folders.
 
+    A buffer of the base that is in none has not moved: an adapter's own gets the base's values.
+
     All folders are checked before the first value changes.
 
     Raises:
@@ -145,8 +153,9 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
         raise AdapterFileError(listing("This is the state of no training", dict.fromkeys(mixed)))
     reshard(model)
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
-    for name, found in values.items():
+    for name, (found, buffers) in values.items():
         fill(registry, name, found)
+        fill_buffers(model, registry, name, buffers)
 
 
 def _check_no_copies(registry: Registry, names: Iterable[str]) -> None:
@@ -160,7 +169,8 @@ def _check_no_copies(registry: Registry, names: Iterable[str]) -> None:
 
 def _values_for(
     model: nn.Module, registry: Registry, name: str, directory: Path
-) -> dict[Place, torch.Tensor]:
+) -> tuple[dict[Place, torch.Tensor], dict[Place, torch.Tensor]]:
+    """Return what a folder has for an adapter's tensors, and for buffers of the base."""
     match = match_folder(read_folder(directory), model, check_base=True)
     adapter = registry.adapter(name)
     problems = []
@@ -175,7 +185,9 @@ def _values_for(
             listing(f"{directory} holds another adapter than the model's {name!r}", problems)
         )
     dtypes = {(path, role): tensor.dtype for path, _, role, tensor in registry.tensors(name)}
-    return read_values(match, dtypes)
+    dtypes |= {place: _buffer_of(model, place).dtype for place in match.buffers}
+    values = read_values(match, dtypes)
+    return values, {place: values.pop(place) for place in match.buffers}
 
 
 def read_values(match: Match, dtypes: Mapping[Place, torch.dtype]) -> dict[Place, torch.Tensor]:
@@ -214,9 +226,14 @@ def check_values(model: nn.Module, registry: Registry, folders: Mapping[str, Pat
     """
     problems = []
     for name, folder in folders.items():
-        values = _values_for(model, registry, name, folder)
+        values, buffers = _values_for(model, registry, name, folder)
         tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
         whole = gather_full(tensors)
+        for path, _, role, copy in registry.held_buffers(name):
+            whole[path, role] = copy
+            values[path, role] = _buffer_of(model, (path, role)).to("cpu", copy.dtype)
+        whole |= {place: _buffer_of(model, place) for place in buffers.keys() - whole.keys()}
+        values |= buffers
         problems += [
             f"{path}.{role} of {name!r}"
             for (path, role), there in values.items()
@@ -239,6 +256,31 @@ def fill(registry: Registry, name: str, values: dict[Place, torch.Tensor]) -> No
     for path, _, role, tensor in registry.tensors(name):
         tensor.copy_(distribute_like(left.pop((path, role)), tensor))
     assert not left, f"no place for {sorted(left)}"
+
+
+@torch.no_grad()
+def fill_buffers(
+    model: nn.Module, registry: Registry, name: str, values: Mapping[Place, torch.Tensor]
+) -> None:
+    """Give an adapter these buffers; any others that it has get the base's values."""
+    lead, real = ("", registry) if registry.part is None else registry.part
+    held = {(path, role): module for path, module, role, _ in registry.held_buffers(name)}
+    modules = held | {place: model.get_submodule(place[0]) for place in values}
+    for place, module in modules.items():
+        path, role = place
+        copy = _buffer_of(model, place).detach().clone()
+        copy.copy_(values.get(place, copy))
+        if place in held and held_by(module, name)[role].shape == copy.shape:
+            held_by(module, name)[role].copy_(copy)
+        else:
+            own = path.removeprefix(lead).removeprefix(".")
+            real.buffers.give(real, name, own, module, role, copy)
+
+
+def _buffer_of(model: nn.Module, place: Place) -> torch.Tensor:
+    """Return what the base has at a place."""
+    path, role = place
+    return dict(own_tensors(model.get_submodule(path), (role,)))[role]
 
 
 def _check_gradients(model: nn.Module, paths: list[str]) -> None:

@@ -56,6 +56,9 @@ class Match:
     keys: dict[Place, str]
     """Place in the model to the key in the file."""
 
+    buffers: list[Place]
+    """Those of these that are buffers of the base, which a training has moved."""
+
     told: list[str]
     """What was resolved or left out on the way."""
 
@@ -103,6 +106,7 @@ class _Matching:
         self.told += folder.told
         self.keys: dict[Place, str] = {}
         self.slots: dict[str, LayerConfig] = {}
+        self.buffers: list[Place] = []
 
     def run(self, check_base: bool) -> Match:
         self._match_factors()
@@ -125,7 +129,7 @@ class _Matching:
         if check_base:
             self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
         self.told += self._random_parts(unfilled.needed, tops)
-        return Match(self.folder, self.slots, tops, self.keys, self.told)
+        return Match(self.folder, self.slots, tops, self.keys, self.buffers, self.told)
 
     def _raise_problems(self) -> None:
         if self.problems:
@@ -278,14 +282,19 @@ class _Matching:
         return kind is not None and (kind.lora_layout is LOW_RANK or kind.lora_layout in layouts)
 
     def _compare_copies(self, copies: dict[Place, str]) -> None:
-        """Leave out tensors that only repeat the base's own; nothing else is left out."""
+        """Tell moved buffers from tensors that only repeat the base's own, which are left out."""
         said = self.folder.fields.get("bias") or "none"
         biases = [] if said == "none" else self._biases_without(copies, said)
         for place, key in copies.items():
             ((_, tensor),) = self.folder.file.read([key])
             with present(self.modules[place[0]]):
                 equal = _equal(tensor, self._base_tensor(place))
-            if not equal and place[1] == "bias" and said != "none":
+            if not equal and place[1] in self.modules[place[0]]._buffers:
+                self.keys[place] = key
+                self.buffers.append(place)
+                if self.folder.own is None:
+                    self.told.append(f"{key} is a buffer of the base, and is the adapter's now")
+            elif not equal and place[1] == "bias" and said != "none":
                 biases.append(f"{key} is not the base's own")
             elif not equal:
                 self.problems.append(

@@ -32,6 +32,14 @@ def owner(model: nn.Module) -> Found | None:
     return model, _seen_from_above(registry, path)
 
 
+def settled(model: nn.Module) -> Found | None:
+    """Return the same, with each buffer that a training has moved given to the adapter's."""
+    found = owner(model)
+    if found is not None:
+        found[1].settle_buffers()
+    return owner(model)
+
+
 def wrapped_parts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the path and the module of each wrapped part of a model."""
     return {path: module for path, module in model.named_modules() if is_wrapped(module)}
@@ -103,4 +111,5 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
         modules={at(below): module for below, module in registry.modules.items()},
         exclusive={at(below): module for below, module in registry.exclusive.items()},
         base_flags={at(below): flag for below, flag in registry.base_flags.items()},
+        part=(path, registry),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_lora.adapter_io.load import restore
-from hf_lora.adapter_io.owner import owner
+from hf_lora.adapter_io.owner import settled
 from hf_lora.adapter_io.save import adapter_folder
 from hf_lora.errors import AdapterMismatchError
 from hf_lora.files.read import is_adapter_folder
@@ -23,7 +23,7 @@ def restore_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> 
 
     The model is as it was after any of these.
     """
-    inner, registry = owner(model) or wrapped(model)
+    inner, registry = settled(model) or wrapped(model)
     registry.check_unmerged("load a checkpoint")
     restore(inner, registry, adapters_of_checkpoint(registry, checkpoint))
 

@@ -14,9 +14,17 @@ from hf_lora.adapter_io.base_on_disk import base_changes, describe_changes
 from hf_lora.adapter_io.base_weights import BaseTensors
 from hf_lora.adapter_io.collective import is_main_process, write_on_main
 from hf_lora.adapter_io.labels import labels_of
+from hf_lora.adapter_io.owner import settled
 from hf_lora.adapter_io.peft_conversion import taken_for_experts
 from hf_lora.adapter_io.tasks import auto_mapping, peft_task
-from hf_lora.adapter_io.tensors import as_saved, check_finite, check_shapes, tensors_of
+from hf_lora.adapter_io.tensors import (
+    as_saved,
+    buffer_key,
+    check_finite,
+    check_shapes,
+    moved_buffers,
+    tensors_of,
+)
 from hf_lora.compat.accelerate import present
 from hf_lora.compat.dtensor import gather_full, has_distributed_parameters, reshard
 from hf_lora.config import DTYPES
@@ -90,7 +98,9 @@ def save_state(
     Returns:
         The folders that were written.
     """
-    model, registry = found or wrapped(model)
+    # of a part as it is seen anew, with what has moved since
+    model, registry = wrapped(model) if found is None else settled(found[0]) or found
+    registry.settle_buffers()
     registry.check_in_place(model)
     adopt_unfrozen(model, registry)
     names = registry.adapters if adapter is None else registry.select(adapter)
@@ -168,7 +178,9 @@ def collect(
     trained_names = shortest_names(trained, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
     copies = [t for path, *_, t in registry.tensors(name) if path in registry.exclusive]
+    buffers = _buffers(registry, name)
     tensors = tensors_of(registry, name, state_dict) | repeated
+    tensors |= {buffer_key(full, slots): tensor for full, tensor in buffers.items()}
     if together:
         tensors = gather_full(tensors)
     check_shapes(registry, name, tensors)
@@ -182,7 +194,8 @@ def collect(
             HfLoRAWarning,
             stacklevel=3,
         )
-    fingerprint = take_fingerprint(BaseTensors(model, together=together), trained)
+    left = registry.buffers.left
+    fingerprint = take_fingerprint(BaseTensors(model, together=together), trained, left)
     purpose = _purpose(model, adapter.origin, base, trained_names)
     return AdapterData(
         config=adapter.config,
@@ -193,11 +206,33 @@ def collect(
         by_weight=by_weight,
         trained_names=trained_names,
         **purpose,
+        buffers=tuple(buffers),
         fan_in_fan_out=any(registry.modules[path].fan_in_fan_out for path in adapter.slots),
         labels=labels_of(model, copies),
         fingerprint=fingerprint,
         base_changed=_base_changed(model, registry, purpose["base"], fingerprint),
     )
+
+
+def _buffers(registry: Registry, name: str) -> dict[str, torch.Tensor]:
+    """Return the buffers that an adapter has moved; warn, once, of those that are not saved."""
+    buffers, left = moved_buffers(registry, name)
+    left |= registry.buffers.left
+    new = {full: why for full, why in left.items() if full not in registry.buffers.told}
+    registry.buffers.told |= new.keys()
+    if new:
+        warnings.warn(
+            listing(
+                "These buffers moved in the training, and the file of the adapter does not hold "
+                "them",
+                [f"{full}: {why}" for full, why in new.items()],
+                "Where the result needs them, keep them yourself, or save the whole model after "
+                "hf_lora.merge_and_unwrap.",
+            ),
+            HfLoRAWarning,
+            stacklevel=4,
+        )
+    return buffers
 
 
 def _purpose(

@@ -1,12 +1,14 @@
 """An adapter's tensors as a file has them: under PEFT's keys, whole, of the configured sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from hf_lora.errors import SaveError, StateError, listing
 from hf_lora.files.keys import PREFIX, without_wrappers
+from hf_lora.files.safetensors_io import can_hold
 from hf_lora.layers.roles import Role
+from hf_lora.layers.trained import own_tensors
 from hf_lora.model.registry import Registry
 
 
@@ -25,6 +27,36 @@ def tensors_of(
 def _key(path: str, role: Role) -> str:
     dotted = f"{without_wrappers(path)}." if path else ""
     return f"{PREFIX}{dotted}{role.key}"
+
+
+def moved_buffers(registry: Registry, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the buffers that an adapter has moved, by their names in the model.
+
+    Returns:
+        Those that differ from the base's; and the names of those that a file cannot hold, to the
+        reason.
+    """
+    found, left = {}, {}
+    for path, module, role, copy in registry.held_buffers(name):
+        ((_, base),) = own_tensors(module, (role,))
+        full = ".".join(filter(None, (without_wrappers(path), role)))
+        if copy.shape != base.shape:
+            # PEFT, which puts it into the base, would not open the file
+            left[full] = (
+                f"its shape is {tuple(copy.shape)} now, and {tuple(base.shape)} in the base"
+            )
+        elif not can_hold(copy.dtype):
+            left[full] = f"safetensors cannot hold {copy.dtype}"
+        elif not torch.equal(copy, base.to(copy.device, copy.dtype)):
+            found[full] = copy
+    return found, left
+
+
+def buffer_key(full: str, adapted: Collection[str]) -> str:
+    """Return PEFT's key for a buffer, which of an adapted layer is one of the layer inside."""
+    path, _, role = full.rpartition(".")
+    inside = "base_layer" if path in adapted else ""
+    return PREFIX + ".".join(filter(None, (path, inside, role)))
 
 
 def check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -69,6 +69,9 @@ class AdapterData:
     fan_in_fan_out: bool
     fingerprint: dict[str, Any] | None
 
+    buffers: tuple[str, ...] = ()
+    """Names of the buffers of the base that the training has moved, and that ``tensors`` holds."""
+
     base_changed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What makes the base another than the one that is named; see ``adapter_io.base_on_disk``."""
 

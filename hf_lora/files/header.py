@@ -25,9 +25,13 @@ ADAPTER_CONFIG = "adapter_config"
 BASE_CHANGED = "base_changed"
 """The entry for what makes the base another than the one that is named."""
 
+BUFFERS = "buffers"
+"""The entry that names the buffers which the training has moved, and which the file holds."""
+
 _ENTRIES = {
     ADAPTER_CONFIG,
     BASE_CHANGED,
+    BUFFERS,
     "config",
     "fingerprint",
     "format",
@@ -39,6 +43,7 @@ _ENTRIES = {
 """What a reader of this version knows; else an entry is told and ignored, unless it is required."""
 
 _FEATURES: dict[str, Callable[[AdapterData], bool]] = {
+    BUFFERS: lambda content: bool(content.buffers),
     "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
     "trained": lambda content: bool(content.trained),
 }
@@ -66,6 +71,7 @@ class OwnHeader:
     config: LoRAConfig
     slots: dict[str, LayerConfig]
     trained: list[str]
+    buffers: list[str]
     raw: dict[str, Any]
     """All of it, as parsed."""
 
@@ -86,6 +92,8 @@ def make_header(content: AdapterData, fields: Mapping[str, Any]) -> str:
     }
     if content.base_changed:
         entries[BASE_CHANGED] = content.base_changed
+    if content.buffers:
+        entries[BUFFERS] = sorted(content.buffers)
     if content.labels is not None:
         entries[LABELS] = content.labels
     return json.dumps(entries)
@@ -117,8 +125,10 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
     trained = raw.get("trained", [])
     if not isinstance(fields, dict) or not isinstance(slots, dict) or not slots:
         raise AdapterFileError(damaged)
-    if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
-        raise AdapterFileError(damaged)
+    buffers = raw.get(BUFFERS, [])
+    for names in (trained, buffers):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise AdapterFileError(damaged)
     if not isinstance(config, dict):
         raise AdapterFileError(damaged)
     _check_patterns(config, damaged)
@@ -136,6 +146,7 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         config=checked,
         slots=numbers,
         trained=trained,
+        buffers=buffers,
         raw=raw,
         told=_unknown(raw, config, slots),
     )

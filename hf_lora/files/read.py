@@ -133,6 +133,7 @@ def read_folder(directory: Path) -> AdapterFolder:
     if own is not None:
         told += own.told
         problems = contradictions(own, fields, slots, trained_names)
+        problems += [f"{name} has no tensor" for name in own.buffers if name not in others]
         if problems:
             raise AdapterFileError(
                 listing(f"{source} contradicts the header of {WEIGHTS_FILE}", problems)

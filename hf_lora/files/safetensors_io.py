@@ -56,6 +56,11 @@ _MOST_DOTS = 64
 _MOST_DIMENSIONS = 8
 
 
+def can_hold(dtype: torch.dtype) -> bool:
+    """Say whether a file can hold tensors of a type."""
+    return dtype in _NAMES
+
+
 def serialize(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> Callable[[Any], None]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.adapter_io.owner import holder_of, owner
+from hf_lora.adapter_io.owner import holder_of, settled
 from hf_lora.compat.dtensor import gather_full, has_distributed_parameters
 from hf_lora.errors import StateError
 from hf_lora.integrations.own_methods import uninstall
 from hf_lora.layers.patched import restore_class
 from hf_lora.layers.routing import Routing
+from hf_lora.layers.trained import own_tensors
 from hf_lora.model.patch import remove_adapter
 from hf_lora.model.registry import Registry, pop_registry, wrapped
 
@@ -88,11 +89,14 @@ def is_fresh(registry: Registry) -> bool:
             module = registry.modules[path]
             if not module.lora_is_at_start(name, gather_full(module.lora_tensors(name))):
                 return False
+        for _, module, role, tensor in registry.held_buffers(name):
+            if not torch.equal(tensor, dict(own_tensors(module, (role,)))[role].to(tensor)):
+                return False
     return True
 
 
 def _viewable(model: nn.Module) -> tuple[nn.Module, Registry]:
-    inner, registry = owner(model) or wrapped(model)
+    inner, registry = settled(model) or wrapped(model)
     registry.check_unmerged("view the base")
     if has_distributed_parameters(inner):
         raise StateError(
@@ -108,7 +112,9 @@ def _frozen(
     """Yield the tensors that two models can share: those that no training moves."""
     adapters = registry.all_parameters()
     own = {id(t) for name in copied for *_, t in registry.tensors(name)}
+    own |= {id(t) for name in copied for *_, t in registry.held_buffers(name)}
     own |= {id(p) for p in model.parameters() if p.requires_grad and id(p) not in adapters}
+    own |= {id(known.now()) for known in registry.buffers.known if known.whole}
     for module in model.modules():
         for tensor in _tensors(vars(module), _DEPTH):
             if id(tensor) not in own:
@@ -139,11 +145,14 @@ def _strip(view: nn.Module) -> nn.Module:
     """Take everything of hf_lora off a view; the tensors themselves are not touched."""
     holder = holder_of(view)
     copied = pop_registry(holder)
+    for name in copied.adapters:
+        copied.buffers.drop(name)
     for name, adapter in copied.adapters.items():
         for path in adapter.places:
             copied.modules[path].lora_remove(name)
     for module in (*copied.modules.values(), *copied.norms.values()):
         restore_class(module)
+    copied.buffers.reclass()
     uninstall(holder)
     for parameter in view.parameters():
         if parameter.requires_grad:  # a copy of what trains in the base itself

@@ -17,6 +17,7 @@ from hf_lora.layers.casting import sparing
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.meta import keep_values, refill
+from hf_lora.layers.names import HELD
 from hf_lora.layers.replaced import Replaced, Tensors
 from hf_lora.layers.roles import Layout, Role, Shapes
 from hf_lora.layers.routing import Routing
@@ -253,7 +254,9 @@ def _rebuild(mixin: type[Patched], host: type[nn.Module], names: tuple[str, ...]
 
 def added_names(module: nn.Module) -> set[str]:
     """Return the names of the parameters and buffers that hf_lora added to ``module``."""
-    return module.lora_added() if isinstance(module, Patched) else set()
+    held = vars(module).get(HELD, {}).values()
+    copies = {added for names in held for added in names.values()}
+    return copies | module.lora_added() if isinstance(module, Patched) else copies
 
 
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:

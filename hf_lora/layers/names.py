@@ -15,6 +15,9 @@ DEFAULT = "default"
 REGISTRY = "_hf_lora"
 """The attribute of a wrapped model under which its registry is kept."""
 
+HELD = "lora_buffers"
+"""The attribute of a module for the buffers that adapters have of it; see ``layers.holding``."""
+
 LORA_A = "lora_A"
 LORA_B = "lora_B"
 

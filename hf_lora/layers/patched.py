@@ -7,6 +7,7 @@ from torch import nn
 from hf_lora.compat.transformers import COMPUTES_LOCALLY
 from hf_lora.layers.instance_forward import rebind_forwards
 from hf_lora.layers.kind import OWN_FIELDS, Patched, added_names
+from hf_lora.layers.names import HELD
 from hf_lora.layers.offload import hide_from_offloading, show_to_offloading
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.tensor_parallel import split_of
@@ -54,7 +55,7 @@ def host_view(module: nn.Module) -> nn.Module:
     host = module.lora_host if isinstance(module, Patched) else type(module)
     view = object.__new__(host)  # the host's own __new__ may want its arguments
     adopt(view, module)
-    for key in OWN_FIELDS & view.__dict__.keys():
+    for key in {*OWN_FIELDS, HELD} & view.__dict__.keys():
         del view.__dict__[key]
     for name in added_names(module):
         for store in (view._parameters, view._buffers):

@@ -11,6 +11,7 @@ from hf_lora.compat.accelerate import present
 from hf_lora.compat.dtensor import full_tensor, is_distributed
 from hf_lora.errors import TargetError, listing
 from hf_lora.files.keys import without_wrappers
+from hf_lora.layers.holding import held_now
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.kind import added_names, parameter_of
 from hf_lora.layers.lora import LoRALayer
@@ -26,6 +27,8 @@ def merged_tensors(
     model: nn.Module, gather: Gather = contextlib.nullcontext
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (the base's name, value with the active adapters merged) for every parameter.
+
+    And for every buffer that these have moved.
 
     Nothing is written into the model. One merged weight is there at a time; a parameter without an
     update is the model's own tensor. Of tied weights the first name comes alone, as everywhere.
@@ -50,6 +53,8 @@ def merged_tensors(
             ours = [p for n, p in module._parameters.items() if n in hidden and p is not None]
             with gather([parameter, *ours]), present(module):
                 yield without_wrappers(f"{path}.{name}" if path else name), _value(module, name)
+        for name, value in held_now(module).items():
+            yield without_wrappers(f"{path}.{name}" if path else name), value
 
 
 @torch.no_grad()

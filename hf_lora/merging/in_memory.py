@@ -1,6 +1,7 @@
 """Merging on a live model: exact to one rounding, and undone to the byte."""
 
 import contextlib
+from typing import Any
 
 from torch import nn
 
@@ -51,6 +52,7 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
 def put_in(model: nn.Module, names: Names | None) -> None:
     """Do what :func:`merge` does, as a part of a change."""
     inner, registry = wrapped(model)
+    registry.settle_buffers()
     now = registry.routing.now()
     if names is None:
         chosen = now.live
@@ -123,6 +125,12 @@ def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
     """Put ``merged`` into every module that one of ``chosen`` is on."""
     problems = []
     before = {id(original.module): original for original in registry.originals}
+
+    def own(module: nn.Module, name: str) -> Any:
+        kept = before[id(module)].read(name) if id(module) in before else None
+        return module._buffers[name] if kept is None else kept
+
+    buffers = {id(m): (m, found) for m, found in registry.buffers.merged(chosen, merged, own)}
     for path, module in registry.modules.items():
         if chosen & set(module.lora_adapters()):
             with present(module):
@@ -130,7 +138,10 @@ def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
                 fault = module.lora_merge_damage(tensors)
             if fault:
                 problems.append(f"{path}: {fault}")
-            _replace(registry, module, tensors)
+            _, moved = buffers.pop(id(module), (module, {}))
+            _replace(registry, module, tensors | moved)
+    for module, moved in buffers.values():
+        _replace(registry, module, moved)
     if problems:
         raise StateError(listing("This merge would break the model", problems))
 

@@ -81,6 +81,7 @@ def add(
     else:
         check_new_name(registry, name)
     registry.check_in_place(inner)
+    registry.settle_buffers()
     plan = make_plan(inner, config, others=registry.adapted())
     check_plan(inner, plan)
     untrainable = check_gradients(inner, plan)
@@ -117,6 +118,7 @@ def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
             f"Another thread or task uses {', '.join(chosen)} now, in a use_adapter block; delete "
             "an adapter when nobody does."
         )
+    registry.settle_buffers()
     with Transaction(model) as change:
         for each in chosen:
             remove_adapter(registry, each)
@@ -164,7 +166,10 @@ def as_config(
 
 
 def _set_trainable(model: nn.Module, names: str | Iterable[str], flag: bool) -> nn.Module:
-    registry = registry_of(model)
+    inner, registry = wrapped(model)
+    registry.settle_buffers()
+    if flag:
+        registry.buffers.note(inner, registry)
     for name in registry.select(names):
         (registry.routing.frozen.discard if flag else registry.routing.frozen.add)(name)
         for _, parameter in registry.parameters(name):

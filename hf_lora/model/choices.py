@@ -52,6 +52,7 @@ def activate(model: nn.Module, names: Names) -> nn.Module:
             module in full and are no mean of each other (factors that add up to 1).
     """
     inner, registry = wrapped(model)
+    registry.settle_buffers()
     registry.routing.choose(_choice(inner, registry, names))
     return model
 
@@ -108,6 +109,7 @@ class Use:
 
     def __enter__(self) -> nn.Module:
         """Use the adapters of this block."""
+        self._registry.settle_buffers()
         # the model may have changed since
         chosen = _choice(self._inner, self._registry, dict(self._chosen))
         self._blocks.append(self._registry.routing.block(chosen))
@@ -125,6 +127,8 @@ class Use:
         # several threads may have entered; one that a generator was entered in may be gone
         block = next((b for b in reversed(self._blocks) if b in here), self._blocks[-1])
         self._blocks.remove(block)
+        if block in here:
+            self._registry.settle_buffers()
         leave(block)
 
     def __del__(self) -> None:
@@ -193,10 +197,13 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
         clash = module.lora_clash(shares, inside)
         if clash is not None:
             clashes.append(f"{path}: {', '.join(shares)}" + (f" ({clash})" if clash else ""))
+    if registry.buffers.modules:
+        clashes += registry.buffers.clashes(factors, inside)
     if clashes:
         raise StateError(
             listing(
-                "These adapters train the same modules in full and cannot be added up",
+                "These adapters train the same modules, or move the same buffers, and cannot be "
+                "added up",
                 clashes,
                 "Use one of them, or a mean: {'a': 0.7, 'b': 0.3}.",
             )

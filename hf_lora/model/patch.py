@@ -184,7 +184,10 @@ def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> 
     slots = {target.path: target.slot for target in plan.targets}
     dtypes = {target.path: target.dtype for target in plan.targets}
     trained = [item.path for item in plan.trained]
-    return attach(model, registry, name, plan.config, slots, trained, dtypes, plan.config.init)
+    init = plan.config.init
+    adapter = attach(model, registry, name, plan.config, slots, trained, dtypes, init)
+    registry.buffers.note(model, registry)
+    return adapter
 
 
 def attach(
@@ -228,6 +231,7 @@ def attach(
                 for path, module in _with_tensors(modules[top], top):
                     train_module(registry, name, path, module)
             keep_still(registry, modules)
+            registry.buffers.reclass()
             if has_distributed_parameters(model):
                 spread(model, registry, name, drawn=init is not None)
     except BaseException:
@@ -249,6 +253,7 @@ def train_module(registry: Registry, name: str, path: str, module: nn.Module) ->
 
 def remove_adapter(registry: Registry, name: str) -> None:
     """Take an adapter's tensors away, and the patch off every module that carries no other."""
+    registry.buffers.drop(name)
     registry.adapters.pop(name)
     if registry.places is not None:
         registry.places.stale = True
@@ -264,6 +269,7 @@ def remove_adapter(registry: Registry, name: str) -> None:
             registry.exclusive.pop(path, None)
             restore_class(registry.modules.pop(path))
             keep_still(registry, {path: module})
+    registry.buffers.reclass()
     registry.routing.forget(name)
 
 

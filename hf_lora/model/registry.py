@@ -22,6 +22,7 @@ from hf_lora.layers.roles import Role
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.model import watch
+from hf_lora.model.buffers import Buffers
 from hf_lora.planning.cores import core_of
 from hf_lora.planning.records import Adapted
 
@@ -86,6 +87,9 @@ class Registry:
     norms: dict[str, FrozenNorm] = dataclasses.field(default_factory=dict)
     """The normalizations whose running statistics are kept still."""
 
+    buffers: Buffers = dataclasses.field(default_factory=Buffers)
+    """What the base's buffers were before a training could move them, and the adapters' own."""
+
     base_flags: dict[str, bool] = dataclasses.field(default_factory=dict)
     """``requires_grad`` of every base parameter before the model was wrapped."""
 
@@ -118,6 +122,9 @@ class Registry:
 
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the model object itself had under the names of methods that are replaced on it."""
+
+    part: "tuple[str, Registry] | None" = None
+    """Of a registry that is only seen from a model around its own: the own one's place and it."""
 
     merged_before: tuple[str, ...] = ()
     """The adapters that were merged into the base for good before it was wrapped."""
@@ -178,6 +185,18 @@ class Registry:
     def all_parameters(self) -> dict[int, str]:
         """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
         return {id(t): name for name in self.adapters for *_, t in self.tensors(name)}
+
+    def settle_buffers(self) -> None:
+        """Give each buffer that a training has moved to the adapter that trained."""
+        real = self if self.part is None else self.part[1]
+        if real.buffers.known:
+            real.buffers.settle(real)
+
+    def held_buffers(self, name: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+        """Yield (path, module, role, copy) for every buffer of the base that an adapter has."""
+        lead = "" if self.part is None else self.part[0]
+        for path, module, role, copy in self.buffers.held(name):
+            yield ".".join(filter(None, (lead, path))), module, role, copy
 
     def put_weights_back(self, model: nn.Module, changed: int = 0, untied: int = 0) -> None:
         """Undo merges, also one that stopped halfway.

@@ -40,6 +40,7 @@ def replaced(model: nn.Module, registry: Registry, name: str) -> Iterator[None]:
     check_replaceable(registry, name)
     old, order = registry.adapter(name), list(registry.adapters)
     tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
+    held = list(registry.buffers.held(name))
     chosen = {registry.routing.standing.chosen, registry.routing.now().chosen}
     with registry.routing.unchanged():
         remove_adapter(registry, name)
@@ -49,6 +50,8 @@ def replaced(model: nn.Module, registry: Registry, name: str) -> Iterator[None]:
                 check_compatible(registry, each, registry.routing.standing.merged)
         except BaseException:
             _bring_back(model, registry, old, tensors)
+            for each in held:
+                registry.buffers.give(registry, old.name, *each)
             raise
         finally:
             for each in order:

@@ -14,13 +14,16 @@ from torch import nn
 from hf_lora.compat.accelerate import device_hooks
 from hf_lora.layers.choice import STACK
 from hf_lora.layers.kind import OWN_FIELDS
+from hf_lora.layers.names import HELD
 from hf_lora.model.registry import find
 
 JOURNAL = "_hf_lora_journal"
 """Where a model keeps the notes while it changes."""
 
 _TIED = "tie_word_embeddings"
-_HOLDERS = OWN_FIELDS | {k for k, v in vars(nn.Module()).items() if isinstance(v, dict | set)}
+_HOLDERS = {*OWN_FIELDS, HELD} | {
+    k for k, v in vars(nn.Module()).items() if isinstance(v, dict | set)
+}
 
 
 class Transaction:
@@ -53,7 +56,8 @@ class Transaction:
         self._merged: list[Any] = []
         self._stored: list[Any] = []
         if self._registry is not None:
-            known = [self._registry, self._registry.routing, *self._registry.adapters.values()]
+            registry = self._registry
+            known = [registry, registry.routing, registry.buffers, *registry.adapters.values()]
             self._notes += [_Note(each, vars(each)) for each in known]
             self._merged = list(self._registry.originals)
             self._stored = [e.as_it_is() for original in self._merged for e in original.stored()]

@@ -13,6 +13,7 @@ from torch import nn
 from hf_lora.compat.accelerate import is_offloaded
 from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, listing
+from hf_lora.layers.holding import held_by
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.trained import TrainedModule, own_parameters, tensor_names, train_fault
 from hf_lora.model.patch import train_module
@@ -113,7 +114,12 @@ def _adopt(
     kept: dict[int, nn.Parameter],
 ) -> None:
     """Give an adapter its copies of a module; what is tied stays so, on both sides."""
+    held = held_by(module, name)
+    registry.buffers.drop_from(module, name)
     copies: TrainedModule = train_module(registry, name, path, module)
+    for role, tensor in held.items():
+        copies._buffers[copies.lora_copies[name][role]] = tensor
+    registry.buffers.reclass()
     for role, added in copies.lora_copies[name].items():
         own, copied = copies._parameters.get(role), copies._parameters.get(added)
         if own is None or copied is None:

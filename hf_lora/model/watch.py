@@ -104,6 +104,9 @@ def _nothing() -> None:
 def watch(model: nn.Module) -> None:
     """Look after the model at each of its forwards, and when a layer of it is replaced."""
     model.register_forward_pre_hook(_look, with_kwargs=True)
+    model.register_load_state_dict_pre_hook(_make_room)
+    model.register_load_state_dict_post_hook(_note_again)
+    model.register_state_dict_pre_hook(_settle)
     _refuse_replacing()
 
 
@@ -145,6 +148,25 @@ def unwatch(model: nn.Module) -> None:
         if hook is _look:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, wrapper in list(model._load_state_dict_pre_hooks.items()):
+        if getattr(wrapper, "hook", None) is _make_room:
+            del model._load_state_dict_pre_hooks[key]
+    for hooks in (model._state_dict_pre_hooks, model._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            if hook in (_settle, _note_again):
+                del hooks[key]
+
+
+def _settle(model: nn.Module, *_: Any) -> None:
+    vars(model)[REGISTRY].settle_buffers()  # or what has moved would stand under the base's name
+
+
+def _make_room(model: nn.Module, *args: Any) -> None:
+    vars(model)[REGISTRY].buffers.make_room(model, vars(model)[REGISTRY], *args)
+
+
+def _note_again(model: nn.Module, _: Any) -> None:
+    vars(model)[REGISTRY].buffers.note_again(model, vars(model)[REGISTRY])
 
 
 def look_at_places(model: nn.Module, registry: "Registry") -> dict[str, tuple[str, nn.Module]]:
@@ -168,6 +190,8 @@ def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     if torch.compiler.is_compiling() or "_is_replica" in vars(model):
         return
     registry = vars(model)[REGISTRY]
+    if model.training and torch.is_grad_enabled():
+        registry.buffers.begin(model, registry)
     before = registry.places
     fused = look_at_places(model, registry)
     heads = _asked_for(registry, ("forward", id(_forward(model)), model.training, *kwargs))

@@ -57,6 +57,7 @@ def vllm_reasons(
     trained: Iterable[str],
     *,
     not_linear: Collection[str] = (),
+    buffers: Collection[str] = (),
 ) -> list[str]:
     """Return why vLLM cannot serve an adapter; nothing if it can.
 
@@ -66,6 +67,7 @@ def vllm_reasons(
         slots: Path of each adapted layer to its numbers.
         trained: Paths or names of the modules that are trained in full.
         not_linear: Those of the layers that are convolutions or embeddings.
+        buffers: Names of buffers of the base that the training has moved.
     """
     reasons = [] if slots else ["there is no adapted layer"]
     heads = {name.removesuffix("ForSequenceClassification") + "ForCausalLM" for name in classes}
@@ -86,6 +88,8 @@ def vllm_reasons(
     refused = [path for path in trained if path.rsplit(".", 1)[-1] not in _VLLM_HEADS]
     if refused:
         reasons.append(f"it refuses modules trained in full, here {_some(refused)}")
+    if buffers:
+        reasons.append(f"it refuses buffers that the training moved, here {_some(buffers)}")
     return reasons
 
 
@@ -103,11 +107,12 @@ def llama_cpp_reasons(
     alpha: float,
     tied: Collection[str] = (),
     not_linear: Collection[str] = (),
+    buffers: Collection[str] = (),
 ) -> list[str]:
     """Return why llama.cpp computes something else with an adapter, or refuses it.
 
     Args:
-        classes, slots, trained: As for :func:`vllm_reasons`.
+        classes, slots, trained, buffers: As for :func:`vllm_reasons`.
         alpha: The one strength that it reads.
         tied: Those of the layers that share their weight with another module, or may do so.
         not_linear: As for :func:`vllm_reasons`.
@@ -129,6 +134,9 @@ def llama_cpp_reasons(
         reasons.append(f"it drops or refuses modules trained in full, here {_some(kept)}")
     if not_linear:
         reasons.append(f"it converts linear layers only, here also {_some(not_linear)}")
+    if buffers:
+        moved = _some(buffers)
+        reasons.append(f"it drops or refuses buffers that the training moved, here {moved}")
     if tied:
         reasons.append(f"it refuses layers that share a weight, here {_some(tied)}")
     return reasons

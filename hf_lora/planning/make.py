@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
+from hf_lora.layers.known_buffers import candidates
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.lora import LOW_RANK
 from hf_lora.layers.probe import host_class
@@ -51,6 +52,7 @@ def make_plan(
     not_linear = [target.path for target in targets if target.layout is not LOW_RANK]
     slots = {target.path: target.slot for target in targets}
     tops = [item.path for item in trained]
+    norms = tuple(_frozen_norms(modules, tops))
     plan = Plan(
         model=host_class(model).__name__,
         config=config,
@@ -78,7 +80,8 @@ def make_plan(
         world=world,
         fresh=matches.fresh,
         unfilled=matches.unfilled,
-        frozen_norms=tuple(_frozen_norms(modules, tops)),
+        frozen_norms=norms,
+        buffers=tuple(_buffers(model, {*tops, *norms})),
     )
     if world == 1:
         return plan
@@ -211,6 +214,13 @@ def _frozen_norms(modules: Mapping[str, nn.Module], trained: Collection[str]) ->
     for path, module in modules.items():
         if has_statistics(module) and not inside(path, trained):
             yield path
+
+
+def _buffers(model: nn.Module, left_out: Collection[str]) -> Iterator[str]:
+    """Yield the names of the buffers that a training may move, outside of these modules."""
+    for path, _, role, _ in candidates(model):
+        if not inside(path, left_out):
+            yield f"{path}.{role}" if path else role
 
 
 def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator[str]:

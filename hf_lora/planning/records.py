@@ -177,6 +177,10 @@ class Plan:
     """Paths of the normalizations with running statistics that do not train: they use those that
     they have, also while the model trains, and do not move them."""
 
+    buffers: tuple[str, ...] = ()
+    """Names of the base's buffers that the adapter holds, and its file, if the training moves them:
+    a router's balancing bias, a running mean. Which will move is not known before."""
+
     @property
     def parameters(self) -> int:
         """Trainable numbers in all."""
@@ -248,6 +252,8 @@ def _lines(plan: Plan) -> Iterable[str]:
         yield f"not in the checkpoint, so trained and saved with the adapter: {names}"
     if plan.frozen_norms:
         yield f"running statistics that are used and do not move: {some_paths(plan.frozen_norms)}"
+    if plan.buffers:
+        yield f"saved with the adapter if the training moves them: {some_paths(plan.buffers)}"
     for path, reason in plan.unfilled.items():
         yield f"not in the checkpoint, but neither trained nor saved: {path} ({reason})"
     yield from (f"warning: {warning}" for warning in plan.warnings)

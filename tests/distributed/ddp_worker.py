@@ -6,10 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 import hf_lora
+from tests import moving
 from tests.integrations import training
 
 STEPS = {"max_steps": 4, "save_steps": 2, "ddp_backend": "gloo"}
@@ -103,6 +106,31 @@ def comparing(folder: Path) -> dict[str, Any]:
             "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
             "sum": total(trainer.model),
         }
+    return told
+
+
+def with_moving_buffers(folder: Path) -> dict[str, Any]:
+    """Train on rows of one's own what moves a buffer, switched in the middle or not; save both."""
+    torch.distributed.init_process_group("gloo")
+    x = moving.X * (rank() + 1)
+    base = moving.answer(moving.around(moving.Running))
+    told: dict[str, Any] = {}
+    for name in ("switched", "left alone"):
+        torch.manual_seed(4)
+        model = hf_lora.wrap(moving.around(moving.Running), "fc", r=2)
+        parallel = DistributedDataParallel(model)
+        for _ in range(3):
+            moving.train(parallel, 1, x=x)
+            if name == "switched":
+                with hf_lora.no_adapter(model):
+                    model(x)
+        if rank() == 0:
+            hf_lora.save(parallel, folder / name)
+        with hf_lora.no_adapter(model):
+            told[f"{name}: base"] = torch.equal(moving.answer(model), base)
+        moving.train(parallel, 1, x=x)  # whose beginning takes over what the first process has
+        told[name] = [model.inner.mean.tolist(), model.inner.steps.item()]
+    torch.distributed.destroy_process_group()
     return told
 
 

@@ -49,6 +49,17 @@ def test_no_search_for_unused_parameters(told: list[dict[str, Any]]):
     assert [each["warnings"] for each in told] == [[], []]
 
 
+def test_buffers_that_move_are_the_adapters_and_those_of_the_first_process(tmp_path: Path):
+    told = launch("ddp_worker:with_moving_buffers", tmp_path)
+    for each in told:
+        assert each["switched: base"] is each["left alone: base"] is True
+        assert each["switched"] == each["left alone"]
+        assert each["switched"][1] == 4
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("switched", "left alone")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "base_model.model.inner.mean" in load_file(files[0])
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of the runs that one process repeats, and what the two say of them."""

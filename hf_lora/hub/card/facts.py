@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lora.adapter_io.tasks import BY_PEFT, class_by_name, task_by_name, task_of
+from hf_lora.adapter_io.tensors import moved_buffers
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.lora import LOW_RANK
@@ -53,6 +54,9 @@ class AdapterFacts:
 
     parameters: int
     bytes: int
+    buffers: tuple[str, ...] = ()
+    """The buffers of the base that the training has moved."""
+
     dtypes: tuple[str, ...] = ()
     """Types of its tensors, where they are known."""
 
@@ -120,7 +124,8 @@ def _adapter_facts(
     registry: Registry, name: str, dtype: torch.dtype | None, tied: Collection[str]
 ) -> AdapterFacts:
     adapter = registry.adapter(name)
-    tensors = [tensor for *_, tensor in registry.tensors(name)]
+    buffers, _ = moved_buffers(registry, name)
+    tensors = [*(tensor for *_, tensor in registry.tensors(name)), *buffers.values()]
     saved = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
     return AdapterFacts(
         name=name,
@@ -128,6 +133,7 @@ def _adapter_facts(
         trained=adapter.trained,
         parameters=sum(tensor.numel() for tensor in tensors),
         bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
+        buffers=tuple(buffers),
         dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
         not_linear=tuple(
             path for path in adapter.slots if registry.modules[path].lora_layout is not LOW_RANK
@@ -147,6 +153,7 @@ def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
         not_linear=tuple(
             path for path, held in folder.factors.items() if held.layout is not LOW_RANK
         ),
+        buffers=tuple(folder.own.buffers) if folder.own else (),
         tied=tuple(path for path in folder.slots if path.endswith("lm_head")),
     )
 

@@ -66,7 +66,11 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
     for adapter in adapters:
         of = f"`{adapter.name}`: " if len(adapters) > 1 else ""
         vllm = vllm_reasons(
-            model.classes, adapter.slots, adapter.trained, not_linear=adapter.not_linear
+            model.classes,
+            adapter.slots,
+            adapter.trained,
+            not_linear=adapter.not_linear,
+            buffers=adapter.buffers,
         )
         llama_cpp = llama_cpp_reasons(
             model.classes,
@@ -75,6 +79,7 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             alpha=common_alpha(adapter.slots.values()),
             tied=adapter.tied,
             not_linear=adapter.not_linear,
+            buffers=adapter.buffers,
         )
         lines += [f"- {of}{line}." for line in served_by(vllm, llama_cpp, adapter.slots)]
     if not model.classes:
@@ -118,20 +123,23 @@ def _facts(adapter: AdapterFacts) -> dict[str, str]:
     slots = adapter.slots
     dropouts = {slot.dropout for slot in slots.values()}
     facts = {
-        "Targets": ", ".join(
-            f"`{tail}` ({count})" for tail, count in sorted(_tails(slots).items())
-        ),
+        "Targets": _tails_of(slots),
         "Rank": _spread(slots, lambda slot: slot.r),
         "Alpha": _spread(slots, lambda slot: slot.alpha),
         "Updates scaled by": _spread(slots, lambda slot: slot.scaling),
         "Dropout in training": _spread(slots, lambda slot: slot.dropout) if any(dropouts) else "",
         "Trained in full": ", ".join(f"`{name}`" for name in adapter.trained),
+        "Buffers that moved": _tails_of(adapter.buffers),
         "Parameters": f"{adapter.parameters:,}",
         "Size": ", ".join([size(adapter.bytes), *adapter.dtypes]),
     }
     if any(slot.rslora for slot in slots.values()):
         facts["Updates scaled by"] += " (rsLoRA)"
     return {head: value for head, value in facts.items() if value}
+
+
+def _tails_of(paths: Iterable[str]) -> str:
+    return ", ".join(f"`{tail}` ({count})" for tail, count in sorted(_tails(paths).items()))
 
 
 def _tails(slots: Iterable[str]) -> dict[str, int]:

@@ -70,6 +70,7 @@ def check_ready(model: nn.Module, registry: Registry, args: Any) -> None:
                 HfLoRAWarning,
                 stacklevel=2,
             )
+    registry.settle_buffers()
     adopt_unfrozen(model, registry)
     weighed = [
         f"{name}: {factor:g}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lora.adapter_io.owner import check_rest_frozen, check_saves_as_one, owner
+from hf_lora.adapter_io.owner import check_rest_frozen, check_saves_as_one, holder_of, owner
 from hf_lora.adapter_io.restore import restore_checkpoint
 from hf_lora.adapter_io.save import base_name
 from hf_lora.compat.libraries import is_pretrained
@@ -32,7 +32,7 @@ from hf_lora.integrations.trainer.resume import (
     run_epoch,
     save_checkpoint,
 )
-from hf_lora.model.registry import Registry
+from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.watch import heads_heard
 
 _WITH_CHECKPOINTS = ("checkpoint", "all_checkpoints")
@@ -111,6 +111,10 @@ def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if found is None:
         return original(*args, **kwargs)
     check_ready(*found, trainer.args)
+    part, registry = wrapped(holder_of(found[0]))
+    registry.buffers.begin(
+        part, registry
+    )  # also where the model is compiled, and runs no hook of ours
     if getattr(trainer.args, "disable_dropout", False):
         switch_dropout_off(found[1])
     _add_gradient_check(trainer)
