@@ -77,6 +77,8 @@ class Description:
     """Tensors that hold a nan or an infinity; such an adapter cannot be loaded."""
 
     file_bytes: int
+    left_out_bytes: int = 0
+    """Bytes of tensors that repeat others, or the base's, beside modules trained in full."""
 
     @property
     def parameters(self) -> int:
@@ -103,6 +105,8 @@ class Description:
             cause = f"{role} that moved" if moved else f"{path or tensor.name} in full"
             cause = f"{cause}, {tensor.dtype}"
             sizes[cause] = sizes.get(cause, 0) + tensor.bytes
+        if self.left_out_bytes:
+            sizes["left out, as the base has it"] = self.left_out_bytes
         sizes["header"] = self.file_bytes - sum(sizes.values())
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
@@ -159,6 +163,16 @@ def describe(
         config=folder.config,
         not_finite=tuple(broken),
         file_bytes=folder.file.path.stat().st_size,
+        left_out_bytes=_left_out(folder),
+    )
+
+
+def _left_out(folder: AdapterFolder) -> int:
+    """Return the bytes of tensors that stand in a file and are not read."""
+    read = {key for held in folder.factors.values() for key in held.keys.values()}
+    rest = folder.file.shapes.keys() - read - {*folder.others.values()}
+    return sum(
+        math.prod(folder.file.shapes[key]) * folder.file.dtypes[key].itemsize for key in rest
     )
 
 

@@ -103,6 +103,10 @@ class _Matching:
         self.advice = ""
         self.told = [self.names.way.words] if self.names.way.words else []
         self.told += [f"{part!r} in the names was taken off" for part in folder.renamed]
+        self.told += [
+            f"{key} is what the base has there, and was left out"
+            for key in folder.originals.values()
+        ]
         self.told += folder.told
         self.keys: dict[Place, str] = {}
         self.slots: dict[str, LayerConfig] = {}
@@ -299,7 +303,8 @@ class _Matching:
             elif not equal:
                 self.problems.append(
                     f"{key}: neither a factor nor part of a module in modules_to_save, and not "
-                    "what the base has there (were tokens added? Put them into the base first)"
+                    "what the base has there (were tokens added? hf_lora.from_pretrained loads the "
+                    "base and puts them in)"
                 )
             elif self.folder.own is None:
                 self.told.append(f"{key} only repeats the base's own weight and was left out")

@@ -1,5 +1,6 @@
 """The names of tensors in an adapter file: factors told from others, wrappers' parts taken off."""
 
+import dataclasses
 import functools
 import re
 
@@ -19,6 +20,8 @@ _BEFORE = re.compile(rf"((?:(?:module|{'|'.join(_WRAPPERS)})\.)*){re.escape(PREF
 _ADAPTER = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
 _TRAINED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<role>[^.]+)")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
+# PEFT writes all that its wrapper of an embedding holds, beside the module trained in full itself
+_WRAPPER = re.compile(r"(?P<path>.+)\.(?P<part>modules_to_save|original_module)\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
     r"\blora_magnitude_vector\b|\blora_[AB](?:\.[^.]+)?\.bias\b"
     r"|\btrainable_tokens_delta\b|\bvera_|\bhada_|\blokr_|\bia3_"
@@ -32,12 +35,26 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def sort_keys(file: TensorFile) -> tuple[dict[str, LayerTensors], dict[str, str], list[str]]:
-    """Tell layers' tensors from others, and check that those of a layer fit each other.
+@dataclasses.dataclass(frozen=True)
+class SortedKeys:
+    """What an adapter file's keys are."""
 
-    Returns:
-        Path of each layer to its tensors; name of every other tensor to its key (the base's own
-        weight of an adapted layer under its plain name); and the parts that were taken off.
+    factors: dict[str, LayerTensors]
+    """Path of each layer to its tensors."""
+
+    others: dict[str, str]
+    """Name of every other tensor to its key; the base's own weight of an adapted layer is under
+    its plain name."""
+
+    originals: dict[str, str]
+    """Name of a tensor of a module trained in full to the key of what the base has there."""
+
+    renamed: list[str]
+    """The parts that were taken off."""
+
+
+def sort_keys(file: TensorFile) -> SortedKeys:
+    """Tell layers' tensors from others, and check that those of a layer fit each other.
 
     Raises:
         UnsupportedAdapterError: There are tensors of other methods.
@@ -83,12 +100,12 @@ def sort_keys(file: TensorFile) -> tuple[dict[str, LayerTensors], dict[str, str]
             problems.append(f"{path or 'the model itself'} {found}")
         else:
             factors[path] = found
-    others = _with_base_layers(others, factors, problems)
+    others, originals = _without_wrapper(_with_base_layers(others, factors, problems))
     if not pairs:
         problems.append(f"there is no {' and no '.join(layouts()[0].roles)} in it")
     if problems:
         raise AdapterFileError(listing(f"{file.path} is not a sound adapter", problems))
-    return factors, others, sorted(renamed)
+    return SortedKeys(factors, others, originals, sorted(renamed))
 
 
 @functools.cache
@@ -143,3 +160,22 @@ def _with_base_layers(
             problems.append(f"{key} and {named[name]} are the same tensor twice")
         named[name] = key
     return named
+
+
+def _without_wrapper(others: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Take out what PEFT's wrapper of an embedding has beside the module that it trains in full.
+
+    Returns:
+        The others, without the second key of a tensor, which PEFT itself does not read; and what
+        the base had there.
+    """
+    left: dict[str, str] = {}
+    originals: dict[str, str] = {}
+    for name, key in others.items():
+        found = _WRAPPER.fullmatch(name)
+        plain = f"{found['path']}.{found['role']}" if found else ""
+        if found is None or plain not in others:
+            left[name] = key
+        elif found["part"] == "original_module":
+            originals[plain] = key
+    return left, originals

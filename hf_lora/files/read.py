@@ -46,6 +46,9 @@ class AdapterFolder:
     others: dict[str, str]
     """Every other tensor: path of a parameter, as the file names it, to its key."""
 
+    originals: dict[str, str]
+    """The same for what the base had in modules trained in full, where the file has that, too."""
+
     trained_names: list[str]
     """Names of the modules trained in full, as PEFT understands them."""
 
@@ -124,7 +127,8 @@ def read_folder(directory: Path) -> AdapterFolder:
     unknown = check_supported(fields, source)
     if unknown:
         told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
-    factors, others, renamed = sort_keys(file)
+    keys = sort_keys(file)
+    factors, others = keys.factors, keys.others
     check_tying(fields, [*factors, *others], source)
     patience = Budget(source)
     ranks = {path: held.rank for path, held in factors.items()}
@@ -149,9 +153,10 @@ def read_folder(directory: Path) -> AdapterFolder:
         factors=factors,
         slots=slots,
         others=others,
+        originals=keys.originals,
         trained_names=trained_names,
         own=own,
-        renamed=renamed,
+        renamed=keys.renamed,
         told=told,
         patience=patience,
         labels={} if own is None else read_labels(own.raw, shapes, str(weights)),
