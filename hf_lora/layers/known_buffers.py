@@ -1,7 +1,9 @@
 """What a model's buffers held before a training could move them, and which have moved since."""
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,17 +21,48 @@ _SAMPLE = 4096
 """Of those that are larger: how many of their numbers are kept, to see that they move."""
 
 
+class Weakly:
+    """A module that is not kept alive by who holds this; in a copy or a pickle it is that one's.
+
+    What knows of a model's modules is an attribute of the model, and one of them is the model.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._reference = weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, or None if it is gone."""
+        return self._reference()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle with the module itself."""
+        return Weakly.__new__, (Weakly,), (self.module,)
+
+    def __setstate__(self, state: tuple[nn.Module | None]) -> None:
+        self._reference = _gone if state[0] is None else weakref.ref(state[0])
+
+
+def _gone() -> None:
+    return None
+
+
 @dataclasses.dataclass
 class Known:
     """A buffer of the base, and what it held before the training."""
 
     path: str
-    module: nn.Module
+    held: Weakly
     role: str
     value: torch.Tensor
     """A copy of that, or of some of its numbers."""
 
     whole: bool
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that has it, or None if it is gone."""
+        return self.held.module
 
     @property
     def name(self) -> str:
@@ -38,7 +71,8 @@ class Known:
 
     def now(self) -> torch.Tensor | None:
         """Return what stands on the base, never an adapter's copy."""
-        return self.module._buffers.get(self.role)
+        module = self.module
+        return None if module is None else module._buffers.get(self.role)
 
     def differs(self, now: torch.Tensor) -> torch.Tensor | None:
         """Return whether the values are others, on their device, or None if the sizes are."""
@@ -68,7 +102,7 @@ def note(model: nn.Module) -> list[Known]:
         size += tensor.nbytes
         whole = size <= MOST_BYTES
         value = tensor.detach().clone() if whole else _sample(tensor).clone()
-        found.append(Known(path, module, role, value, whole))
+        found.append(Known(path, Weakly(module), role, value, whole))
     return found
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from hf_lora.errors import TargetError
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.holding import held_by, hold, hold_again, let_go, mixed, shares_of
-from hf_lora.layers.known_buffers import Known, candidates, moved, note
+from hf_lora.layers.known_buffers import Known, Weakly, candidates, moved, note
 from hf_lora.layers.names import copy_kind, parameter_name
 
 Registry = Any
@@ -41,7 +41,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self.known: list[Known] = []
-        self.modules: dict[str, nn.Module] = {}
+        self.holding: dict[str, Weakly] = {}
         """Those of which adapters have buffers, by path."""
 
         self.begun = False
@@ -94,19 +94,21 @@ class Buffers:
     def _settle(
         self, registry: Registry, holder: str | None, known: Known, now: torch.Tensor
     ) -> None:
+        module = known.module
+        assert module is not None, "what stands there now is a buffer of it"
         if not known.whole:
             self.left[known.name] = _LARGE
             return
-        if holder is not None and not _has(known.module, holder, known.role):
+        if holder is not None and not _has(module, holder, known.role):
             try:
-                self.give(registry, holder, known.path, known.module, known.role, now)
+                self.give(registry, holder, known.path, module, known.role, now)
             except TargetError as error:
                 self.left[known.name] = str(error)
                 return
-        its_own = [t for name in registry.adapters for t in held_by(known.module, name).values()]
+        its_own = [t for name in registry.adapters for t in held_by(module, name).values()]
         is_given = any(now is each for each in its_own)
         if is_given or now.shape != known.value.shape or now.is_inference():
-            known.module._buffers[known.role] = known.base()
+            module._buffers[known.role] = known.base()
         else:
             now.copy_(known.value)
 
@@ -131,17 +133,22 @@ class Buffers:
             if tensor.is_inference():
                 tensor = tensor.clone()  # or nothing could train through it
         hold(module, registry.routing, adapter, role, tensor)
-        self.modules[path] = module
+        self.holding[path] = Weakly(module)
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for path, held in self.holding.items():
+            if held.module is not None:
+                yield path, held.module
 
     def held(self, adapter: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
         """Yield (path, module, role, copy) for every buffer that an adapter has."""
-        for path, module in self.modules.items():
+        for path, module in self._modules():
             for role, copy in held_by(module, adapter).items():
                 yield path, module, role, copy
 
     def drop(self, adapter: str) -> None:
         """Take the copies of an adapter away."""
-        for module in self.modules.values():
+        for _, module in self._modules():
             self.drop_from(module, adapter)
 
     def drop_from(self, module: nn.Module, adapter: str) -> None:
@@ -151,7 +158,7 @@ class Buffers:
 
     def reclass(self) -> None:
         """Put right what modules read, after the classes below were changed."""
-        for module in self.modules.values():
+        for _, module in self._modules():
             hold_again(module)
 
     def merged(
@@ -164,7 +171,7 @@ class Buffers:
             weights: All that are to be inside, with their factors.
             base: Returns what the base has of a module under a name.
         """
-        for module in self.modules.values():
+        for _, module in self._modules():
             roles = {role for name in chosen for role in held_by(module, name)}
             copies = {role: shares_of(module, role, weights) for role in sorted(roles)}
             found = {r: mixed(base(module, r), each).clone() for r, each in copies.items()}
@@ -178,7 +185,7 @@ class Buffers:
             factors: Those in use or inside the weights, each with its factor.
             inside: Those inside the weights, now or soon.
         """
-        for path, module in self.modules.items():
+        for path, module in self._modules():
             holders: dict[str, list[str]] = {}
             for name in factors:
                 for role in held_by(module, name):

@@ -197,7 +197,7 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
         clash = module.lora_clash(shares, inside)
         if clash is not None:
             clashes.append(f"{path}: {', '.join(shares)}" + (f" ({clash})" if clash else ""))
-    if registry.buffers.modules:
+    if registry.buffers.holding:
         clashes += registry.buffers.clashes(factors, inside)
     if clashes:
         raise StateError(

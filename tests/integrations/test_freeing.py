@@ -11,10 +11,31 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import hf_lora
 from tests.integrations import training
 from tests.tiny import Net, rows
+
+
+def bart() -> Any:
+    """A model with a buffer of its own, the bias of its logits."""
+    return hf.BartForConditionalGeneration(
+        hf.BartConfig(
+            vocab_size=16, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+            decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2,
+        )
+    )  # fmt: skip
+
+
+def step_of_bart(model: Any) -> Any:
+    """Train a step in which that bias moves."""
+    model(X, labels=X).loss.backward()
+    model.final_logits_bias.add_(1)
+    with hf_lora.no_adapter(model):
+        assert not model.final_logits_bias.any()
+    return model
+
 
 X = torch.tensor([[3, 5, 7, 9]])
 
@@ -136,3 +157,25 @@ def test_a_method_knows_what_became_of_its_model():
     assert hf_lora.active_adapters(model) == ("fr",)
     del model
     assert names() == ["fr"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model,
+        step_of_bart,
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(step_of_bart(model))),
+    ],
+    ids=["wrapped", "trained", "copied", "trained and pickled"],
+)
+def test_a_model_that_has_buffers_itself(use: Callable[[Any], Any]):
+    """What is kept of them, to see that they move, keeps no model alive."""
+    model = bart()
+    model.train()
+    hf_lora.wrap(model, "q_proj", r=2)
+    with no_collection():
+        used = use(model)
+        kept = weakref.ref(model), weakref.ref(used)
+        del model, used
+        assert [reference() for reference in kept] == [None, None]
