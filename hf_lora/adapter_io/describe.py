@@ -132,13 +132,14 @@ def describe(
     """
     folder = read_folder(directory)
     broken: list[str] = []
-    total = len(folder.factors) + len(folder.others)
+    others = _others(folder)
+    total = len(folder.factors) + len(others)
     layers = []
     for path in folder.factors:
         layers.append(_layer(folder, path, broken))
         progress(len(layers), total)
     trained = []
-    for name, key in folder.others.items():
+    for name, key in others.items():
         ((_, tensor),) = folder.file.read([key])
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             broken.append(key)
@@ -167,10 +168,16 @@ def describe(
     )
 
 
+def _others(folder: AdapterFolder) -> dict[str, str]:
+    """Return what is no factor, without the further names of one tensor."""
+    again = {} if folder.own is None else folder.own.ties
+    return {name: key for name, key in folder.others.items() if name not in again}
+
+
 def _left_out(folder: AdapterFolder) -> int:
     """Return the bytes of tensors that stand in a file and are not read."""
     read = {key for held in folder.factors.values() for key in held.keys.values()}
-    rest = folder.file.shapes.keys() - read - {*folder.others.values()}
+    rest = folder.file.shapes.keys() - read - {*_others(folder).values()}
     return sum(
         math.prod(folder.file.shapes[key]) * folder.file.dtypes[key].itemsize for key in rest
     )

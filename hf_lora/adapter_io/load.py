@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_lora.adapter_io.match import Match, Place, match_folder
+from hf_lora.adapter_io.match import Match, match_folder
 from hf_lora.compat.deepspeed import have_engine, shape_of
 from hf_lora.compat.dtensor import distribute_like, gather_full, reshard
 from hf_lora.config import LoRAConfig
@@ -27,12 +27,14 @@ from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.quantized import keep_gradients
+from hf_lora.layers.roles import Place
 from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.model.adapters import check_new_name, freeze, unfreeze
 from hf_lora.model.patch import attach, check_no_engine, remove_adapter, unpatch
 from hf_lora.model.registry import Registry, create, find
 from hf_lora.model.replacing import check_replaceable, replaced
+from hf_lora.planning.ties import full_name
 from hf_lora.targets import shortest_names
 
 
@@ -78,7 +80,16 @@ def load_folder(
             _refill(registry, adapter, config, match, values)
         else:
             with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
-                attach(model, registry, adapter, config, match.slots, match.trained, dtypes)
+                attach(
+                    model,
+                    registry,
+                    adapter,
+                    config,
+                    match.slots,
+                    match.trained,
+                    dtypes,
+                    ties=match.ties,
+                )
                 registry.adapter(adapter).origin = match.folder.origin
                 fill(registry, adapter, values)
         fill_buffers(model, registry, adapter, buffers)
@@ -102,6 +113,7 @@ def _has_room(
     tensors = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
     return (
         set(registry.adapter(name).trained) == set(match.trained)
+        and registry.adapter(name).ties == match.ties
         and tensors.keys() == values.keys()
         and all(
             shape_of(tensor) == values[place].shape and tensor.dtype == values[place].dtype
@@ -180,6 +192,9 @@ def _values_for(
             problems.append(f"{path}: the model has {here}, the file {there}")
     if set(adapter.trained) != set(match.trained):
         problems.append(f"trained in full: {adapter.trained}, in the file {match.trained}")
+    if dict(adapter.ties) != match.ties:
+        here, there = (sorted(map(full_name, ties)) for ties in (adapter.ties, match.ties))
+        problems.append(f"tied to other tensors: {here}, in the file {there}")
     if problems:
         raise AdapterMismatchError(
             listing(f"{directory} holds another adapter than the model's {name!r}", problems)

@@ -11,6 +11,7 @@ from hf_lora.adapter_io.base_on_disk import describe_changes
 from hf_lora.adapter_io.base_weights import vocabulary
 from hf_lora.adapter_io.rename import Renaming, rename
 from hf_lora.adapter_io.tasks import BY_PEFT, HEADS
+from hf_lora.adapter_io.ties import read_ties
 from hf_lora.compat.accelerate import present
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import full_tensor
@@ -32,7 +33,7 @@ from hf_lora.files.peft_targets import (
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.lora import LOW_RANK
-from hf_lora.layers.roles import Layout
+from hf_lora.layers.roles import Layout, Place, Ties
 from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled
@@ -41,9 +42,6 @@ from hf_lora.model.places import adapted_twice
 from hf_lora.planning.heads import beside_backbone, output_head
 from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.text import show
-
-Place = tuple[str, str]
-"""(path in the model, role there)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +56,9 @@ class Match:
 
     buffers: list[Place]
     """Those of these that are buffers of the base, which a training has moved."""
+
+    ties: Ties
+    """What is read as the copy at another place, to that."""
 
     told: list[str]
     """What was resolved or left out on the way."""
@@ -111,6 +112,7 @@ class _Matching:
         self.keys: dict[Place, str] = {}
         self.slots: dict[str, LayerConfig] = {}
         self.buffers: list[Place] = []
+        self.ties: dict[Place, Place] = {}
 
     def run(self, check_base: bool) -> Match:
         self._match_factors()
@@ -124,7 +126,7 @@ class _Matching:
         if not self.problems:
             self._compare_with_targets(set(tops))
         self._raise_problems()
-        paths = dict.fromkeys(path for path, _ in (*self.keys, *copies))
+        paths = dict.fromkeys(path for path, _ in (*self.keys, *copies, *self.ties))
         repeated = [path for path in paths if path not in self.slots]
         check_present(self.model, list(self.slots), repeated)
         self._compare_copies(copies)
@@ -133,7 +135,7 @@ class _Matching:
         if check_base:
             self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
         self.told += self._random_parts(unfilled.needed, tops)
-        return Match(self.folder, self.slots, tops, self.keys, self.buffers, self.told)
+        return Match(self.folder, self.slots, tops, self.keys, self.buffers, self.ties, self.told)
 
     def _raise_problems(self) -> None:
         if self.problems:
@@ -217,7 +219,9 @@ class _Matching:
             else:
                 found[place] = key
                 self._check_fit(key, place)
+        self.ties = read_ties(self.folder, self.model, self.names, found, tops, self.problems)
         inside = {place for place in self.owned.values() if _is_inside(place[0], tops)}
+        inside |= {*self.ties, *self.ties.values()}
         for path in sorted({path for path, _ in inside}):
             fault = train_fault(self.modules[path])
             if path in self.slots:
@@ -229,7 +233,8 @@ class _Matching:
             for full, place in self.owned.items()
             if place in inside and place not in found
         ]
-        self.keys |= {place: key for place, key in found.items() if place in inside}
+        own = inside - self.ties.keys()
+        self.keys |= {place: key for place, key in found.items() if place in own}
         return {place: key for place, key in found.items() if place not in inside}
 
     def _check_fit(self, key: str, place: Place) -> None:

@@ -100,6 +100,10 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
             adapter,
             slots={at(below): slot for below, slot in adapter.slots.items()},
             trained=tuple(map(at, adapter.trained)),
+            ties={
+                (at(path), role): (at(first), source)
+                for (path, role), (first, source) in adapter.ties.items()
+            },
             places=dict.fromkeys(map(at, adapter.places)),
             origin={},  # of the part's file: task and class are the outer model's own here
         )

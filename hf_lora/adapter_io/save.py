@@ -22,9 +22,11 @@ from hf_lora.adapter_io.tensors import (
     buffer_key,
     check_finite,
     check_shapes,
+    key_of,
     moved_buffers,
     tensors_of,
 )
+from hf_lora.adapter_io.ties import peft_would_tie
 from hf_lora.compat.accelerate import present
 from hf_lora.compat.dtensor import gather_full, has_distributed_parameters, reshard
 from hf_lora.config import DTYPES
@@ -38,6 +40,7 @@ from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Adapter, Registry, wrapped
 from hf_lora.model.unfrozen import adopt_unfrozen
+from hf_lora.planning.ties import followers
 from hf_lora.targets import shortest_names
 
 
@@ -175,17 +178,24 @@ def collect(
         )
     _check_places(model, adapter)
     trained = sorted(map(without_wrappers, adapter.trained))
-    trained_names = shortest_names(trained, modules)
+    follow = map(without_wrappers, followers(adapter.ties, adapter.trained))
+    ends = {*trained, *follow}  # one of them may be a part of another
+    whole = sorted(path for path in ends if not any(above in ends for above in parents(path)))
+    trained_names = shortest_names(whole, modules)
     repeated = _repeated(modules, slots, trained, trained_names)
     copies = [t for path, *_, t in registry.tensors(name) if path in registry.exclusive]
     buffers = _buffers(registry, name)
-    tensors = tensors_of(registry, name, state_dict) | repeated
+    tensors = repeated | tensors_of(registry, name, state_dict)
     tensors |= {buffer_key(full, slots): tensor for full, tensor in buffers.items()}
+    ties = {key_of(*place): key_of(*first) for place, first in adapter.ties.items()}
+    for key in ties.keys() & tensors.keys():
+        del tensors[key]  # the base's
     if together:
         tensors = gather_full(tensors)
     check_shapes(registry, name, tensors)
     saved = {key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()}
     check_finite(name, saved, dtype)
+    saved |= {key: saved[first] for key, first in ties.items()}
     by_weight = taken_for_experts(model, slots)
     if by_weight and adapter.config.dropout:
         warnings.warn(
@@ -202,11 +212,13 @@ def collect(
         slots=slots,
         trained=tuple(trained),
         tensors=saved,
-        target_names=_target_names(modules, slots.keys() - set(by_weight), trained),
+        target_names=_target_names(modules, slots.keys() - set(by_weight), whole),
         by_weight=by_weight,
         trained_names=trained_names,
         **purpose,
         buffers=tuple(buffers),
+        ties={key.removeprefix(PREFIX): to.removeprefix(PREFIX) for key, to in ties.items()},
+        pefts_tie=peft_would_tie(model, adapter.ties, adapter.trained, trained_names),
         fan_in_fan_out=any(registry.modules[path].fan_in_fan_out for path in adapter.slots),
         labels=labels_of(model, copies),
         fingerprint=fingerprint,

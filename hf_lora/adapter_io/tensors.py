@@ -7,7 +7,6 @@ import torch
 from hf_lora.errors import SaveError, StateError, listing
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.safetensors_io import can_hold
-from hf_lora.layers.roles import Role
 from hf_lora.layers.trained import own_tensors
 from hf_lora.model.registry import Registry
 
@@ -20,13 +19,14 @@ def tensors_of(
     found = {}
     held = (tensor for *_, tensor in registry.tensors(name))
     for (path, _, role), tensor in zip(registry.roles(name), held, strict=True):
-        found[_key(path, role)] = tensor if gathered is None else gathered[path, role.name]
+        found[key_of(path, role.key)] = tensor if gathered is None else gathered[path, role.name]
     return found
 
 
-def _key(path: str, role: Role) -> str:
+def key_of(path: str, key: str) -> str:
+    """Return PEFT's name of a tensor that is called ``key`` below the path of its module."""
     dotted = f"{without_wrappers(path)}." if path else ""
-    return f"{PREFIX}{dotted}{role.key}"
+    return f"{PREFIX}{dotted}{key}"
 
 
 def moved_buffers(registry: Registry, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -63,7 +63,7 @@ def check_shapes(registry: Registry, name: str, tensors: Mapping[str, torch.Tens
     """Raise StateError if a tensor is not of the size that the adapter's configuration says."""
     problems = []
     for path, _, role in registry.roles(name):
-        given = tuple(tensors[_key(path, role)].shape)
+        given = tuple(tensors[key_of(path, role.key)].shape)
         # one process's share, or a gather that left some out
         if given != role.shape:
             problems.append(f"{path}.{role.name} has shape {given} where {role.shape} is expected")

@@ -32,7 +32,7 @@ def fit_vocabulary(model: nn.Module, folder: AdapterFolder) -> None:
     if not is_pretrained(model):
         return
     getters = (f"get_{end}_embeddings" for end in ("input", "output"))
-    ends = [end for getter in getters if (end := _embedding(model, getter)) is not None]
+    ends = [end for getter in getters if (end := embedding(model, getter)) is not None]
     modules = dict(model.named_modules())
     known = modules.keys() | {
         f"{path}.{name}" for path, module in modules.items() for name in tensor_names(module)
@@ -92,7 +92,8 @@ def _fingerprint_allows(folder: AdapterFolder, size: int) -> bool:
     return found is None or found.vocabulary in (None, size)
 
 
-def _embedding(model: Any, getter: str) -> nn.Module | None:
+def embedding(model: Any, getter: str) -> nn.Module | None:
+    """Return what a method of a model gives as its embeddings, if it has such."""
     try:
         found = getattr(model, getter)()
     except (AttributeError, NotImplementedError):  # transformers' word for: this model has none

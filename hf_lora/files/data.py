@@ -53,8 +53,8 @@ class AdapterData:
     """Paths of adapted layers that PEFT finds by the name of their weight only."""
 
     trained_names: list[str]
-    """Names of the modules trained in full. PEFT compares ends of text, so they may mean others
-    as well; then ``tensors`` holds the base's own tensors of those."""
+    """Names of the modules trained in full, and of those that are tied with them. PEFT compares
+    ends of text, so they may mean others as well; then ``tensors`` has the base's own of those."""
 
     base: str | None
     """Hub id or path of the base model, if it has one."""
@@ -77,3 +77,10 @@ class AdapterData:
 
     labels: dict[str, Any] | None = None
     """The names of a classifier's labels; see ``files.labels``."""
+
+    ties: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name of a tensor to that of another, where the adapter has one for both. The file holds it
+    under each name."""
+
+    pefts_tie: bool = False
+    """Whether PEFT, if asked, ties the same; if not, it reads a tensor for each module."""

@@ -12,6 +12,7 @@ from hf_lora.errors import AdapterFileError, ConfigError, UnsupportedAdapterErro
 from hf_lora.files.data import AdapterData
 from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
+from hf_lora.files.peft_format import WEIGHT_TYING
 from hf_lora.files.safe_json import is_number, parse_json
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show, some
@@ -28,6 +29,9 @@ BASE_CHANGED = "base_changed"
 BUFFERS = "buffers"
 """The entry that names the buffers which the training has moved, and which the file holds."""
 
+TIES = "ties"
+"""The entry for tensors of which the adapter has one for several names."""
+
 _ENTRIES = {
     ADAPTER_CONFIG,
     BASE_CHANGED,
@@ -38,6 +42,7 @@ _ENTRIES = {
     LABELS,
     "requires",
     "slots",
+    TIES,
     "trained",
 }
 """What a reader of this version knows; else an entry is told and ignored, unless it is required."""
@@ -45,6 +50,7 @@ _ENTRIES = {
 _FEATURES: dict[str, Callable[[AdapterData], bool]] = {
     BUFFERS: lambda content: bool(content.buffers),
     "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
+    TIES: lambda content: bool(content.ties),
     "trained": lambda content: bool(content.trained),
 }
 """What changes an adapter's outputs, to whether an adapter has it: ``requires`` in the header.
@@ -72,6 +78,9 @@ class OwnHeader:
     slots: dict[str, LayerConfig]
     trained: list[str]
     buffers: list[str]
+    ties: dict[str, str]
+    """Name of a tensor to that of the one that it is."""
+
     raw: dict[str, Any]
     """All of it, as parsed."""
 
@@ -96,6 +105,8 @@ def make_header(content: AdapterData, fields: Mapping[str, Any]) -> str:
         entries[BUFFERS] = sorted(content.buffers)
     if content.labels is not None:
         entries[LABELS] = content.labels
+    if content.ties:
+        entries[TIES] = content.ties
     return json.dumps(entries)
 
 
@@ -125,11 +136,11 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
     trained = raw.get("trained", [])
     if not isinstance(fields, dict) or not isinstance(slots, dict) or not slots:
         raise AdapterFileError(damaged)
-    buffers = raw.get(BUFFERS, [])
+    buffers, ties = raw.get(BUFFERS, []), raw.get(TIES, {})
     for names in (trained, buffers):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise AdapterFileError(damaged)
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not _are_ties(ties):
         raise AdapterFileError(damaged)
     _check_patterns(config, damaged)
     known = {name: value for name, value in config.items() if name in _CONFIG}
@@ -147,6 +158,7 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         slots=numbers,
         trained=trained,
         buffers=buffers,
+        ties=ties,
         raw=raw,
         told=_unknown(raw, config, slots),
     )
@@ -182,7 +194,17 @@ def contradictions(
     then = own.fields.get("modules_to_save") or []
     if not isinstance(then, list) or set(trained_names) != {*map(str, then)}:
         problems.append(f"modules_to_save = {show(trained_names)}, in the header {show(then)}")
+    asked = fields.get(WEIGHT_TYING) or False, own.fields.get(WEIGHT_TYING) or False
+    if asked[0] != asked[1]:
+        problems.append(f"{WEIGHT_TYING} = {show(asked[0])}, in the header {show(asked[1])}")
     return problems
+
+
+def _are_ties(ties: Any) -> bool:
+    """Say whether an entry is one step from names to names, none of which leads on."""
+    if not isinstance(ties, dict) or not all(isinstance(to, str) for to in ties.values()):
+        return False
+    return ties.keys().isdisjoint(ties.values())
 
 
 def _check_required(required: Any, path: Path, damaged: str) -> None:

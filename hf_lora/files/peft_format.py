@@ -46,6 +46,8 @@ _KNOWN = {
 # The names by which PEFT knows embeddings, and that it ties on request.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
+WEIGHT_TYING = "ensure_weight_tying"
+"""The field that asks PEFT to keep tied embeddings tied."""
 
 ORIGIN_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 """The fields that say what an adapter was made for."""
@@ -74,6 +76,7 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
     different = {
         "alpha_pattern": _exceptions({name: slot.alpha for name, slot in slots.items()}, alpha),
         "auto_mapping": content.auto_mapping,
+        WEIGHT_TYING: content.pefts_tie,
         # PEFT has none on what it finds by the weight
         "lora_dropout": 0.0 if by_weight else content.config.dropout,
         "modules_to_save": content.trained_names,
@@ -128,24 +131,32 @@ def check_supported(fields: Mapping[str, Any], source: str) -> list[str]:
     return [name for name, value in fields.items() if name not in known and value]
 
 
-def check_tying(fields: Mapping[str, Any], paths: Iterable[str], source: str) -> None:
-    """Refuse an adapter on embeddings that PEFT applies twice: to a tied pair, as one.
+def names_embeddings(names: Iterable[str]) -> bool:
+    """Say whether PEFT, asked to keep ties, sees that modules of these names are embeddings."""
+    return any(name.rpartition(".")[2] in _EMBEDDINGS for name in names)
+
+
+def read_tying(fields: Mapping[str, Any], adapted: Iterable[str], source: str) -> bool:
+    """Return whether PEFT is asked to have one copy of what is tied to the input embeddings.
 
     Args:
         fields: The parsed ``adapter_config.json``.
-        paths: All names in the weights.
+        adapted: Paths of the layers that have factors.
         source: What to name in errors.
 
     Raises:
-        UnsupportedAdapterError: It is one.
+        UnsupportedAdapterError: PEFT applies factors twice: to a tied pair, as one.
+        AdapterFileError: Neither true nor false.
     """
-    if fields.get("ensure_weight_tying") in (None, False):
-        return
-    tied = [path for path in paths if any(part in _EMBEDDINGS for part in path.split("."))]
-    if tied:
+    said = fields.get(WEIGHT_TYING) or False
+    if not isinstance(said, bool):
+        raise AdapterFileError(f"{source}: {WEIGHT_TYING} is {show(said)}, not true or false")
+    tied = [path for path in adapted if any(part in _EMBEDDINGS for part in path.split("."))]
+    if said and tied:
         raise UnsupportedAdapterError(
-            listing(f"{source}: ensure_weight_tying is set, and these may be tied", tied)
+            listing(f"{source}: {WEIGHT_TYING} is set, and these may be tied", tied)
         )
+    return said
 
 
 def read_slots(

@@ -16,9 +16,9 @@ from hf_lora.files.labels import read_labels
 from hf_lora.files.peft_format import (
     ORIGIN_FIELDS,
     check_supported,
-    check_tying,
     read_slots,
     read_trained_names,
+    read_tying,
 )
 from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
@@ -51,6 +51,10 @@ class AdapterFolder:
 
     trained_names: list[str]
     """Names of the modules trained in full, as PEFT understands them."""
+
+    ties_embeddings: bool
+    """Whether PEFT is asked to have one tensor for the input embeddings and what is tied to them.
+    """
 
     own: OwnHeader | None
     """What hf_lora wrote into the weights' header; None for files made elsewhere."""
@@ -129,7 +133,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
     keys = sort_keys(file)
     factors, others = keys.factors, keys.others
-    check_tying(fields, [*factors, *others], source)
+    ties_embeddings = read_tying(fields, factors, source)
     patience = Budget(source)
     ranks = {path: held.rank for path, held in factors.items()}
     slots = read_slots(fields, ranks, source, patience)
@@ -155,6 +159,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         others=others,
         originals=keys.originals,
         trained_names=trained_names,
+        ties_embeddings=ties_embeddings,
         own=own,
         renamed=keys.renamed,
         told=told,

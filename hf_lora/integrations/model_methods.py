@@ -9,6 +9,7 @@ holds it, so that ``del model`` would free nothing before the next collection.
 
 import inspect
 import os
+import types
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -264,6 +265,18 @@ def _resize_token_embeddings(
     return embeddings
 
 
+def _tie_weights(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Tie the base's tensors, and an adapter's copies of them; never the one to the other."""
+    registry = registry_of(model)
+    of_class: Any = type(model)
+    own = registry.methods.get("tie_weights") or types.MethodType(of_class.tie_weights, model)
+    # while an adapter is in use, its copies are what transformers would read, and tie to
+    with registry.routing.base_read():
+        own(*args, **kwargs)
+    for name in registry.adapters:
+        registry.retie(name)
+
+
 def _dequantize(model: nn.Module, *_: Any, **__: Any) -> None:
     """Refuse to replace the layers that carry adapters by new ones."""
     raise StateError(
@@ -277,6 +290,7 @@ _METHODS = {
     "dequantize": _dequantize,
     "resize_token_embeddings": _resize_token_embeddings,
     "save_pretrained": save_pretrained,
+    "tie_weights": _tie_weights,
     "push_to_hub": _push_to_hub,
     "load_adapter": _load_adapter,
     "add_adapter": _add_adapter,

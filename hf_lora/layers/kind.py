@@ -6,7 +6,7 @@ A module is patched in place by changing its class to a subclass of the one that
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Hashable, Mapping, Set
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from hf_lora.layers.roles import Layout, Role, Shapes
 from hf_lora.layers.routing import Routing
 
 OWN_FIELDS = frozenset(
-    {"lora_routing", "lora_slots", "lora_copies", "lora_fresh", COMPUTES_LOCALLY}
+    {"lora_routing", "lora_slots", "lora_copies", "lora_tied", "lora_fresh", COMPUTES_LOCALLY}
 )
 """What we keep in a patched module's ``__dict__``; all else there is the host's, by any name."""
 
@@ -135,6 +135,17 @@ class Patched(nn.Module):
             replaced: What stood in the module before, if some adapters are inside already.
         """
         raise NotImplementedError
+
+    def lora_made_of(self, name: str, adapters: Weights) -> Hashable:
+        """Return what a tensor of :meth:`lora_merged` is made of, if that may be another's as well.
+
+        Where two modules give the same, the one merged tensor is for both.
+
+        Args:
+            name: The tensor's.
+            adapters: As for :meth:`lora_merged`.
+        """
+        return None
 
     def lora_merge_damage(self, merged: Tensors) -> str | None:
         """Return what is wrong with merged tensors that was not with the host's own, or None."""

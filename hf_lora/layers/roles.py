@@ -14,6 +14,12 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 """Role to shape."""
 
+Place = tuple[str, str]
+"""Path of a module, and the role of a tensor there."""
+
+Ties = Mapping[Place, Place]
+"""Each place at which an adapter's copy of another is read, to that one."""
+
 
 class Group(NamedTuple):
     """A parameter group for an optimizer."""

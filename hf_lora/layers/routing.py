@@ -132,6 +132,15 @@ class Routing:
         enter(block, Frame(block, self.number, Choice.of(chosen)))
         return block
 
+    @contextlib.contextmanager
+    def base_read(self) -> Iterator[None]:
+        """Have modules that are trained in full read as they stand in the base, merged or not."""
+        block = self.block(self.standing.merged)
+        try:
+            yield
+        finally:
+            leave(block)
+
     def used_elsewhere(self, names: tuple[str, ...] | None = None) -> bool:
         """Say whether a block of another thread or task is open (on one of these adapters)."""
         own = {frame.block for frame in STACK.get(())}

@@ -2,12 +2,12 @@
 
 The base's own parameters stay where they are, with their names and values. Reading ``weight`` gives
 the active adapter's copy, whoever reads it (the module's own forward, or code outside that
-uses ``model.lm_head.weight``), because the swapped class has a property of that name. Two modules
-that share a tensor each get a copy of their own.
+uses ``model.lm_head.weight``), because the swapped class has a property of that name. Modules that
+share a tensor of the base share its copy as well, unless an adapter's file has one for each.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,13 @@ class TrainedModule(Patched):
     lora_adds_up = False
 
     lora_copies: dict[str, dict[str, str]]
-    """Adapter to (name of a tensor to the name of the adapter's copy of it)."""
+    """Adapter to (name of a tensor to the name of the adapter's copy of it).
+
+    Some tensors only, where the module is not trained itself, but shares these with one that is.
+    """
+
+    lora_tied: dict[str, frozenset[str]]
+    """Adapter to the tensors of which the copy belongs to another module, and is seen here too."""
 
     @classmethod
     def lora_fields(cls, host: type[nn.Module], names: tuple[str, ...]) -> dict[str, Any]:
@@ -48,6 +54,11 @@ class TrainedModule(Patched):
         """Return the names of the copies that this module has."""
         return {held for copies in self.lora_copies.values() for held in copies.values()}
 
+    def lora_copied(self, adapter: str | None = None) -> set[str]:
+        """Return the tensors that some adapter, or this one, has a copy of."""
+        chosen = self.lora_copies.keys() if adapter is None else self.lora_copies.keys() & {adapter}
+        return {name for each in chosen for name in self.lora_copies[each]}
+
     def lora_adapters(self) -> Collection[str]:
         """Return the adapters that have copies here."""
         return self.lora_copies.keys()
@@ -57,6 +68,7 @@ class TrainedModule(Patched):
         return tuple(
             Role(name, held, shape_of(tensor), name, self._group(name, tensor))
             for name, held in self.lora_copies[adapter].items()
+            if name not in self.lora_tied.get(adapter, ())
             for tensor in (_stored(self, held),)
         )
 
@@ -67,7 +79,8 @@ class TrainedModule(Patched):
 
     def lora_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return role to this process's part of the copy."""
-        return self.lora_copy(adapter)
+        tied = self.lora_tied.get(adapter, ())
+        return {name: copy for name, copy in self.lora_copy(adapter).items() if name not in tied}
 
     def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Say whether the copies are what the base has."""
@@ -88,10 +101,10 @@ class TrainedModule(Patched):
 
     def lora_split(self, adapter: str, mesh: Any) -> list[nn.Parameter]:
         """Make the copies DTensors, whole everywhere."""
-        for held in self.lora_copies[adapter].values():
-            copy = self._parameters.get(held)
+        for role in self.lora_roles(adapter):
+            copy = self._parameters.get(role.held)
             if copy is not None:
-                self._parameters[held] = as_distributed(copy, mesh)
+                self._parameters[role.held] = as_distributed(copy, mesh)
         return []
 
     def lora_merge_fault(self) -> str | None:
@@ -103,10 +116,13 @@ class TrainedModule(Patched):
     @torch.no_grad()
     def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
         """Return the adapters' copies, to stand in the place of the module's own tensors."""
-        shares = [(self.lora_copy(name), factor) for name, factor in self.lora_shares(adapters)]
         merged: Tensors = {}
-        for name, tensor in own_tensors(self, tuple(shares[0][0]) if shares else ()):
-            copies = [(full_tensor(copies[name].detach()), factor) for copies, factor in shares]
+        for name, tensor in own_tensors(self, self.lora_names):
+            copies = [
+                (full_tensor(c.detach()), factor) for c, factor in self.lora_read(name, adapters)
+            ]
+            if not copies:
+                continue
             one = len(copies) == 1 and copies[0][1] == 1.0
             data = copies[0][0].clone() if one else mixture(full_tensor(tensor.detach()), copies)
             original = parameter_of(self, name)
@@ -114,24 +130,44 @@ class TrainedModule(Patched):
             merged[name] = data if original is None else in_place_of(original, data)
         return merged
 
-    def lora_add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
-        """Give ``adapter`` its own copy of each of the module's tensors, equal to the base's.
+    def lora_made_of(self, name: str, adapters: Weights) -> Hashable:
+        """Return the copies that a tensor is a mixture of, and the base's if that is in it."""
+        copies = tuple((id(copy), factor) for copy, factor in self.lora_read(name, adapters))
+        left = math.fsum(factor for _, factor in copies) != 1.0
+        return (*copies, id(_stored(self, name)) if left else None) if copies else None
+
+    def lora_add_copy(
+        self, adapter: str, names: Iterable[str], dtype: torch.dtype | None = None
+    ) -> None:
+        """Give ``adapter`` its own copy of tensors of the module, equal to the base's.
 
         Args:
             adapter: Its name.
+            names: The tensors'.
             dtype: Type of its parameters; by default as :func:`copy_dtype` says.
         """
-        copies = {
-            name: (parameter_name(copy_kind(name), adapter), _copy(t, copy_dtype(t, dtype)))
-            for name, t in own_tensors(self, self.lora_names)
-        }
-        for added, copy in copies.values():
+        copies = {name: _copy(t, copy_dtype(t, dtype)) for name, t in own_tensors(self, names)}
+        for name, copy in copies.items():
+            added = parameter_name(copy_kind(name), adapter)
             if isinstance(copy, nn.Parameter):
                 self.register_parameter(added, copy)
             else:
                 self.register_buffer(added, copy)
+        self.lora_note(adapter, copies)
+
+    def lora_share_copy(self, adapter: str, name: str, copy: torch.Tensor) -> None:
+        """Have a tensor read as the copy that ``adapter`` has of it on another module."""
+        # not register_parameter: what is there already may be a copy that was torn off
+        self._parameters[parameter_name(copy_kind(name), adapter)] = copy  # type: ignore[assignment]
+        self.lora_note(adapter, (name,))
+        self.lora_tied[adapter] = self.lora_tied.get(adapter, frozenset()) | {name}
+
+    def lora_note(self, adapter: str, names: Iterable[str]) -> None:
+        """Note that an adapter's copies of tensors are here."""
+        added = {name: parameter_name(copy_kind(name), adapter) for name in names}
+        # a new dict: a change that is undone has kept the old one
+        self.lora_copies[adapter] = self.lora_copies.get(adapter, {}) | added
         self.lora_routing.names.add(adapter)
-        self.lora_copies[adapter] = {name: added for name, (added, _) in copies.items()}
 
     def lora_draw(self, names: set[str]) -> None:
         """Make copies that were lost not a number: what is not loaded next is seen at once."""
@@ -144,29 +180,40 @@ class TrainedModule(Patched):
         """Take the copies of ``adapter`` away."""
         for added in self.lora_copies.pop(adapter).values():
             delattr(self, added)
+        self.lora_tied.pop(adapter, None)
 
     def lora_copy(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return name to copy, for one adapter."""
         return {name: _stored(self, added) for name, added in self.lora_copies[adapter].items()}
 
-    def lora_shares(self, weights: Weights | None = None) -> Weights:
-        """Return the adapters whose copies count, and how much of each.
+    def lora_shares(self, name: str, weights: Weights | None = None) -> Weights:
+        """Return the adapters whose copies of a tensor count, and how much of each.
 
         Of a fresh module there is no half: its shares add up to 1.
 
         Args:
+            name: The tensor's, in the base.
             weights: The adapters, by default those that are in use and not merged.
         """
         live = self.lora_routing.now().live if weights is None else weights
-        shares = tuple(pair for pair in live if pair[0] in self.lora_copies)
+        copies = self.lora_copies
+        shares = tuple(pair for pair in live if pair[0] in copies and name in copies[pair[0]])
         if not self.lora_fresh:
             return shares
         total = math.fsum(factor for _, factor in shares)
-        return tuple((name, factor / total) for name, factor in shares)
+        return tuple((adapter, factor / total) for adapter, factor in shares)
+
+    def lora_read(
+        self, name: str, weights: Weights | None = None
+    ) -> list[tuple[torch.Tensor, float]]:
+        """Return the copies of :meth:`lora_shares`, each with its share."""
+        shares = self.lora_shares(name, weights)
+        return [(_stored(self, self.lora_copies[a][name]), factor) for a, factor in shares]
 
     def lora_trains(self) -> bool:
         """Say whether what is read now is the copies of adapters that train."""
-        return any(self._trains(name) for name, _ in self.lora_shares())
+        live = self.lora_routing.now().live
+        return any(self._trains(name) for name, _ in live if name in self.lora_copies)
 
     def _trains(self, adapter: str) -> bool:
         copies = self.lora_copies[adapter].items()
@@ -177,7 +224,7 @@ class TrainedModule(Patched):
 
     def lora_where(self, name: str) -> str:
         """Return under which name the tensor that ``name`` reads as now is kept."""
-        shares = self.lora_shares()
+        shares = self.lora_shares(name)
         return self.lora_copies[shares[0][0]][name] if shares else name
 
     def lora_counts(self) -> list[str]:
@@ -224,7 +271,14 @@ def train_fault(module: nn.Module) -> str | None:
     return None
 
 
-def own_tensors(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+def parts_with_tensors(module: nn.Module, top: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and those below it that own tensors, each with its path, ``top`` being its."""
+    for below, part in module.named_modules():
+        if tensor_names(part):
+            yield ".".join(filter(None, (top, below))), part
+
+
+def own_tensors(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the module's own tensors of these names, never an adapter's copy."""
     for name in names:
         yield name, _stored(module, name)
@@ -288,12 +342,9 @@ def _reader(name: str) -> Any:
         own = parameter_of(self, name)
         if is_sharded(own):  # FSDP2 asks for its part; in a forward, whole tensors stand there
             return own  # type: ignore[return-value]
-        shares = self.lora_shares()
-        if not shares:
-            return to_local(_stored(self, self.lora_where(name)))
-        copies = [
-            (to_local(_stored(self, self.lora_copies[a][name])), factor) for a, factor in shares
-        ]
+        copies = [(to_local(copy), factor) for copy, factor in self.lora_read(name)]
+        if not copies:
+            return to_local(_stored(self, name))
         original = to_local(_stored(self, name))
         one = len(copies) == 1 and copies[0][1] == 1.0
         tensor = copies[0][0] if one else mixture(original, copies)

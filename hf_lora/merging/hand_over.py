@@ -62,7 +62,7 @@ def _value(module: nn.Module, name: str) -> torch.Tensor:
     parameter = module._parameters[name]
     assert parameter is not None
     if _is_trained(module, name):
-        parameter = module.lora_merged(module.lora_shares(), None)[name]
+        parameter = module.lora_merged(module.lora_routing.now().live, None)[name]
     elif name == "weight" and (weight := float_weight(module)) is not None:
         parameter = weight
         if _has_updates(module):
@@ -107,8 +107,7 @@ def _fault(layer: LoRALayer) -> str | None:
 def _change(module: nn.Module, name: str) -> Any:
     """Return what tells a tensor from the base's: the copies in its place, or the layer itself."""
     if _is_trained(module, name):
-        shares = module.lora_shares()
-        return [(id(module.lora_copy(adapter)[name]), factor) for adapter, factor in shares]
+        return module.lora_made_of(name, module.lora_routing.now().live)
     return id(module) if name == "weight" and _has_updates(module) else None
 
 
@@ -117,7 +116,7 @@ def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:
     return (
         isinstance(module, TrainedModule)
         and name in module.lora_names
-        and bool(module.lora_shares())
+        and bool(module.lora_shares(name))
     )
 
 

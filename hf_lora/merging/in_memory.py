@@ -1,13 +1,16 @@
 """Merging on a live model: exact to one rounding, and undone to the byte."""
 
 import contextlib
+from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_lora.compat.accelerate import present
 from hf_lora.errors import StateError, TargetError, listing
 from hf_lora.layers.choice import Weights
+from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.replaced import Replaced, Tensors
 from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
 from hf_lora.model.patch import unpatch
@@ -20,7 +23,8 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
 
     Their updates are added up in float32 and rounded once. The base's own Parameters are kept
     aside, not written to, so :func:`unmerge` gives the exact bytes back; the price is a second copy
-    of the merged weights while the model is merged. A tied output head is untied.
+    of the merged weights while the model is merged. A tied output head is untied, unless it was
+    trained in full together with the embeddings.
 
     Active adapters that are not merged go on being added in every forward. Adapters may be merged
     on top of others that are: what stands in the weights then is what merging all at once gives.
@@ -124,6 +128,7 @@ def _check_layers(registry: Registry, chosen: set[str]) -> None:
 def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
     """Put ``merged`` into every module that one of ``chosen`` is on."""
     problems = []
+    made: dict[Hashable, torch.Tensor] = {}
     before = {id(original.module): original for original in registry.originals}
 
     def own(module: nn.Module, name: str) -> Any:
@@ -136,6 +141,9 @@ def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
             with present(module):
                 tensors = module.lora_merged(merged, before.get(id(module)))
                 fault = module.lora_merge_damage(tensors)
+                for role, tensor in tensors.items():  # what is tied, and was read as one, stays so
+                    of = module.lora_made_of(role, merged)
+                    tensors[role] = tensor if of is None else made.setdefault(of, tensor)
             if fault:
                 problems.append(f"{path}: {fault}")
             _, moved = buffers.pop(id(module), (module, {}))
@@ -165,17 +173,21 @@ def _untie(model: nn.Module, registry: Registry) -> None:
     changed = {id(original.module) for original in registry.originals}
     for part in model.modules():
         config = getattr(part, "config", None)
-        if getattr(config, "tie_word_embeddings", False) is True and _embeddings(part) & changed:
+        said = getattr(config, "tie_word_embeddings", False) is True
+        ends = _embeddings(part) if said else []
+        weights = {id(parameter_of(end, "weight")) for end in ends}
+        if len(weights) > 1 and any(id(end) in changed for end in ends):
             registry.untied.append(config)
             config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _embeddings(model: nn.Module) -> set[int]:
-    found = set()
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    found = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         getter = getattr(model, name, None)
         if callable(getter):
             # transformers raises where a model has none that it knows of
             with contextlib.suppress(NotImplementedError, AttributeError):
-                found.add(id(getter()))
+                end = getter()
+                found += [end] if isinstance(end, nn.Module) else []
     return found

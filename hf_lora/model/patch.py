@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -20,9 +21,10 @@ from hf_lora.layers.names import check_adapter_name, copy_kind
 from hf_lora.layers.patched import restore_class, swap_class
 from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.quantized import keep_gradients, restore_packing
+from hf_lora.layers.roles import Ties
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
 from hf_lora.layers.table import kind_of, layer_class
-from hf_lora.layers.trained import TrainedModule, tensor_names
+from hf_lora.layers.trained import TrainedModule, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.registry import (
     Adapter,
@@ -37,6 +39,7 @@ from hf_lora.model.watch import Places
 from hf_lora.planning.make import make_plan
 from hf_lora.planning.records import Plan
 from hf_lora.planning.targets import SWITCHED_OFF
+from hf_lora.planning.ties import followers
 from hf_lora.targets import inside
 
 
@@ -88,7 +91,9 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 "See print(hf_lora.plan(model, ...)) and model.named_modules().",
             )
         )
-    check_present(model, [t.path for t in plan.targets], [item.path for item in plan.trained])
+    tops = [item.path for item in plan.trained]
+    follow = followers(plan.ties, tops)
+    check_present(model, [target.path for target in plan.targets], [*tops, *follow])
 
 
 def check_present(model: nn.Module, paths: list[str], trained: list[str]) -> None:
@@ -101,7 +106,7 @@ def check_present(model: nn.Module, paths: list[str], trained: list[str]) -> Non
     """
     modules = dict(model.named_modules())
     whole = {path for path, module in modules.items() if offloads_below(module)}
-    tops = [path for top in trained for path, _ in _with_tensors(modules[top], top)]
+    tops = [path for top in trained for path, _ in parts_with_tensors(modules[top], top)]
     below = [*paths, *tops]
     fetched = [path for path in below if inside(path, whole) or ("" in whole)]
     if fetched:
@@ -184,8 +189,8 @@ def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> 
     slots = {target.path: target.slot for target in plan.targets}
     dtypes = {target.path: target.dtype for target in plan.targets}
     trained = [item.path for item in plan.trained]
-    init = plan.config.init
-    adapter = attach(model, registry, name, plan.config, slots, trained, dtypes, init)
+    init, ties = plan.config.init, plan.ties
+    adapter = attach(model, registry, name, plan.config, slots, trained, dtypes, init, ties)
     registry.buffers.note(model, registry)
     return adapter
 
@@ -199,6 +204,7 @@ def attach(
     trained: list[str],
     dtypes: dict[str, torch.dtype] | None = None,
     init: str | None = None,
+    ties: Ties = MappingProxyType({}),
 ) -> Adapter:
     """Give the modules at these paths the tensors of a new adapter.
 
@@ -211,12 +217,14 @@ def attach(
         trained: Paths of the modules to train in full.
         dtypes: Type of the factors for each path; by default chosen from the layer.
         init: How the factors start; None leaves them unfilled, for a load to fill.
+        ties: What shall be read as the copy of another of these tensors.
     """
     modules = dict(model.named_modules())
-    conflicts = _conflicts(modules, registry, name, slots, trained)
+    copied = _copied(modules, trained, ties)
+    conflicts = _conflicts(modules, registry, name, slots, copied)
     if conflicts:
         raise TargetError(listing(f"The adapter {name!r} cannot be added", conflicts))
-    adapter = Adapter(name=name, config=config, slots={}, trained=tuple(trained))
+    adapter = Adapter(name=name, config=config, slots={}, trained=tuple(trained), ties=ties)
     registry.adapters[name] = adapter
     try:
         # what is made in inference mode could never be trained
@@ -227,9 +235,9 @@ def attach(
                 layer.lora_add(name, slot, dtype=dtype, device=execution_device(layer), init=init)
                 adapter.slots[path] = slot
                 adapter.places[path] = None
-            for top in trained:
-                for path, module in _with_tensors(modules[top], top):
-                    train_module(registry, name, path, module)
+            for path, (module, names) in copied.items():
+                train_module(registry, name, path, module, names)
+            registry.retie(name)
             keep_still(registry, modules)
             registry.buffers.reclass()
             if has_distributed_parameters(model):
@@ -241,12 +249,18 @@ def attach(
     return adapter
 
 
-def train_module(registry: Registry, name: str, path: str, module: nn.Module) -> TrainedModule:
-    """Give an adapter copies of a module's own tensors, and return the module as it is then."""
+def train_module(
+    registry: Registry, name: str, path: str, module: nn.Module, names: Iterable[str]
+) -> TrainedModule:
+    """Give an adapter copies of a module's own tensors, and return the module as it is then.
+
+    What is tied to a tensor elsewhere gets none: :meth:`Registry.retie` comes next.
+    """
     adapter = registry.adapter(name)
     copies = _as_trained(module, registry, path)
+    own = [role for role in names if (path, role) not in adapter.ties]
     with present(module):
-        copies.lora_add_copy(name, chosen_dtype(adapter.config))
+        copies.lora_add_copy(name, own, chosen_dtype(adapter.config))
     adapter.places[path] = None
     return copies
 
@@ -299,7 +313,7 @@ def _as_trained(module: nn.Module, registry: Registry, path: str) -> TrainedModu
             restore_class(module)
         names = tensor_names(module)
         _swap(module, registry, path, lambda m: patched_class(TrainedModule, type(m), names))
-        module.__dict__["lora_copies"] = {}
+        module.__dict__.update(lora_copies={}, lora_tied={})
     assert isinstance(module, TrainedModule)
     registry.modules[path] = registry.exclusive[path] = module
     return module
@@ -318,11 +332,19 @@ def _swap(
         raise TargetError(f"{path}: {host.__name__} cannot be patched in place: {error}") from error
 
 
-def _with_tensors(module: nn.Module, top: str) -> list[tuple[str, nn.Module]]:
-    found = []
-    for below, part in module.named_modules():
-        if tensor_names(part):
-            found.append((".".join(filter(None, (top, below))), part))
+def _copied(
+    modules: Mapping[str, nn.Module], trained: Iterable[str], ties: Ties
+) -> dict[str, tuple[nn.Module, dict[str, None]]]:
+    """Return the path of each module to it and those of its tensors that will be copies."""
+    found = {
+        path: (module, dict.fromkeys(tensor_names(module)))
+        for top in trained
+        for path, module in parts_with_tensors(modules[top], top)
+    }
+    for path, role in (*ties.values(), *ties):
+        if path not in found:
+            found[path] = modules[path], {}
+        found[path][1][role] = None
     return found
 
 
@@ -331,7 +353,7 @@ def _conflicts(
     registry: Registry,
     name: str,
     slots: dict[str, LayerConfig],
-    trained: list[str],
+    copied: Mapping[str, tuple[nn.Module, Iterable[str]]],
 ) -> list[str]:
     problems = []
     silent = uncalled(modules)
@@ -342,16 +364,15 @@ def _conflicts(
             problems.append(f"{path}: {silent[path]}")
         kind = kind_of(modules[path])
         problems += _taken(path, modules[path], name, kind.lora_layout.roles if kind else ())
-    for top in trained:
-        for path, module in _with_tensors(modules[top], top):
-            if path in registry.modules and path not in registry.exclusive:
-                problems.append(f"{path} has a low-rank update from another adapter")
-                continue
-            if any(original.module is module for original in registry.originals):
-                problems.append(f"{path} holds merged values, and not the base's; unmerge first")
-            if has_foreign_forward(module):
-                problems.append(f"{path} has a forward of its own, put there by another library")
-            problems += _taken(path, module, name, map(copy_kind, tensor_names(module)))
+    for path, (module, names) in copied.items():
+        if path in slots or (path in registry.modules and path not in registry.exclusive):
+            problems.append(f"{path} has a low-rank update from another adapter")
+            continue
+        if any(original.module is module for original in registry.originals):
+            problems.append(f"{path} holds merged values, and not the base's; unmerge first")
+        if has_foreign_forward(module):
+            problems.append(f"{path} has a forward of its own, put there by another library")
+        problems += _taken(path, module, name, map(copy_kind, names))
     return problems
 
 

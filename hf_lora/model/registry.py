@@ -18,10 +18,12 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.patched import is_ours
 from hf_lora.layers.replaced import Replaced
-from hf_lora.layers.roles import Role
+from hf_lora.layers.roles import Role, Ties
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.statistics import FrozenNorm
+from hf_lora.layers.trained import TrainedModule
 from hf_lora.model import watch
+from hf_lora.model.adopted import Adopted
 from hf_lora.model.buffers import Buffers
 from hf_lora.planning.cores import core_of
 from hf_lora.planning.records import Adapted
@@ -44,6 +46,9 @@ class Adapter:
     trained: tuple[str, ...]
     """Paths of the modules that are trained in full, each with everything below it."""
 
+    ties: Ties = dataclasses.field(default_factory=dict)
+    """What is read as the copy of a tensor elsewhere, to where the adapter has that."""
+
     places: dict[str, None] = dataclasses.field(default_factory=dict)
     """Paths of all modules that it has something on: the layers, then those below ``trained``."""
 
@@ -55,24 +60,6 @@ class Adapter:
 
 
 @dataclasses.dataclass
-class Adopted:
-    """A Parameter of the base that became an adapter's copy; the base has its values in another."""
-
-    adapter: str
-    module: Patched
-    role: str
-    parameter: nn.Parameter
-
-    def give_back(self) -> None:
-        """Put the Parameter where it was, with the values that the base has."""
-        kept = self.module._parameters[self.role]
-        if kept is not self.parameter and kept is not None:
-            self.parameter.data = kept.data
-            self.parameter.requires_grad = False
-            self.module._parameters[self.role] = self.parameter
-
-
-@dataclasses.dataclass
 class Registry:
     """The adapters of one model and the modules that carry them."""
 
@@ -81,7 +68,7 @@ class Registry:
     modules: dict[str, Patched] = dataclasses.field(default_factory=dict)
     """Path to module, for all that carry an adapter."""
 
-    exclusive: dict[str, Patched] = dataclasses.field(default_factory=dict)
+    exclusive: dict[str, TrainedModule] = dataclasses.field(default_factory=dict)
     """Those of them on which adapters are not simply added up: modules trained in full."""
 
     norms: dict[str, FrozenNorm] = dataclasses.field(default_factory=dict)
@@ -117,7 +104,7 @@ class Registry:
     repacked: list[tuple[nn.Module, Any]] = dataclasses.field(default_factory=list)
     """Quantized layers whose packing for inference was switched off, and what they said before."""
 
-    adopted: list["Adopted"] = dataclasses.field(default_factory=list)
+    adopted: list[Adopted] = dataclasses.field(default_factory=list)
     """Parameters of the base that were unfrozen, and are an adapter's copies until it goes."""
 
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -180,7 +167,14 @@ class Registry:
     def adapted(self) -> Adapted:
         """Return where on the model its adapters are."""
         low_rank = self.modules.keys() - self.exclusive.keys()
-        return Adapted(low_rank=low_rank, in_full=self.exclusive.keys())
+        stood = {id(original.module): original.tensors for original in self.originals}
+        return Adapted(low_rank=low_rank, in_full=self.exclusive.keys(), stood=stood)
+
+    def retie(self, name: str) -> None:
+        """Have what is tied read an adapter's one copy, also where something gave each its own."""
+        for (path, role), (top, source) in self.adapter(name).ties.items():
+            copy = self.exclusive[top].lora_copy(name)[source]
+            self.exclusive[path].lora_share_copy(name, role, copy)
 
     def all_parameters(self) -> dict[int, str]:
         """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
@@ -239,6 +233,13 @@ class Registry:
             fault = fault or _misfit(module)
             if fault:
                 problems.append(f"{path or 'the model itself'} {fault}")
+        copies = self.exclusive
+        problems += [
+            f"{path} has a copy of its own of what is tied with {top}: call model.tie_weights()"
+            for name, adapter in self.adapters.items()
+            for (path, role), (top, source) in adapter.ties.items()
+            if copies[path].lora_copy(name)[role] is not copies[top].lora_copy(name)[source]
+        ]
         if problems:
             raise StateError(
                 listing(

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from hf_lora.errors import StateError
+from hf_lora.layers.roles import Place
 from hf_lora.model.choices import check_compatible
 from hf_lora.model.patch import attach, remove_adapter
 from hf_lora.model.registry import Adapter, Registry
-
-Place = tuple[str, str]
-"""Path of a module, and the role of a tensor there."""
 
 
 def check_replaceable(registry: Registry, name: str) -> None:
@@ -63,7 +61,7 @@ def _bring_back(
 ) -> None:
     if old.name in registry.adapters:
         remove_adapter(registry, old.name)
-    attach(model, registry, old.name, old.config, old.slots, list(old.trained))
+    attach(model, registry, old.name, old.config, old.slots, list(old.trained), ties=old.ties)
     for path, module, role in list(registry.roles(old.name)):
         tensor = tensors[path, role.name]
         if isinstance(tensor, nn.Parameter):
@@ -71,3 +69,4 @@ def _bring_back(
         else:
             module._buffers[role.held] = tensor
     registry.adapters[old.name] = old
+    registry.retie(old.name)

@@ -67,6 +67,7 @@ def _split(registry: Registry, name: str) -> None:
         for parameter in registry.modules[path].lora_split(name, registry.mesh):
             # each process has a part of a sum, and the mean is what will be taken
             parameter.register_hook(lambda gradient: gradient * size)
+    registry.retie(name)
 
 
 def _is_split(parameter: Any) -> bool:

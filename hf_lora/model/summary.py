@@ -10,6 +10,7 @@ from hf_lora.compat.deepspeed import numel_of
 from hf_lora.compat.dtensor import gather_full
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.planning.records import size
+from hf_lora.planning.ties import followers
 
 _KINDS = {
     "together": "layers together with others that read the same tensor",
@@ -32,6 +33,9 @@ class AdapterSummary:
     trainable: bool
     layers: int
     trained: tuple[str, ...]
+    tied: tuple[str, ...]
+    """Paths of the modules that are tied with those in ``trained``, and train with them."""
+
     parameters: int
     bytes: int
     norms: dict[str, float]
@@ -71,7 +75,8 @@ class Summary:
                 f"{adapter.parameters:,} parameters, {size(adapter.bytes)}"
             )
             if adapter.trained:
-                lines.append(f"    in full: {', '.join(adapter.trained)}")
+                tied = f", tied with {', '.join(adapter.tied)}" if adapter.tied else ""
+                lines.append(f"    in full: {', '.join(adapter.trained)}{tied}")
             if adapter.norms:
                 values = sorted(adapter.norms.values())
                 lines.append(
@@ -109,6 +114,7 @@ def summary(model: nn.Module) -> Summary:
                 trainable=any(tensor.requires_grad for tensor in tensors),
                 layers=len(adapter.slots),
                 trained=adapter.trained,
+                tied=tuple(followers(adapter.ties, adapter.trained)),
                 parameters=sum(map(numel_of, tensors)),
                 bytes=sum(numel_of(tensor) * tensor.element_size() for tensor in tensors),
                 norms=_norms(registry, name),

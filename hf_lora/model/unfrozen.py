@@ -15,9 +15,17 @@ from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, listing
 from hf_lora.layers.holding import held_by
 from hf_lora.layers.kind import Adaptable
-from hf_lora.layers.trained import TrainedModule, own_parameters, tensor_names, train_fault
+from hf_lora.layers.trained import (
+    TrainedModule,
+    own_parameters,
+    parts_with_tensors,
+    tensor_names,
+    train_fault,
+)
+from hf_lora.model.adopted import Adopted
 from hf_lora.model.patch import train_module
-from hf_lora.model.registry import Adopted, Registry
+from hf_lora.model.registry import Registry
+from hf_lora.planning.ties import Owners
 from hf_lora.targets import inside
 
 Found = dict[str, dict[str, nn.Parameter]]
@@ -57,11 +65,13 @@ def adopt_unfrozen(model: nn.Module, registry: Registry) -> None:
     adapter = registry.adapter(name)
     kept: dict[int, nn.Parameter] = {}
     tops = [path for path in found if not inside(path.rpartition(".")[0], found.keys())]
+    ties = Owners(model, registry.adapted().stood).ties(tops)
+    unfrozen = {(path, role) for path, tensors in found.items() for role in tensors}
+    adapter.ties = {**adapter.ties, **{p: first for p, first in ties.items() if first in unfrozen}}
     for top in tops:
-        for below, part in modules[top].named_modules():
-            if tensor_names(part):
-                path = f"{top}.{below}" if below else top
-                _adopt(registry, name, path, part, found.get(path, {}), kept)
+        for path, part in parts_with_tensors(modules[top], top):
+            _adopt(registry, name, path, part, found.get(path, {}), kept)
+    registry.retie(name)
     trained = [*adapter.trained, *tops]
     adapter.trained = tuple(path for path in modules if path in trained)
 
@@ -69,11 +79,11 @@ def adopt_unfrozen(model: nn.Module, registry: Registry) -> None:
 def _unfrozen(model: nn.Module, registry: Registry) -> Found:
     def base() -> Iterator[tuple[str, str, nn.Parameter]]:
         for path, module in model.named_modules():
-            # of a module with copies the base's own are not read
-            if path not in registry.exclusive:
-                for name, parameter in own_parameters(module):
-                    if parameter.requires_grad:
-                        yield path, name, parameter
+            # of what has copies the base's own is not read
+            copied = module.lora_copied() if isinstance(module, TrainedModule) else ()
+            for name, parameter in own_parameters(module):
+                if parameter.requires_grad and name not in copied:
+                    yield path, name, parameter
 
     found: Found = {}
     for path, name, parameter in base():
@@ -116,19 +126,26 @@ def _adopt(
     """Give an adapter its copies of a module; what is tied stays so, on both sides."""
     held = held_by(module, name)
     registry.buffers.drop_from(module, name)
-    copies: TrainedModule = train_module(registry, name, path, module)
+    before = module.lora_copied(name) if isinstance(module, TrainedModule) else ()
+    new = [role for role in tensor_names(module) if role not in before]
+    copies: TrainedModule = train_module(registry, name, path, module, new)
     for role, tensor in held.items():
         copies._buffers[copies.lora_copies[name][role]] = tensor
     registry.buffers.reclass()
-    for role, added in copies.lora_copies[name].items():
-        own, copied = copies._parameters.get(role), copies._parameters.get(added)
-        if own is None or copied is None:
+    for role in new:
+        # a tied tensor has none here: it will read that of the first, which is this very Parameter
+        added = copies.lora_copies[name].get(role)
+        own = copies._parameters.get(role)
+        if own is None:
             continue
         if role not in unfrozen:
-            copied.requires_grad = False
+            if added is not None:
+                copies._parameters[added].requires_grad = False  # type: ignore[union-attr]
             continue
         if id(own) not in kept:
             kept[id(own)] = nn.Parameter(own.detach().clone(), requires_grad=False)
             vars(kept[id(own)]).update(vars(own))
-        copies._parameters[role], copies._parameters[added] = kept[id(own)], own
+        copies._parameters[role] = kept[id(own)]
+        if added is not None:
+            copies._parameters[added] = own
         registry.adopted.append(Adopted(name, copies, role, own))

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.quantized import stored_bytes
+from hf_lora.layers.roles import Place
 from hf_lora.layers.trained import tensor_names
 from hf_lora.planning.records import Plan
 
@@ -93,11 +94,14 @@ def _factors(plan: Plan, blocks: set[str]) -> Iterator[Piece]:
 
 
 def _copies(model: nn.Module, plan: Plan, blocks: set[str]) -> Iterator[Piece]:
+    seen: set[Place] = set()
     for item in plan.trained:
         for below, module in model.get_submodule(item.path).named_modules(prefix=item.path):
             for name in tensor_names(module):
                 tensor = parameter_of(module, name)
-                if tensor is not None:
+                first = plan.ties.get((below, name), (below, name))
+                if tensor is not None and first not in seen:
+                    seen.add(first)
                     yield _piece(below, name, tensor, blocks)
 
 

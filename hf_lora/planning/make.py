@@ -9,20 +9,23 @@ from torch import nn
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
+from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.known_buffers import candidates
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.lora import LOW_RANK
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
+from hf_lora.layers.roles import Place, Ties
 from hf_lora.layers.statistics import has_statistics
 from hf_lora.layers.table import kind_of
-from hf_lora.layers.trained import copy_dtype, own_parameters, own_tensors, tensor_names
+from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import reader_of
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
 from hf_lora.planning.cost import per_rank
 from hf_lora.planning.records import Adapted, Plan, Target, Trained, left_out_line
 from hf_lora.planning.stacked import stacks
 from hf_lora.planning.targets import NOTHING, Matches, match
+from hf_lora.planning.ties import Owners, followers, notes
 from hf_lora.targets import inside
 
 
@@ -38,16 +41,22 @@ def make_plan(
         others: What the adapters that the model has are on.
     """
     problems = list(foreign_wrapper(model))
-    matches = NOTHING if problems else match(model, config, problems)
+    others = others or Adapted()
+    owners = Owners(model, others.stood)
+    matches = NOTHING if problems else match(model, config, problems, owners)
     modules = dict(model.named_modules())
-    owners = Owners(model, modules)
     targets = tuple(
         _target(path, modules[path], config, matches.overrides.get(path), owners, problems)
         for path in matches.chosen
     )
-    trained = tuple(_trained(path, modules[path], config, owners) for path in matches.trained)
+    counted: set[Place] = set()
+    trained = tuple(
+        _trained(path, modules[path], config, owners, matches.ties, counted)
+        for path in matches.trained
+    )
     size = sum(map(numel, owners.tensors()))
-    problems += _conflicts(others or Adapted(), matches.chosen, matches.trained)
+    problems += _conflicts(others, matches.chosen, matches.trained)
+    problems += owners.faults(matches.ties, matches.trained, others.low_rank)
     classes = class_names(model)
     not_linear = [target.path for target in targets if target.layout is not LOW_RANK]
     slots = {target.path: target.slot for target in targets}
@@ -63,7 +72,7 @@ def make_plan(
         problems=tuple(problems),
         warnings=tuple(_unseen(modules, matches.chosen)),
         missed=tuple(_missed(matches, size)),
-        notes=(*matches.notes, *_notes(modules, (*targets, *trained), matches)),
+        notes=(*matches.notes, *_notes(modules, targets, matches)),
         vllm=tuple(vllm_reasons(classes, slots, tops, not_linear=not_linear)),
         llama_cpp=tuple(
             llama_cpp_reasons(
@@ -82,6 +91,8 @@ def make_plan(
         unfilled=matches.unfilled,
         frozen_norms=norms,
         buffers=tuple(_buffers(model, {*tops, *norms})),
+        ties=matches.ties,
+        tied_bytes=_tied_bytes(modules, config, matches),
     )
     if world == 1:
         return plan
@@ -112,49 +123,6 @@ def foreign_wrapper(model: nn.Module) -> Iterator[str]:
         )
 
 
-class Owners:
-    """Which modules share which of the base's parameters."""
-
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]):
-        everything = {
-            f"{path}.{name}" if path else name: (path, tensor)
-            for path, module in modules.items()
-            for name, tensor in own_parameters(module)
-        }
-        # on the meta device nothing is tied yet; transformers says what will be
-        said = getattr(model, "all_tied_weights_keys", None)
-        will_be = said if isinstance(said, dict) else {}
-        self._paths: dict[int, list[str]] = {}
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._same: dict[int, int] = {}
-        self._names: dict[int, str] = {}
-        for full, (path, tensor) in everything.items():
-            source = everything.get(will_be.get(full, full)) if tensor.is_meta else None
-            shared = source[1] if source else tensor
-            self._same[id(tensor)] = id(shared)
-            self._tensors[id(shared)] = shared
-            self._names.setdefault(id(shared), full)
-            self._paths.setdefault(id(shared), []).append(path)
-
-    def tensors(self) -> Iterable[torch.Tensor]:
-        """Return each parameter once."""
-        return self._tensors.values()
-
-    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each parameter once, under its first name."""
-        return ((self._names[each], tensor) for each, tensor in self._tensors.items())
-
-    def others(self, tensors: Iterable[torch.Tensor], path: str) -> tuple[str, ...]:
-        """Return the paths outside of ``path`` of modules that share one of these tensors."""
-        found = {
-            other
-            for tensor in tensors
-            for other in self._paths[self._same[id(tensor)]]
-            if other != path and not other.startswith(f"{path}.")
-        }
-        return tuple(sorted(found))
-
-
 def _target(
     path: str,
     module: nn.Module,
@@ -171,7 +139,6 @@ def _target(
     fault = kind.lora_rank_fault(module, slot.r)
     if fault:
         problems.append(f"{path or 'the model itself'}: {fault}")
-    weights = [tensor for name, tensor in own_parameters(module) if name == "weight"]
     return Target(
         path=path,
         host=host_class(module).__name__,
@@ -179,23 +146,58 @@ def _target(
         layout=kind.lora_layout,
         slot=slot,
         dtype=chosen_dtype(config) or adapter_dtype(module),
-        tied_to=owners.others(weights, path),
+        tied_to=owners.others([(path, "weight")], path),
     )
 
 
-def _trained(path: str, module: nn.Module, config: LoRAConfig, owners: Owners) -> Trained:
+def _trained(
+    path: str,
+    module: nn.Module,
+    config: LoRAConfig,
+    owners: Owners,
+    ties: Ties,
+    counted: set[Place],
+) -> Trained:
+    """Return what is known of a module that is trained, without what was counted before."""
     wanted = chosen_dtype(config)
-    parts = [part for part in module.modules() if tensor_names(part)]
-    parameters = [tensor for part in parts for _, tensor in own_parameters(part)]
-    everything = [t for part in parts for _, t in own_tensors(part, tensor_names(part))]
+    tensors = _tensors(module, path)
+    everything = []
+    for place, tensor in tensors.items():
+        if ties.get(place, place) not in counted:
+            counted.add(ties.get(place, place))
+            everything.append(tensor)
+    parameters = [tensor for tensor in everything if isinstance(tensor, nn.Parameter)]
     return Trained(
         path=path,
         host=host_class(module).__name__,
         parameters=sum(map(numel, parameters)),
         parameter_bytes=sum(numel(t) * copy_dtype(t, wanted).itemsize for t in parameters),
         bytes=sum(numel(t) * copy_dtype(t, wanted).itemsize for t in everything),
-        tied_to=owners.others(parameters, path),
+        tied_to=owners.others(tensors, path),
     )
+
+
+def _tied_bytes(modules: Mapping[str, nn.Module], config: LoRAConfig, matches: Matches) -> int:
+    """Return the size of what a file holds beside what trains: a tied tensor for each module."""
+    wanted, ties = chosen_dtype(config), matches.ties
+    beside = [
+        tensor
+        for path in followers(ties, matches.trained)
+        for place, tensor in _tensors(modules[path], path).items()
+        if ties.get(place, place) not in ties.values()
+    ]
+    tied = [parameter_of(modules[path], role) for path, role in ties if path in modules]
+    again = sum(numel(t) * copy_dtype(t, wanted).itemsize for t in tied if t is not None)
+    return again + sum(numel(t) * t.dtype.itemsize for t in beside)
+
+
+def _tensors(module: nn.Module, path: str) -> dict[Place, torch.Tensor]:
+    """Return all that a checkpoint holds of a module at ``path`` and of those below it."""
+    return {
+        (below, name): tensor
+        for below, part in parts_with_tensors(module, path)
+        for name, tensor in own_tensors(part, tensor_names(part))
+    }
 
 
 def _conflicts(others: Adapted, chosen: Iterable[str], trained: Iterable[str]) -> Iterator[str]:
@@ -252,11 +254,12 @@ def _missed(matches: Matches, size: int) -> Iterator[str]:
 
 
 def _notes(
-    modules: Mapping[str, nn.Module], items: Iterable[Target | Trained], matches: Matches
+    modules: Mapping[str, nn.Module], targets: Iterable[Target], matches: Matches
 ) -> Iterator[str]:
-    for item in items:
+    for item in targets:
         if item.tied_to:
             yield f"{item.path} shares its weight with {', '.join(item.tied_to)}; merging unties it"
+    yield from notes(matches.ties, matches.trained)
     trained = set(matches.trained)
     stacked = [
         stack

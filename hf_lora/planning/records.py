@@ -12,7 +12,7 @@ import torch
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.roles import Layout, Shapes
+from hf_lora.layers.roles import Layout, Shapes, Ties
 from hf_lora.planning.clients import vllm_rank
 
 
@@ -22,6 +22,8 @@ class Adapted:
 
     low_rank: Collection[str] = ()
     in_full: Collection[str] = ()
+    stood: Mapping[int, Mapping[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    """Of each module that a merge has changed, by its id, what stood there before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Trained:
     """Size of everything that is copied: parameters, and buffers such as running means."""
 
     tied_to: tuple[str, ...]
+    """Other modules that share a tensor with it. They read the adapter's one copy of that, too;
+    where several of them are trained, it is counted with the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +185,13 @@ class Plan:
     """Names of the base's buffers that the adapter holds, and its file, if the training moves them:
     a router's balancing bias, a running mean. Which will move is not known before."""
 
+    ties: Ties = dataclasses.field(default_factory=dict)
+    """What is read as the copy of a tensor elsewhere, because the base ties the two: place of the
+    one, as (path of the module, name of the tensor), to that of the copy."""
+
+    tied_bytes: int = 0
+    """Size of what a file holds beside what trains: that one tensor, for each of the modules."""
+
     @property
     def parameters(self) -> int:
         """Trainable numbers in all."""
@@ -188,7 +199,7 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the adapter's tensors; its file is as large, give or take the header."""
+        """Memory of the adapter's tensors."""
         return sum(item.bytes for item in (*self.targets, *self.trained))
 
     @property
@@ -204,7 +215,7 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Size of the adapter's tensors on disk at their own type."""
-        return self.weight_bytes
+        return self.weight_bytes + self.tied_bytes
 
     def __str__(self) -> str:
         """Return the plan as a table, then what is left out, the costs and the problems."""

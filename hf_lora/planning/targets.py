@@ -11,12 +11,14 @@ from hf_lora.config import ALL_LINEAR, LoRAConfig
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.probe import is_packed
+from hf_lora.layers.roles import Ties
 from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.tensor_parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.uncalled import reader_of, uncalled
 from hf_lora.planning.heads import output_head
 from hf_lora.planning.stacked import Stack, meant_stacks, stacks
+from hf_lora.planning.ties import Owners, followers
 from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.targets import compile_target, inside, nearest
 
@@ -54,6 +56,9 @@ class Matches:
     stacks: tuple[Stack, ...]
     """The stacked parameters that a pattern means, and that no update reaches."""
 
+    ties: Ties
+    """What follows a trained module, because the base ties the two."""
+
     overrides: dict[str, str]
     """Path of a chosen layer to the text of the override that holds for it."""
 
@@ -69,18 +74,21 @@ NOTHING = Matches(
     left_out={},
     unfit=(),
     stacks=(),
+    ties={},
     overrides={},
     notes=(),
 )
 """Where a model cannot be looked at."""
 
 
-def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
+def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Owners) -> Matches:
     """Find out what ``config`` means on ``model``; what is wrong goes to ``problems``."""
     tree = Tree(model)
     named = tree.trained(config.train or (), problems)
     fresh, unfilled = tree.unfilled(config.train, named)
     trained = {path: None for path in named if not inside(path, fresh)} | dict.fromkeys(fresh)
+    ties = owners.ties(trained)
+    follow = followers(ties, trained)
     excluded = tree.excluded(config.exclude, problems)
     meant = tree.targets(config, problems)
     left_out: dict[str, str] = {}
@@ -93,6 +101,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
             reason = f"excluded by {excluded[path]!r}"
         elif inside(path, trained):
             reason = "trained in full"
+        elif path in follow:
+            reason = f"tied with {follow[path]}, which is trained in full"
         elif everything and path in tree.head:
             reason = "output head"
         elif everything:
@@ -119,6 +129,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str]) -> Matches:
         left_out=left_out,
         unfit=tuple(unfit),
         stacks=tuple(tree.missed_stacks(config, {**excluded, **trained})),
+        ties=ties,
         overrides=tree.overrides(config, chosen, problems),
         notes=(
             *(

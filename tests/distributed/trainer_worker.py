@@ -1,6 +1,7 @@
 """Run by test_trainer_fsdp.py: one training in several ways, each resumed by the others."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,14 @@ class Optimizer(TrainerCallback):
         }
 
 
-def run(folder: Path, kind: str, name: str, resume: Path | None = None, **fields: Any) -> Any:
+def run(
+    folder: Path,
+    kind: str,
+    name: str,
+    resume: Path | None = None,
+    lora: Mapping[str, Any] = LORA,
+    **fields: Any,
+) -> Any:
     """Train in one way; returns the trainer and the optimizer's state at the start."""
     native = {"distributed_config": DistributedConfig(fsdp_size=2)} if kind == "native" else {}
     model = LlamaForCausalLM.from_pretrained(folder / "base", **native)
@@ -115,7 +123,7 @@ def run(folder: Path, kind: str, name: str, resume: Path | None = None, **fields
     # what others than the first draw does not matter, but where each shards what it has
     other = kind not in ("alone", "plugin", "plugin in parts") and int(os.environ["RANK"]) > 0
     with training.seeded(9 if resume or other else 1):
-        hf_lora.wrap(model, **LORA)
+        hf_lora.wrap(model, **lora)
     optimizer = Optimizer()
     world = 1 if kind == "alone" else 2
     trainer = training.trainer(

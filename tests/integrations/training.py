@@ -132,8 +132,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of every tensor that is no adapter's, by name."""
-    adapters = adapter_tensors(model)
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if k not in adapters}
+    adapters = with_registry(model)[1].all_parameters()
+    held = model.state_dict(keep_vars=True).items()
+    return {k: v.detach().clone() for k, v in held if id(v) not in adapters}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -163,7 +163,8 @@ def test_trained_modules_are_merged_and_come_back():
     before, logits = snapshot(model), model(TOKENS).logits
     hf_lora.merge(model)
     assert torch.allclose(model(TOKENS).logits, logits, atol=1e-4)
-    assert not model.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings
+    assert model.lm_head._parameters["weight"] is model.model.embed_tokens._parameters["weight"]
     assert model.model.norm._parameters["weight"] is not None
     hf_lora.unmerge(model)
     assert snapshot(model) == before

@@ -15,6 +15,7 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.lora import LOW_RANK
 from hf_lora.model.registry import Registry
 from hf_lora.planning.make import class_names
+from hf_lora.planning.ties import followers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class AdapterFacts:
     """Path of each adapted layer to its numbers."""
 
     trained: tuple[str, ...]
-    """The modules that were trained in full."""
+    """The modules that were trained in full, and those that are tied with them."""
 
     parameters: int
     bytes: int
@@ -125,13 +126,16 @@ def _adapter_facts(
 ) -> AdapterFacts:
     adapter = registry.adapter(name)
     buffers, _ = moved_buffers(registry, name)
-    tensors = [*(tensor for *_, tensor in registry.tensors(name)), *buffers.values()]
+    held = {(path, role): tensor for path, _, role, tensor in registry.tensors(name)}
+    # a file has what is tied under each of its names
+    again = [held[first] for first in adapter.ties.values()]
+    tensors = [*held.values(), *again, *buffers.values()]
     saved = [dtype if dtype and t.is_floating_point() else t.dtype for t in tensors]
     return AdapterFacts(
         name=name,
         slots=adapter.slots,
-        trained=adapter.trained,
-        parameters=sum(tensor.numel() for tensor in tensors),
+        trained=(*adapter.trained, *followers(adapter.ties, adapter.trained)),
+        parameters=sum(tensor.numel() for tensor in held.values()),
         bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
         buffers=tuple(buffers),
         dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
@@ -144,11 +148,13 @@ def _adapter_facts(
 
 def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
     """Return the facts of an adapter in a folder."""
+    ties = {} if folder.own is None else folder.own.ties
+    again = {folder.others.get(name) for name in ties}
     return AdapterFacts(
         name=name,
         slots=folder.slots,
         trained=tuple(folder.trained_names),
-        parameters=sum(math.prod(shape) for shape in folder.file.shapes.values()),
+        parameters=sum(math.prod(s) for key, s in folder.file.shapes.items() if key not in again),
         bytes=folder.file.path.stat().st_size,
         not_linear=tuple(
             path for path, held in folder.factors.items() if held.layout is not LOW_RANK
