@@ -32,7 +32,7 @@ from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.model.adapters import check_new_name, freeze, unfreeze
 from hf_lora.model.patch import attach, check_no_engine, remove_adapter, unpatch
-from hf_lora.model.registry import Registry, create, find
+from hf_lora.model.registry import Registry, check_fresh, create, find
 from hf_lora.model.replacing import check_replaceable, replaced
 from hf_lora.planning.ties import full_name
 from hf_lora.targets import shortest_names
@@ -52,7 +52,9 @@ def load_folder(
     found = find(model)
     model, registry = found or (model, None)
     reshard(model)
-    if registry is not None:
+    if registry is None:
+        check_fresh(model)
+    else:
         registry.settle_buffers()
     anew = replace and registry is not None and adapter in registry.adapters
     if registry is not None and anew:

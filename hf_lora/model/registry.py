@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import is_engine, is_partitioned
 from hf_lora.compat.dtensor import is_sharded
+from hf_lora.compat.fsdp1 import check_no_fsdp1
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
 from hf_lora.layers.input_groups import unwatch
@@ -30,8 +31,6 @@ from hf_lora.planning.records import Adapted
 
 _WRAPPERS = ("module", "_orig_mod")
 _OUTSIDE = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_OUTSIDE_CHILDREN = {"_orig_mod", "_fsdp_wrapped_module"}
-"""What the only child of a compiled, or of an FSDP1, model is called."""
 
 
 @dataclasses.dataclass
@@ -344,7 +343,8 @@ def check_fresh(model: nn.Module) -> None:
             f"This {type(model).__name__} is wrapped already; use hf_lora.add_adapter(model, name) "
             "for another adapter, or hf_lora.unwrap(model) to begin anew."
         )
-    outside = isinstance(model, _OUTSIDE) or _OUTSIDE_CHILDREN & model._modules.keys()
+    check_no_fsdp1(model)
+    outside = isinstance(model, _OUTSIDE) or "_orig_mod" in model._modules
     if outside or is_engine(model):
         raise StateError(
             f"This is a {type(model).__name__} around a model; wrap the model first, so that "

@@ -128,3 +128,17 @@ def test_what_no_file_can_hold_stops_by_name_and_changes_nothing(
     arguments = hf.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(StateError, match=named):
         hf.Trainer(model=model, args=arguments, train_dataset=ROWS).train()  # type: ignore[arg-type]
+
+
+def test_a_flag_from_before_the_wrap_trains_nothing_and_is_there_again_afterwards():
+    """What is to train beside the adapter is named, or unfrozen after the wrap."""
+    model = llama()
+    model.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    hf_lora.wrap(model, ["q_proj"], r=2)
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trains
+    assert all("lora_" in name for name in trains)
+    hf_lora.unwrap(model)
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trains == ["model.norm.weight"]
