@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lora.adapter_io.match import Match, match_folder
+from hf_lora.compat.bitsandbytes import keep_gradients
 from hf_lora.compat.deepspeed import have_engine, shape_of
 from hf_lora.compat.dtensor import distribute_like, gather_full, reshard
 from hf_lora.config import LoRAConfig
@@ -26,7 +27,6 @@ from hf_lora.files.set_note import mixture
 from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.quantized import keep_gradients
 from hf_lora.layers.roles import Place
 from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors

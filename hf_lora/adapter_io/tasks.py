@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from hf_lora.compat.libraries import is_pretrained
+from hf_lora.compat.transformers import classes_in
 from hf_lora.files.patterns import endings
 from hf_lora.layers.probe import host_class
 
@@ -152,10 +153,10 @@ def class_for(name: Any, config: Any) -> type[nn.Module] | None:
 
 def class_in(loader: str, config: Any) -> type[nn.Module] | None:
     """Return what an auto class makes of a configuration, or None if it has nothing for it."""
-    # the public mappings have no name for some; which of several is what from_pretrained takes
-    found = getattr(transformers, loader)._model_mapping.get(type(config), None)
+    found = classes_in(loader, config)
     if not isinstance(found, (list, tuple)):
         return found
+    # which of several is what from_pretrained takes
     named = {each.__name__: each for each in found}
     said = getattr(config, "architectures", None) or ()
     return next((named[name] for name in said if name in named), found[0])

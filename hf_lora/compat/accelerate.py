@@ -1,19 +1,92 @@
-"""Where a module computes, whether its tensors are there, and reading them wherever they are."""
+"""What accelerate does to modules and in an ``Accelerator``. Seen in accelerate 1.15.
+
+Where a module computes, whether its tensors are there, and reading them wherever they are.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+_HOOK = "_hf_hook"
+_GUARD = "_hf_lora_guard"
+KEPT_FORWARD = "_old_forward"
+"""Where accelerate keeps, on the instance, the forward that it found and calls from its own."""
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Say whether accelerate has put a hook, and with it a forward of its own, on a module.
+
+    Without it layers whose weights are not there would compute together with others.
+    """
+    return vars(module).keys() >= {_HOOK, KEPT_FORWARD}
+
 
 def device_hooks(module: nn.Module) -> list[Any]:
-    """Return accelerate's device hooks on ``module``, flattened, or an empty list."""
-    hook = getattr(module, "_hf_hook", None)
+    """Return accelerate's device hooks on ``module``, flattened, or an empty list.
+
+    Without them an adapter would be put where the base's weights are kept, not where they compute.
+    """
+    hook = getattr(module, _HOOK, None)
     if hook is None:
         return []
     return list(getattr(hook, "hooks", [hook]))
+
+
+def guard_new_hooks(
+    hooks: Any, base_only: Callable[[Any, nn.Module, Callable[[], Any]], Any]
+) -> None:
+    """Have accelerate's device hooks reach modules through ``base_only``, once for the process.
+
+    Without it accelerate would move adapters into a store that it never writes to again.
+
+    Args:
+        hooks: The module ``accelerate.hooks``.
+        base_only: Called with the hook, the module that it is put on, and the original.
+
+    Raises:
+        AttributeError: This version of accelerate does it in another way.
+    """
+    owner = hooks.AlignDevicesHook
+    original = owner.init_hook
+    if hasattr(original, _GUARD):
+        return
+
+    @functools.wraps(original)
+    def init_hook(self: Any, module: nn.Module) -> nn.Module:
+        return base_only(self, module, lambda: original(self, module))
+
+    setattr(init_hook, _GUARD, True)
+    owner.init_hook = init_hook
+
+
+def prepared_models(accelerator: Any) -> list[Any]:
+    """Return the models that ``accelerator.prepare`` has returned, wrapped as they were."""
+    return accelerator._models
+
+
+def prepared_optimizers(accelerator: Any) -> list[Any]:
+    """Return the optimizers that ``accelerator.prepare`` has returned."""
+    return accelerator._optimizers
+
+
+@contextlib.contextmanager
+def as_without_fsdp(accelerator: Any) -> Iterator[None]:
+    """Have an accelerator save and load states inside as it does where nothing is sharded.
+
+    Without it FSDP2's own way would write the whole frozen base into every state.
+    """
+    state = accelerator.state
+    before = state.distributed_type
+    # of the types without files of their own, the one whose files are read on the CPU first
+    state.distributed_type = type(before).MULTI_CPU
+    try:
+        yield
+    finally:
+        state.distributed_type = before
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -16,6 +16,7 @@ from torch import nn
 
 _MARK = "_is_hf_initialized"
 _CONVERSIONS = "_weight_conversions"
+_AVERAGED = "_replicated_grad_hook_registered"
 
 COMPUTES_LOCALLY = "_hf_quantized_needs_local_tp"
 """What transformers calls a module that is given plain tensors, its own part of each, also in
@@ -34,6 +35,14 @@ def is_pretrained(model: Any) -> bool:
 def is_filled(parameter: nn.Parameter) -> bool:
     """Say whether a checkpoint filled a Parameter, as ``core_model_loading`` marks it."""
     return bool(getattr(parameter, _MARK, False))
+
+
+def mark_filled(parameter: nn.Parameter) -> None:
+    """Mark a Parameter as one that has its values.
+
+    Without it transformers draws it again when it initializes what a load has left unfilled.
+    """
+    setattr(parameter, _MARK, True)
 
 
 def is_initialized(module: nn.Module) -> bool:
@@ -61,6 +70,34 @@ def is_backbone(cls: type) -> bool:
     known = {name for each in names for name in ((each,) if isinstance(each, str) else each)}
     taken = inspect.signature(cls.forward).parameters.keys()
     return cls.__name__ in known and not {"labels", "return_loss"} & taken
+
+
+def classes_in(loader: str, config: Any) -> Any:
+    """Return what an auto class makes of a configuration: a class, several, or None.
+
+    The public mappings have no names for some.
+    """
+    auto: Any = getattr(sys.modules["transformers"], loader)
+    return auto._model_mapping.get(type(config), None)
+
+
+def way_to_stack_experts(model_type: str) -> str | None:
+    """Return the model type as whose experts transformers stacks those of another one.
+
+    Without it PEFT's names for experts could not be told from those of dense layers.
+    """
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    return _MODEL_TO_CONVERSION_PATTERN.get(model_type)
+
+
+def averages_itself(parameter: nn.Parameter) -> bool:
+    """Say whether Trainer takes the mean of a Parameter's gradient over the processes.
+
+    It marks those of a model that ``from_pretrained`` has split; without the mark they would be
+    averaged twice.
+    """
+    return hasattr(parameter, _AVERAGED)
 
 
 def loads_on_first_only() -> bool:

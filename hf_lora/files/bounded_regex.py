@@ -13,10 +13,10 @@ positions (references to groups, atomic groups) is refused.
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from re import _constants as op  # type: ignore[attr-defined]
-from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
+from hf_lora.compat.python_regex import codes as op
+from hf_lora.compat.python_regex import parse
 from hf_lora.errors import AdapterFileError
 from hf_lora.text import show
 
@@ -93,7 +93,7 @@ class Pattern:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                tree = parser.parse(pattern)
+                tree = parse(pattern)
             if tree.state.flags & ~_IGNORED_FLAGS:
                 raise re.error("flags are not supported")
             self._step = compiler.sequence(tree)

@@ -14,6 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_lora.compat.torch_graph import (
+    gelu_approximation,
+    hooks_on_saved,
+    result_of,
+    saved_factors,
+    saved_input,
+)
 from hf_lora.functional.scaled_rows import ScaledRows
 
 _DEPTH = 6
@@ -60,7 +67,7 @@ def _others_keep() -> bool:
 
     Hooks that hand every tensor back as it was (those that only count) are no hindrance.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+    hooks = hooks_on_saved()
     if hooks is None:
         return False
     pack, unpack = hooks
@@ -95,36 +102,32 @@ def _operand(
 
 
 def _product(node: Any, kept: list[torch.Tensor], depth: int) -> Expression | None:
-    left = _operand(node, node._saved_self, 0, kept, depth)
-    right = left and _operand(node, node._saved_other, 1, kept, depth)
+    first, second = saved_factors(node)
+    left = _operand(node, first, 0, kept, depth)
+    right = left and _operand(node, second, 1, kept, depth)
     return left and right and ("mul", left, right)
 
 
 def _conversion(node: Any, kept: list[torch.Tensor], depth: int) -> Expression | None:
     inner = _operand(node, None, 0, kept, depth)
-    return inner and ("to", _result(node).dtype, inner)
+    return inner and ("to", result_of(node).dtype, inner)
 
 
 def _reshaped(node: Any, kept: list[torch.Tensor], depth: int) -> Expression | None:
     """Follow a view that splits or joins leading dimensions, and leaves the last as it is."""
     before = node.next_functions[0][0]
-    last = _result(node).shape[-1:]
-    if before is None or not last or _result(before).shape[-1:] != last:
+    last = result_of(node).shape[-1:]
+    if before is None or not last or result_of(before).shape[-1:] != last:
         return None
     return _follow(before, kept, depth - 1)
 
 
 def _silu(node: Any, kept: list[torch.Tensor], depth: int) -> Expression:
-    return ("silu", _keep(node._saved_self, kept))
+    return ("silu", _keep(saved_input(node), kept))
 
 
 def _gelu(node: Any, kept: list[torch.Tensor], depth: int) -> Expression:
-    return ("gelu", node._saved_approximate, _keep(node._saved_self, kept))
-
-
-def _result(node: Any) -> Any:
-    """Return shape and dtype of what the node's operation gave."""
-    return node._input_metadata[0]
+    return ("gelu", gelu_approximation(node), _keep(saved_input(node), kept))
 
 
 _RULES: dict[str, Callable[[Any, list[torch.Tensor], int], Expression | None]] = {

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_lora.adapter_io.checkpoints import (
 from hf_lora.adapter_io.collective import write_on_main
 from hf_lora.adapter_io.restore import restore_checkpoint
 from hf_lora.adapter_io.save import save_state
+from hf_lora.compat.accelerate import as_without_fsdp, prepared_models, prepared_optimizers
 from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.errors import AdapterFileError, ConfigError, StateError
 from hf_lora.files.manifest import begin_manifest, finish_manifest, has_manifest, is_unfinished
@@ -93,7 +94,7 @@ def _save_models(accelerator: Any, models: list[nn.Module], weights: list, folde
 
 def _load_models(accelerator: Any, models: list[nn.Module], folder: str) -> None:
     """Load the adapters of wrapped models, and take these out of what accelerate loads."""
-    for index, engine in enumerate(accelerator._models):
+    for index, engine in enumerate(prepared_models(accelerator)):
         if is_our_engine(engine):  # DeepSpeed has loaded it by itself
             check_loaded(engine, _place(folder, index))
     for index in reversed(range(len(models))):
@@ -135,7 +136,7 @@ def _here(accelerator: Any) -> bool:
 
 
 def _has_ours(accelerator: Any) -> bool:
-    return any(find(model) is not None for model in accelerator._models)
+    return any(find(model) is not None for model in prepared_models(accelerator))
 
 
 def _write(model: nn.Module, folder: Path) -> None:
@@ -203,23 +204,13 @@ def _state(accelerator: Any, original: Callable[..., Any], *args: Any, **kwargs:
 
     Under DeepSpeed its files stay, without the base.
     """
-    for model in accelerator._models:
+    for model in prepared_models(accelerator):
         if is_our_engine(model):
             leave_base_out(model)
     with contextlib.ExitStack() as stack:
-        if accelerator.is_fsdp2 and all(find(model) is not None for model in accelerator._models):
-            stack.enter_context(_as_without_fsdp(accelerator))
-            stack.enter_context(whole_states(*accelerator._optimizers))
+        if accelerator.is_fsdp2 and all(
+            find(model) is not None for model in prepared_models(accelerator)
+        ):
+            stack.enter_context(as_without_fsdp(accelerator))
+            stack.enter_context(whole_states(*prepared_optimizers(accelerator)))
         return original(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _as_without_fsdp(accelerator: Any) -> Iterator[None]:
-    state = accelerator.state
-    before = state.distributed_type
-    # of the types without files of their own, the one whose files are read on the CPU first
-    state.distributed_type = type(before).MULTI_CPU
-    try:
-        yield
-    finally:
-        state.distributed_type = before

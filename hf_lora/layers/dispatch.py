@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.compat.accelerate import is_placed
+from hf_lora.compat.torch_execution import in_transform
 from hf_lora.compat.torch_kernels import has_products
+from hf_lora.compat.torch_modules import is_replica
 from hf_lora.functional.composed import composed, is_small
 from hf_lora.functional.fused import Layer, Update, fused
 from hf_lora.functional.recompute import Recompute, recompute_of, recomputed
@@ -26,9 +28,7 @@ def is_ordinary(x: Any) -> bool:
     return (
         type(x) in _PLAIN
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and not in_transform()
         and x.is_floating_point()
         and x.dim() > 0
     )
@@ -188,8 +188,7 @@ def _as_follower(
 
 def _is_apart(layer: nn.Module) -> bool:
     """Say whether the layer must compute alone: placed by device hooks, or a replica."""
-    own = vars(layer)
-    return "_hf_hook" in own or "_is_replica" in own
+    return is_placed(layer) or is_replica(layer)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
+from hf_lora.compat.transformers import mark_filled
 from hf_lora.functional.init import init_low_rank
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.host_first import HostFirst
@@ -55,8 +56,7 @@ class Factored(Adaptable):
         if init is not None:
             self.lora_init(factors, init)
         for held, factor in zip(self.lora_held(adapter), factors, strict=True):
-            # transformers initializes again whatever does not carry this mark
-            factor._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_filled(factor)
             self.register_parameter(held, factor)
             # accelerate's init_empty_weights has put another there, without values
             self._parameters[held] = factor

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lora.compat.torch_modules import is_replica
 from hf_lora.errors import TargetError
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.instance_forward import rebind_forwards
@@ -118,7 +119,7 @@ def _take_off(module: nn.Module) -> None:
 def _class(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         """Keep a buffer that the module's own code replaces where it is read, not in the base."""
-        if name in names and isinstance(value, torch.Tensor) and not hasattr(self, "_is_replica"):
+        if name in names and isinstance(value, torch.Tensor) and not is_replica(self):
             held = self.__dict__.get(HELD)
             live = self.__dict__[_ROUTING].now().live if held else ()
             own = (held[adapter] for adapter, _ in live if held and adapter in held)

@@ -8,8 +8,8 @@ import functools
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as torch_module
-from torch.utils.hooks import RemovableHandle
+
+from hf_lora.compat.torch_modules import forward_hooks, forward_hooks_of_all, hook_count
 
 _KNOWN = ("torch", "transformers", "deepspeed", "hf_lora")
 """Packages whose own hooks write no activations."""
@@ -28,26 +28,22 @@ class Hooks:
 
         Hooks on the model itself run before or after all of its layers.
         """
-        if self._found or self._at != RemovableHandle.next_id:
+        if self._found or self._at != hook_count():
             self._stores = tuple(
                 store
                 for module in model.modules()
                 if module is not model
-                for store in (module._forward_pre_hooks, module._forward_hooks)
+                for store in forward_hooks(module)
             )
             self._at = -1
 
     def any(self) -> bool:
         """Say whether a hook stands there, or may, as no model was looked at yet."""
-        if self._at != RemovableHandle.next_id:  # counts every registration
-            self._at = RemovableHandle.next_id
+        if self._at != hook_count():  # counts every registration
+            self._at = hook_count()
             self._found = self._stores is None or any(map(_has_strange, self._stores))
-            self._found |= any(map(_has_strange, _of_all_modules()))
+            self._found |= any(map(_has_strange, forward_hooks_of_all()))
         return self._found
-
-
-def _of_all_modules() -> tuple[dict[Any, Any], ...]:
-    return torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
 
 
 def _has_strange(store: dict[Any, Any]) -> bool:

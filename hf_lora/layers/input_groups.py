@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lora.compat.torch_modules import is_replica, remove_pre_hooks
 from hf_lora.layers.arguments import check_arguments
 from hf_lora.layers.hooks import Hooks
 from hf_lora.layers.tracing import may_share, same_input_groups
@@ -62,7 +63,7 @@ class Sharing:
             self.traced
             or torch.compiler.is_compiling()
             or not torch.is_grad_enabled()
-            or "_is_replica" in vars(model)
+            or is_replica(model)
         ):
             return
         self.traced = True
@@ -138,7 +139,4 @@ class Sharing:
 
 def unwatch(model: nn.Module) -> None:
     """Take every :meth:`Sharing.watch` off the model."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), Sharing):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    remove_pre_hooks(model, lambda hook: isinstance(getattr(hook, "__self__", None), Sharing))

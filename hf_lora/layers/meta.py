@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.dtensor import distribute_like, is_sharded
+from hf_lora.compat.torch_modules import is_to_empty
 
 if TYPE_CHECKING:
     from hf_lora.layers.kind import Patched
@@ -40,7 +41,7 @@ def keep_values(module: "Patched", fn: Callable[..., Any]) -> Kept | None:
     """
     tensors = _tensors(module)
     empty = {name for name, tensor in tensors.items() if tensor.is_meta}
-    emptying = getattr(fn, "__qualname__", "").startswith(f"{nn.Module.to_empty.__qualname__}.")
+    emptying = is_to_empty(fn)
     if not empty and not emptying:
         return None
     added = module.lora_added()

@@ -7,13 +7,16 @@ the module has nothing but the base's tensors. The adapter stays on the executio
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_lora.compat import accelerate
 from hf_lora.compat.accelerate import device_hooks
+from hf_lora.errors import HfLoRAWarning
 from hf_lora.layers.kind import Patched
 from hf_lora.layers.routing import Routing
 
@@ -44,25 +47,28 @@ def guard_new_hooks(hooks: Any) -> None:
         hooks: The module ``accelerate.hooks``. Its class for such hooks is changed once, and acts
             as before on modules that hf_lora has not patched.
     """
-    owner = getattr(hooks, "AlignDevicesHook", None)
-    original = getattr(owner, "init_hook", None)
-    if owner is None or original is None or hasattr(original, "_hf_lora_guard"):
-        return
+    try:
+        accelerate.guard_new_hooks(hooks, _put_on)
+    except AttributeError as error:
+        warnings.warn(
+            f"accelerate of this version has another way to put hooks on modules ({error}): on a "
+            "model that is wrapped before it is dispatched, adapters may be moved into the store "
+            "of offloaded weights. Dispatch first, then wrap.",
+            HfLoRAWarning,
+            stacklevel=2,
+        )
 
-    @functools.wraps(original)
-    def init_hook(self: Any, module: nn.Module) -> nn.Module:
-        patched = [m for m in _reached(self, module) if isinstance(m, Patched)]
-        if not patched:
-            return original(self, module)
-        with _base_only(patched):
-            result = original(self, module)
-        for part in patched:
-            _move_added(part, self.execution_device)
-        _hide(self)
-        return result
 
-    init_hook._hf_lora_guard = True  # type: ignore[attr-defined]
-    owner.init_hook = init_hook  # type: ignore[method-assign]
+def _put_on(hook: Any, module: nn.Module, original: Callable[[], nn.Module]) -> nn.Module:
+    patched = [m for m in _reached(hook, module) if isinstance(m, Patched)]
+    if not patched:
+        return original()
+    with _base_only(patched):
+        result = original()
+    for part in patched:
+        _move_added(part, hook.execution_device)
+    _hide(hook)
+    return result
 
 
 class _BaseOnly:

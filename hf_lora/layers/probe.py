@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.compat.accelerate import execution_device, is_on_meta, present
+from hf_lora.compat.bitsandbytes import own_state
 from hf_lora.layers.dispatch import multiplies
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.kind import Patched, parameter_of
 from hf_lora.layers.patched import host_view
-from hf_lora.layers.quantized import own_state
 
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Relative error of a product of a few hundred terms; everything else is held to 1e-3."""

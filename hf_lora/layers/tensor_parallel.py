@@ -15,7 +15,6 @@ So an adapter costs one sum over all its whole factors' gradients after a backwa
 """
 
 import dataclasses
-import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,14 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lora.compat.dtensor import is_sharded
+from hf_lora.compat.tensor_parallel import COLUMNS, ROWS, parallel_forward, split_by_torch
 from hf_lora.compat.transformers import COMPUTES_LOCALLY
 from hf_lora.functional.dropout import keep_mask, unpacked
 from hf_lora.layers.kind import Patched
 from hf_lora.layers.names import LORA_A, LORA_B, parameter_name
 
-_LIBRARY = "transformers.distributed"
-_INNER = "original_forward"
-SPLIT_WITH = {"ColwiseParallel": {LORA_B: 0}, "RowwiseParallel": {LORA_A: 1}}
+SPLIT_WITH = {COLUMNS: {LORA_B: 0}, ROWS: {LORA_A: 1}}
 """transformers' class of a style to the factor that is split with the weight, and along what."""
 
 
@@ -56,23 +54,22 @@ class Split:
 
 def split_of(module: nn.Module) -> Split | None:
     """Return how a module was split, if in a way that an adapter can follow."""
-    forward = vars(module).get("forward")
-    cells = _cells(forward)
-    dims = SPLIT_WITH.get(type(cells["self"]).__name__) if cells else None
-    return Split(_style(forward), dims, cells["mesh"]) if cells and dims else None
+    found = parallel_forward(module)
+    dims = SPLIT_WITH.get(found.kind or "") if found else None
+    return Split(found.style, dims, found.mesh) if found and dims else None
 
 
 def split_fault(module: nn.Module) -> str | None:
     """Return why a layer that tensor parallelism has taken hold of cannot be adapted, or None."""
-    if vars(module).get("_distribute_module_applied"):
+    if split_by_torch(module):
         return (
             "PyTorch's parallelize_module has split it, which adapters cannot follow; load the "
             "model with from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
         )
-    forward = vars(module).get("forward")
-    if not _is_theirs(forward):
+    found = parallel_forward(module)
+    if found is None:
         return None
-    style = _style(forward)
+    style = found.style
     if split_of(module) is None:
         return (
             f"tensor parallelism has split it in the style {style!r}, which adapters cannot "
@@ -85,26 +82,6 @@ def split_fault(module: nn.Module) -> str | None:
     if not is_sharded(weight) or not weight.is_floating_point():  # type: ignore[union-attr]
         return f"tensor parallelism ({style!r}) has not split its weight in the usual way"
     return None
-
-
-def called_by(forward: Any) -> Any:
-    """Return what a forward of tensor parallelism calls, or, if it is none, the forward itself."""
-    cells = _cells(forward)
-    return cells[_INNER] if cells and type(cells["self"]).__name__ in SPLIT_WITH else forward
-
-
-def calling(forward: Any, module: nn.Module, method: Any) -> Any:
-    """Return ``method``, inside what tensor parallelism does around it if ``forward`` does that."""
-    if called_by(forward) is forward:
-        return method
-    new = {_INNER: method, "module": module}
-    names = forward.__code__.co_freevars
-    closure = tuple(
-        types.CellType(new[name]) if name in new else cell
-        for name, cell in zip(names, forward.__closure__, strict=True)
-    )
-    code, name = forward.__code__, forward.__name__
-    return types.FunctionType(code, forward.__globals__, name, forward.__defaults__, closure)
 
 
 def split_factors(layer: nn.Module, adapter: str, split: Split | None, mesh: Any) -> None:
@@ -158,26 +135,3 @@ def dropped(layer: nn.Module, x: torch.Tensor, p: float) -> torch.Tensor:
     each = -(-whole // size)
     own = keep[:, each * rank : each * rank + x.shape[-1]].view_as(x)
     return x * own.to(x.dtype).div_(1 - p)
-
-
-def _is_theirs(forward: Any) -> bool:
-    return isinstance(forward, types.FunctionType) and forward.__module__.startswith(_LIBRARY)
-
-
-def _cells(forward: Any) -> dict[str, Any] | None:
-    """Return what a forward of tensor parallelism has around it, by name, or None."""
-    if not _is_theirs(forward):
-        return None
-    cells = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
-    found = {name: cell.cell_contents for name, cell in cells}
-    return found if found.keys() >= {"self", "mesh", "module", _INNER} else None
-
-
-def _style(forward: Any) -> str:
-    """Return the name under which transformers has registered a forward's style, or its class's."""
-    cells = _cells(forward)
-    if not cells:
-        return forward.__qualname__.split(".")[0]
-    styles = forward.__globals__.get("ALL_PARALLEL_STYLES", {})
-    known = (name for name in styles if styles[name] is cells["self"])
-    return next(known, type(cells["self"]).__name__)

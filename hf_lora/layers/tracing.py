@@ -19,17 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from hf_lora.compat.accelerate import is_placed
 from hf_lora.compat.deepspeed import is_partitioned
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+from hf_lora.compat.torch_modules import HOOKS, storage_of
 
 Groups = list[list[nn.Module]]
 
@@ -106,15 +98,11 @@ class _Reading(TorchDispatchMode):
 
     def _has(self, value: Any) -> bool:
         tensors = value if isinstance(value, (list, tuple)) else [value]
-        return any(isinstance(t, torch.Tensor) and _storage(t) in self._shared for t in tensors)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        return any(isinstance(t, torch.Tensor) and storage_of(t) in self._shared for t in tensors)
 
 
 def _is_placed(module: nn.Module) -> bool:
-    return "_hf_hook" in vars(module) or any(
+    return is_placed(module) or any(
         type(tensor) is not nn.Parameter or is_partitioned(tensor)
         for tensor in module._parameters.values()
         if tensor is not None
@@ -125,8 +113,8 @@ def _is_placed(module: nn.Module) -> bool:
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups:
     twin = _twin(model)
     originals = dict(model.named_modules())
-    shared = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    _map((args, kwargs), lambda tensor, _: shared.add(_storage(tensor)))
+    shared = {storage_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    _map((args, kwargs), lambda tensor, _: shared.add(storage_of(tensor)))
     groups: list[list[nn.Module]] = []
     seen: set[nn.Module] = set()
     last: list[Any] = [None]
@@ -169,7 +157,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """Return a copy of the module tree on the same parameters and buffers."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        memo |= {id(vars(module)[name]): collections.OrderedDict() for name in _HOOKS}
+        memo |= {id(vars(module)[name]): collections.OrderedDict() for name in HOOKS}
     return copy.deepcopy(model, memo)
 
 

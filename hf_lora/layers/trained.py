@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import full_tensor, gather_full, is_distributed, is_sharded
+from hf_lora.compat.torch_modules import is_replica
+from hf_lora.compat.transformers import mark_filled
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import SIXTEEN_BIT
 from hf_lora.layers.kind import Patched, added_names, parameter_of
@@ -234,7 +236,7 @@ class TrainedModule(Patched):
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a buffer that the module's own code replaces where it is read, not in the base."""
         buffer = name in self.lora_names and name in self._buffers
-        if buffer and isinstance(value, torch.Tensor) and not hasattr(self, "_is_replica"):
+        if buffer and isinstance(value, torch.Tensor) and not is_replica(self):
             name = self.lora_where(name)
         super().__setattr__(name, value)
 
@@ -325,8 +327,7 @@ def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(tensor, nn.Parameter):
         return data
     copy = nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
-    # transformers initializes again whatever does not carry this mark
-    copy._is_hf_initialized = True  # type: ignore[attr-defined]
+    mark_filled(copy)
     return copy
 
 

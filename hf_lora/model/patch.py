@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.accelerate import execution_device, is_on_meta, offloads_below, present
+from hf_lora.compat.bitsandbytes import keep_gradients, restore_packing
 from hf_lora.compat.deepspeed import have_engine
 from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.config import LoRAConfig
@@ -20,7 +21,6 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import check_adapter_name, copy_kind
 from hf_lora.layers.patched import restore_class, swap_class
 from hf_lora.layers.probe import host_class, is_packed
-from hf_lora.layers.quantized import keep_gradients, restore_packing
 from hf_lora.layers.roles import Ties
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
 from hf_lora.layers.table import kind_of, layer_class

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd import Variable
 
 from hf_lora.compat.dtensor import is_sharded
+from hf_lora.compat.torch_execution import after_backward, backward_number
+from hf_lora.compat.transformers import averages_itself
 from hf_lora.layers.tensor_parallel import split_of
 from hf_lora.model.registry import Registry
 
@@ -93,20 +94,15 @@ class _Average:
             parameter.register_post_accumulate_grad_hook(average)
 
     def __call__(self, _: torch.Tensor) -> None:
-        now = torch._C._current_graph_task_id()
+        now = backward_number()
         if now != self.backward:
             self.backward = now
-            Variable._execution_engine.queue_callback(self.run)  # type: ignore[attr-defined]
+            after_backward(self.run)
 
     @torch.no_grad()
     def run(self) -> None:
         """Take the mean over the processes; a gradient that one of them lacks counts as zero."""
-        # Trainer averages those of a model that from_pretrained sharded by itself, and marks them
-        ours = [
-            p
-            for p in self.parameters
-            if p.requires_grad and not hasattr(p, "_replicated_grad_hook_registered")
-        ]
+        ours = [p for p in self.parameters if p.requires_grad and not averages_itself(p)]
         for dtype in dict.fromkeys(p.dtype for p in ours):
             self._take_mean([p for p in ours if p.dtype == dtype])
 

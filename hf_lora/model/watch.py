@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from hf_lora.compat.torch_modules import is_replica, remove_pre_hooks, remove_state_hooks
 from hf_lora.errors import HfLoRAWarning, StateError, listing
 from hf_lora.layers.kind import Adaptable, Patched
 from hf_lora.layers.names import REGISTRY
@@ -144,17 +145,8 @@ def _replace(parent: nn.Module, name: str, new: nn.Module | None) -> None:
 
 def unwatch(model: nn.Module) -> None:
     """Take :func:`watch` off the model."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _look:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key, wrapper in list(model._load_state_dict_pre_hooks.items()):
-        if getattr(wrapper, "hook", None) is _make_room:
-            del model._load_state_dict_pre_hooks[key]
-    for hooks in (model._state_dict_pre_hooks, model._load_state_dict_post_hooks):
-        for key, hook in list(hooks.items()):
-            if hook in (_settle, _note_again):
-                del hooks[key]
+    remove_pre_hooks(model, lambda hook: hook is _look)
+    remove_state_hooks(model, lambda hook: hook in (_make_room, _settle, _note_again))
 
 
 def _settle(model: nn.Module, *_: Any) -> None:
@@ -187,7 +179,7 @@ def look_at_places(model: nn.Module, registry: "Registry") -> dict[str, tuple[st
 
 
 def _look(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling() or "_is_replica" in vars(model):
+    if torch.compiler.is_compiling() or is_replica(model):
         return
     registry = vars(model)[REGISTRY]
     if model.training and torch.is_grad_enabled():

@@ -2,7 +2,7 @@
 
 Each function stands in front of the method of Trainer that it is named after, acts on our models
 only, and otherwise calls the original at once. They reach Trainer in two ways: as a patch of the
-class, which :func:`hf_lora.wrap` installs, or as :class:`LoRATrainerMixin`.
+class, which :func:`hf_lora.wrap` installs, or as :class:`hf_lora.LoRATrainerMixin`.
 """
 
 import os
@@ -20,78 +20,18 @@ from hf_lora.hub.base_model import hub_base
 from hf_lora.hub.card.training import run_of
 from hf_lora.integrations.in_front import Original
 from hf_lora.integrations.sentence_models import is_sentence_model, restore_modules
-from hf_lora.integrations.trainer import fsdp as trainer_fsdp
-from hf_lora.integrations.trainer.card import create_model_card
 from hf_lora.integrations.trainer.checks import check_ready, nothing_trains, switch_dropout_off
 from hf_lora.integrations.trainer.ddp import reaches_all
 from hf_lora.integrations.trainer.deepspeed import check_loaded, engines_without_base
 from hf_lora.integrations.trainer.optimizer import description_kept
 from hf_lora.integrations.trainer.push import bring_adapters, name_for_others
-from hf_lora.integrations.trainer.resume import (
-    resuming,
-    run_epoch,
-    save_checkpoint,
-)
+from hf_lora.integrations.trainer.resume import resuming
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.watch import heads_heard
 
 _WITH_CHECKPOINTS = ("checkpoint", "all_checkpoints")
 _NO_GRAPH = "does not require grad"
 """What torch's error says when a loss depends on nothing that trains."""
-
-
-class LoRATrainerMixin:
-    """What hf_lora does for Trainer, as a mixin: ``class Mine(LoRATrainerMixin, Trainer)``.
-
-    Only for those who do not want the class Trainer to be patched, and have called
-    :func:`hf_lora.integrations.trainer.patch.disable`; the plain Trainer needs nothing.
-    """
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; takes the arguments of ``Trainer.train``."""
-        return train(super().train, self, *args, **kwargs)  # type: ignore[misc]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute a step; takes the arguments of ``Trainer.training_step``."""
-        return training_step(super().training_step, self, *args, **kwargs)  # type: ignore[misc]
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; takes the arguments of ``Trainer.evaluation_loop``."""
-        return evaluation_loop(super().evaluation_loop, self, *args, **kwargs)  # type: ignore[misc]
-
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        return build_accelerator_args(super()._build_accelerator_args, self, **kwargs)  # type: ignore[misc]
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our model card; takes the arguments of ``Trainer.create_model_card``."""
-        create_model_card(super().create_model_card, self, *args, **kwargs)  # type: ignore[misc]
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        return run_epoch(super()._run_epoch, self, *args, **kwargs)  # type: ignore[misc]
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        save_checkpoint(super()._save_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        load_from_checkpoint(super()._load_from_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
-
-    def _load_best_model(self) -> None:
-        load_best_model(super()._load_best_model, self)  # type: ignore[misc]
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save; takes the arguments of ``Trainer.save_model``."""
-        trainer_fsdp.save_model(super().save_model, self, *args, **kwargs)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        original = super()._save_optimizer_and_scheduler  # type: ignore[misc]
-        trainer_fsdp.save_optimizer_and_scheduler(original, self, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        original = super()._load_optimizer_and_scheduler  # type: ignore[misc]
-        trainer_fsdp.load_optimizer_and_scheduler(original, self, checkpoint)
-
-    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        push_from_checkpoint(super()._push_from_checkpoint, self, *args, **kwargs)  # type: ignore[misc]
 
 
 def train(original: Original, trainer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,25 +14,25 @@ from hf_lora.integrations.trainer import hooks as trainer
 from hf_lora.integrations.trainer import resume as trainer_resume
 from hf_lora.integrations.trainer.card import create_model_card
 
+TRAINER: dict[str, Callable[..., Any]] = {
+    "train": trainer.train,
+    "create_model_card": create_model_card,
+    "_load_from_checkpoint": trainer.load_from_checkpoint,
+    "_load_best_model": trainer.load_best_model,
+    "_push_from_checkpoint": trainer.push_from_checkpoint,
+    "_save_checkpoint": trainer_resume.save_checkpoint,
+    "_run_epoch": trainer_resume.run_epoch,
+    "_build_accelerator_args": trainer.build_accelerator_args,
+    "save_model": trainer_fsdp.save_model,
+    "_save_optimizer_and_scheduler": trainer_fsdp.save_optimizer_and_scheduler,
+    "_load_optimizer_and_scheduler": trainer_fsdp.load_optimizer_and_scheduler,
+    "training_step": trainer.training_step,
+    "evaluation_loop": trainer.evaluation_loop,
+}
+"""The methods of Trainer in front of which ours stand. Seen in transformers 5.24."""
+
 _METHODS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
-    "transformers.trainer": (
-        "Trainer",
-        {
-            "train": trainer.train,
-            "create_model_card": create_model_card,
-            "_load_from_checkpoint": trainer.load_from_checkpoint,
-            "_load_best_model": trainer.load_best_model,
-            "_push_from_checkpoint": trainer.push_from_checkpoint,
-            "_save_checkpoint": trainer_resume.save_checkpoint,
-            "_run_epoch": trainer_resume.run_epoch,
-            "_build_accelerator_args": trainer.build_accelerator_args,
-            "save_model": trainer_fsdp.save_model,
-            "_save_optimizer_and_scheduler": trainer_fsdp.save_optimizer_and_scheduler,
-            "_load_optimizer_and_scheduler": trainer_fsdp.load_optimizer_and_scheduler,
-            "training_step": trainer.training_step,
-            "evaluation_loop": trainer.evaluation_loop,
-        },
-    ),
+    "transformers.trainer": ("Trainer", TRAINER),
     # the base of TRL's trainers overrides this one method
     "trl.trainer.base_trainer": ("_BaseTrainer", {"create_model_card": create_model_card}),
     # its trainers override these: they load a second model from the checkpoint, and log what fails
