@@ -5,12 +5,15 @@ saves the outer model shall still mean the adapter, under its names in the outer
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from torch import nn
 
 from hf_lora.errors import StateError, listing
 from hf_lora.layers.kind import Patched
 from hf_lora.model.registry import Registry, find, is_wrapped
+from hf_lora.planning.ties import Owners, groups
+from hf_lora.targets import inside
 
 Found = tuple[nn.Module, Registry]
 
@@ -75,9 +78,22 @@ def check_saves_as_one(model: nn.Module) -> None:
 
 
 def check_rest_frozen(model: nn.Module, registry: Registry) -> None:
-    """Raise StateError if more of a model trains than the wrapped part of it, by name."""
+    """Raise StateError if more of a model trains than the wrapped part of it, by name.
+
+    Or if it should: what is tied with a module that is trained in full, and stands outside.
+    """
     if find(model) is not None:
         return
+    apart = dict(_tied_across(model, registry))
+    if apart:
+        raise StateError(
+            listing(
+                f"A part of this {type(model).__name__} is wrapped, and these outside of it share "
+                "a tensor of a module that is trained in full, and go on with the base's",
+                (f"{path} is tied with {other}" for path, other in apart.items()),
+                "Wrap the whole model instead.",
+            )
+        )
     ours = registry.all_parameters()
     trains = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if trains:
@@ -89,6 +105,16 @@ def check_rest_frozen(model: nn.Module, registry: Registry) -> None:
                 "Freeze it (requires_grad_(False)), or wrap the whole model, with train=[...].",
             )
         )
+
+
+def _tied_across(model: nn.Module, registry: Registry) -> Iterator[tuple[str, str]]:
+    """Yield each module outside of the wrapped part that is tied with a trained one, and that."""
+    part = tuple(wrapped_parts(model))
+    owners = Owners(model, registry.adapted().stood)
+    for adapter in registry.adapters.values():
+        for places in groups(owners.ties(adapter.trained)):
+            own = next(path for path, _ in places if inside(path, adapter.trained))
+            yield from ((path, own) for path, _ in places if not inside(path, part))
 
 
 def _seen_from_above(registry: Registry, path: str) -> Registry:

@@ -22,7 +22,14 @@ from hf_lora.compat.libraries import has_own_saving, is_pretrained
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
 from hf_lora.hub.transfer import locate, push
-from hf_lora.integrations import fsdp1_guard, peft_guard, references, vllm_weights, wrapped_inside
+from hf_lora.integrations import (
+    fsdp1_guard,
+    peft_guard,
+    preparing,
+    references,
+    vllm_weights,
+    wrapped_inside,
+)
 from hf_lora.integrations.own_methods import FLAG, OwnMethod
 from hf_lora.integrations.save_merged import SaveMerged
 from hf_lora.integrations.save_pretrained import save_pretrained
@@ -123,7 +130,15 @@ def _is_ours(name: str, value: Any) -> bool:
 
 def install_patches() -> None:
     """Hook into other libraries, each now if it is imported, and otherwise when it will be."""
-    for hooks in (trainer_patch, peft_guard, fsdp1_guard, references, vllm_weights, wrapped_inside):
+    for hooks in (
+        trainer_patch,
+        peft_guard,
+        fsdp1_guard,
+        preparing,
+        references,
+        vllm_weights,
+        wrapped_inside,
+    ):
         hooks.install()
 
 

@@ -54,3 +54,15 @@ def test_it_resumes_to_the_bit(ran: Any, kind: str):
         training.saved(ran[0] / name / "checkpoint-4") for name in (kind, f"{kind} again")
     )
     assert training.same(here, there)
+
+
+def test_a_base_in_16_bits_whose_copies_are_in_32(tmp_path: Path):
+    """accelerate looks whether the embeddings' weight is the head's; a cast is a new tensor."""
+    folder = based(tmp_path, torch.bfloat16)
+    alone = tied_worker.told(tied_worker.run(folder, "alone", "alone"))
+    for each in launch("tied_worker:one_way", folder):
+        assert each["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+        assert each["copies"] == ["model.embed_tokens.lora_copy_weight"]
+    saved = training.saved(folder / "plugin" / "checkpoint-4")
+    assert torch.equal(saved[HEAD], saved[EMBED])
+    assert saved[HEAD].dtype == torch.float32

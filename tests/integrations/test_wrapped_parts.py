@@ -53,6 +53,20 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+def test_a_head_outside_that_is_tied_with_what_trains_inside(tmp_path: Path):
+    """The part cannot know of it, and the head would go on with the base's weights."""
+    model = training.llama(tie_word_embeddings=True)
+    hf_lora.wrap(model.model, "q_proj", r=4, train=["embed_tokens"])
+    words = "lm_head is tied with model.embed_tokens"
+    with pytest.raises(StateError, match=words):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(StateError, match=words):
+        trainer(model, tmp_path, max_steps=1).train()
+    hf_lora.unwrap(model.model)
+    hf_lora.wrap(model.model, "q_proj", r=4, train=["norm"])
+    model.save_pretrained(tmp_path)
+
+
 class TestSaving:
     def test_the_adapter_has_its_names_in_the_whole(self, base: Path, tmp_path: Path):
         model = loud(part_wrapped(base, train=["norm"]))
