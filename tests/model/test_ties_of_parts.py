@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from accelerate import disk_offload
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 import hf_lora
 from hf_lora import TargetError
+from hf_lora.integrations.base_view import policy_view
+from tests.files import edit
 from tests.model.models import TOKENS, llama
 from tests.model.tied import LLAMA, Tied, base_weight, bert, copies, each_model, is_one, weights
 from tests.oracle.adapting import scramble
@@ -175,3 +179,78 @@ def test_views_share_the_base_and_not_the_copy():
     assert torch.equal(view(TOKENS % 24).logits, expected)
     assert view.lm_head.weight is view.model.embed_tokens.weight
     assert view.lm_head.weight is base_weight(model, LLAMA)
+
+
+def test_a_frozen_copy_of_the_policy_has_one_copy_too():
+    """The reference of a trainer, where the adapter has been trained before."""
+    model = LLAMA.wrap(["lm_head"])
+    scramble(model)
+    view = policy_view(model)
+    assert torch.equal(LLAMA.logits(view), LLAMA.logits(model))
+    assert is_one(weights(view, LLAMA))
+    assert weights(view, LLAMA)[0] is not weights(model, LLAMA)[0]
+
+
+def test_all_of_a_wrapped_model_in_a_file_that_holds_each_tensor_once(tmp_path: Path):
+    model, other = LLAMA.wrap(["lm_head"]), LLAMA.wrap(["lm_head"])
+    scramble(model)
+    save_model(model, str(tmp_path / "all.safetensors"))
+    load_model(other, str(tmp_path / "all.safetensors"))
+    assert torch.equal(LLAMA.logits(other), LLAMA.logits(model))
+    assert is_one(weights(other, LLAMA))
+
+
+def test_a_mixture_of_one_that_is_tied_and_one_that_is_not(tmp_path: Path):
+    model = LLAMA.wrap(["lm_head"])
+    before = LLAMA.logits(model)
+    scramble(model)
+    hf_lora.save(model, tmp_path)
+    edit.as_pefts(tmp_path, ensure_weight_tying=False)
+    hf_lora.load(model, tmp_path, adapter="apart")
+    with torch.no_grad():
+        model.lm_head.lora_copy_weight_apart.add_(1)
+    ends = weights(model, LLAMA)
+    with hf_lora.use_adapter(model, "apart"):
+        apart = weights(model, LLAMA)
+    hf_lora.activate(model, {"default": 0.25, "apart": 0.75})
+    for mixed, one, other in zip(weights(model, LLAMA), ends, apart, strict=True):
+        assert torch.allclose(mixed, 0.25 * one + 0.75 * other, atol=1e-6)
+    expected = LLAMA.logits(model)
+    hf_lora.merge(model)
+    assert model.config.tie_word_embeddings is False
+    assert torch.allclose(LLAMA.logits(model), expected, atol=1e-5)
+    hf_lora.unwrap(model)
+    assert model.config.tie_word_embeddings is True
+    assert is_one(weights(model, LLAMA))
+    assert torch.equal(LLAMA.logits(model), before)
+
+
+def test_replicas_of_the_model_read_one_copy():
+    """As ``nn.DataParallel`` makes them: each parameter is a plain tensor there, by its index."""
+    model = LLAMA.wrap(["lm_head"])
+    scramble(model)
+    plain = {id(p): p.detach().clone() for p in model.parameters()}
+    replicas = []
+    for end in LLAMA.ends:
+        module = model.get_submodule(end)
+        replicas.append(module._replicate_for_data_parallel())
+        for name, parameter in module._parameters.items():
+            setattr(replicas[-1], name, plain.get(id(parameter)))
+    assert is_one([replica.weight for replica in replicas])
+    assert torch.equal(replicas[0].weight, model.lm_head.weight)
+
+
+def test_a_tied_base_that_accelerate_keeps_elsewhere(tmp_path: Path):
+    expected = LLAMA.wrap(["lm_head"])
+    scramble(expected)
+    model = llama(tied=True)
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    base = LLAMA.logits(model)
+    LLAMA.wrap(["lm_head"], model)
+    scramble(model)
+    assert torch.equal(LLAMA.logits(model), LLAMA.logits(expected))
+    assert len(copies(model)) == 1
+    hf_lora.merge(model)
+    assert torch.allclose(LLAMA.logits(model), LLAMA.logits(expected), atol=1e-5)
+    hf_lora.unwrap(model)
+    assert torch.equal(LLAMA.logits(model), base)
