@@ -31,6 +31,8 @@ from hf_lora.model.choices import activate, active_adapters, no_adapter, use_ada
 from hf_lora.model.optimizer import optimizer_groups
 from hf_lora.model.summary import Summary, summary
 from hf_lora.planning.records import Plan
+from hf_lora.recipes.record import Trained
+from hf_lora.recipes.train import train
 from hf_lora.version import __version__
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "StateError",
     "Summary",
     "TargetError",
+    "Trained",
     "UnknownAdapterError",
     "UnsupportedAdapterError",
     "__version__",
@@ -75,6 +78,7 @@ __all__ = [
     "register",
     "save",
     "summary",
+    "train",
     "unfreeze",
     "unmerge",
     "unwrap",

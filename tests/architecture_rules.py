@@ -25,9 +25,9 @@ LAYERS = (
     ("integrations",),
     ("api",),
     ("auto_classes",),
+    ("recipes",),
     ("public",),
     ("hf_lora",),  # __init__.py, which hands out the public names when they are asked for
-    ("recipes",),
     ("cli",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
@@ -47,6 +47,7 @@ LAZY = {
     "transformers.trainer": "takes seconds, and most programs never train",
     "transformers.modelcard": "takes seconds, for the card that Trainer writes only",
     "hf_lora.integrations.trainer.callback": "its base class lives beside Trainer",
+    "hf_lora.recipes.training": "Trainer and rich: most programs never train by a recipe",
     "hf_lora.public": "torch and transformers, which `hf-lora --help` does not need",
     "hf_lora.cli.commands": "likewise",
 }

@@ -16,14 +16,6 @@ from typing import Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from hf_lora.errors import HfLoRAError, HfLoRAWarning
 from hf_lora.text import printable
@@ -73,21 +65,6 @@ def working(words: str) -> Iterator[None]:
     """Show that something without a measurable end is going on, if there is somebody to see it."""
     with Console(stderr=True).status(words):
         yield
-
-
-def bars() -> Progress:
-    """Return progress bars for stderr; they vanish when done, and do nothing without a terminal."""
-    console = Console(stderr=True)
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """Reading a recipe file: YAML as people mean it, settings from the command line, every problem."""
 
+import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, listing
 from hf_lora.recipes.recipe import Recipe, as_recipe
 from hf_lora.recipes.trainer_arguments import check_trainer
@@ -48,30 +51,58 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_recipe(path: Path, settings: Iterable[str] = (), output: Path | None = None) -> Recipe:
+def read_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    settings: Iterable[str] = (),
+    output: Path | None = None,
+) -> Recipe:
     """Read a recipe and check all of it, without loading any model.
 
     Args:
-        path: A .yaml, .yml or .json file.
+        source: A .yaml, .yml or .json file, or what it would hold.
         settings: ``section.field=value`` each, taken instead of what the file says.
         output: Likewise, for the output folder; relative to the current folder.
 
     Raises:
         ConfigError: The file cannot be read; or one error that lists everything that is wrong.
     """
-    content = _parse(path)
+    name, folder, content = _content(source)
     problems: list[str] = []
     for setting in settings:
         _set(content, setting, problems)
     if output is not None:
         content["output"] = str(output.resolve())
-    recipe = as_recipe(content, path.parent, problems)
+    recipe = as_recipe(content, folder, problems)
     data = content.get("data")
     has_eval = isinstance(data, Mapping) and data.get("eval") is not None
     check_trainer(content.get("trainer"), has_eval, problems)
     if problems or recipe is None:
-        raise ConfigError(listing(f"{path} cannot be used", problems))
+        raise ConfigError(listing(f"{name} cannot be used", problems))
     return recipe
+
+
+def _content(source: Any) -> tuple[str, Path, dict[str, Any]]:
+    """Return what to call a recipe, the folder that its paths are relative to, and what it says."""
+    if isinstance(source, Mapping):
+        return "The recipe", Path(), _plain(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(
+            f"A recipe is a .yaml, .yml or .json file, or a mapping of its sections; this is a "
+            f"{type(source).__name__}."
+        )
+    path = Path(source)
+    return str(path), path.parent, _parse(path)
+
+
+def _plain(value: Any) -> Any:
+    """Return what a mapping in Python says as a file would say it; nothing of it is changed."""
+    if isinstance(value, LoRAConfig):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""``training.json``: what has been tried in an output folder, for --resume and for the card."""
+"""``training.json``: what was trained into an output folder, for --resume and for the card."""
 
 import dataclasses
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_lora.errors import ConfigError
 from hf_lora.files.atomic import as_json, staged
@@ -13,13 +13,16 @@ from hf_lora.files.read import is_adapter_folder
 from hf_lora.hub.card.facts import Training
 from hf_lora.recipes.recipe import Recipe
 
+if TYPE_CHECKING:
+    from hf_lora.recipes.dataset import Counts
+
 RECORD_FILE = "training.json"
 CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
-class Try:
-    """One training."""
+class Run:
+    """One training, at one learning rate."""
 
     learning_rate: float
     steps: int
@@ -31,13 +34,40 @@ class Try:
     diverged: bool = False
     """Whether it was stopped because its numbers were no longer finite: nothing of it is kept."""
 
-    def beats(self, other: "Try | None") -> bool:
+    def beats(self, other: "Run | None") -> bool:
         """Say whether this one is to be kept rather than the other."""
         return other is None or _rank(self) < _rank(other)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What came of a recipe."""
+
+    adapter: Path
+    """The adapter folder. Beside the adapter it holds ``checkpoints/`` and ``training.json``."""
+
+    best: Run
+    """The run whose adapter it is: that with the least loss on what was held out."""
+
+    runs: tuple[Run, ...]
+    """All runs, one for each learning rate, in the order of the recipe."""
+
+    train_examples: int
+    eval_examples: int
+    rows: "Counts"
+    """How many rows were read, cut and left out."""
+
+    pushed: str | None
+    """The address of what was pushed to the Hub, if the recipe says so."""
+
+    def __str__(self) -> str:
+        """Say where the adapter is, and how good."""
+        loss = "" if self.best.eval_loss is None else f", eval loss {self.best.eval_loss:.4f}"
+        return f"{self.adapter}: {self.best.steps} steps{loss}"
+
+
 class Record:
-    """The file in the output folder that says what has been tried, and with which recipe.
+    """The file in the output folder that says what was trained, and with which recipe.
 
     Raises:
         ConfigError: The folder holds a training, and it is not to be resumed, or is another one.
@@ -47,7 +77,7 @@ class Record:
         self._path = recipe.output / RECORD_FILE
         self._digest = recipe.digest
         self._card: Training | None = None
-        self.tries: list[Try] = []
+        self.runs: list[Run] = []
         if not _begun(recipe.output):
             return
         if not resume:
@@ -61,11 +91,11 @@ class Record:
                 f"output: {recipe.output} was begun with another recipe, so it cannot be resumed "
                 "with this one; take another folder"
             )
-        self.tries, self._card = content["tries"], content["card"]
+        self.runs, self._card = content["runs"], content["card"]
 
-    def add(self, done: Try) -> None:
-        """Write down a try that is done."""
-        self.tries.append(done)
+    def add(self, done: Run) -> None:
+        """Write down a run that is done."""
+        self.runs.append(done)
         self.write()
 
     def finish(self, training: Training) -> None:
@@ -75,9 +105,9 @@ class Record:
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        tries = [dataclasses.asdict(each) for each in self.tries]
+        runs = [dataclasses.asdict(each) for each in self.runs]
         card = self._card and dataclasses.asdict(self._card)
-        text = as_json({"recipe": self._digest, "tries": tries, "card": card})
+        text = as_json({"recipe": self._digest, "tries": runs, "card": card})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with staged(self._path, lambda file: file.write(text)) as new:
             os.replace(new, self._path)
@@ -97,19 +127,19 @@ def known_training(folder: Path) -> Training | None:
 def _begun(output: Path) -> bool:
     """Say whether there is something to lose: a training that failed at once leaves nothing."""
     checkpoints = any((output / CHECKPOINTS).rglob("checkpoint-*"))
-    tried = (output / RECORD_FILE).is_file() and bool(_read(output / RECORD_FILE)["tries"])
-    return checkpoints or tried or is_adapter_folder(output)
+    finished = (output / RECORD_FILE).is_file() and bool(_read(output / RECORD_FILE)["runs"])
+    return checkpoints or finished or is_adapter_folder(output)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        tries = [Try(**each) for each in content["tries"]]
+        runs = [Run(**each) for each in content["tries"]]
         card = Training(**content["card"]) if content["card"] else None
-        return {"recipe": content["recipe"], "tries": tries, "card": card}
+        return {"recipe": content["recipe"], "runs": runs, "card": card}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
 
 
-def _rank(done: Try) -> tuple[bool, float]:
+def _rank(done: Run) -> tuple[bool, float]:
     return done.diverged, math.inf if done.eval_loss is None else done.eval_loss

@@ -8,39 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import hf_lora
+from hf_lora.adapter_io.save import save
+from hf_lora.api import unwrap, wrap
 from hf_lora.errors import GradientError
+from hf_lora.recipes.callback import TrainingBars
 from hf_lora.recipes.dataset import Examples, collate
 from hf_lora.recipes.recipe import Recipe
-from hf_lora.recipes.record import CHECKPOINTS, Record, Try
+from hf_lora.recipes.record import CHECKPOINTS, Record, Run
 from hf_lora.recipes.trainer_arguments import arguments, learning_rates
-
-_LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
 
 
 def run_sweep(
     model: Any, recipe: Recipe, examples: Examples, record: Record, bars: Progress
-) -> Try:
+) -> Run:
     """Train at each learning rate that is not done yet; the best adapter so far is in the output.
 
-    Every try starts from the same base and the same fresh adapter and sees the same batches.
+    Every run starts from the same base and the same fresh adapter and sees the same batches.
 
     Returns:
-        The best try; the one try if there is only one.
+        The best run; the one run if there is only one.
 
     Raises:
         GradientError: The one training, or each of several, diverged.
     """
     rates = learning_rates(recipe.trainer)
-    best: Try | None = None
-    for done in record.tries:
+    best: Run | None = None
+    for done in record.runs:
         best = done if done.beats(best) else best
     record.write()
     for rate in rates:
-        if any(done.learning_rate == rate for done in record.tries):
+        if any(done.learning_rate == rate for done in record.runs):
             continue
         folder = recipe.output / CHECKPOINTS
         if len(rates) > 1:
@@ -50,7 +50,7 @@ def run_sweep(
             if done.beats(best):
                 best = done
                 if not done.diverged:
-                    hf_lora.save(model, recipe.output)
+                    save(model, recipe.output)
             record.add(done)
     assert best is not None
     if best.diverged:
@@ -66,13 +66,13 @@ def _wrapped(model: Any, recipe: Recipe) -> Iterator[None]:
     """Wrap with a fresh adapter, the same each time; leave the base as it was."""
     before = dict(vars(model))
     set_seed(int(recipe.trainer.get("seed", 42)))
-    hf_lora.wrap(model, config=recipe.lora)
+    wrap(model, config=recipe.lora)
     try:
         yield
     finally:
-        hf_lora.unwrap(model)
+        unwrap(model)
         # accelerate leaves its mixed precision and a mark on the instance, and by that mark would
-        # treat the next try differently from the first
+        # treat the next run differently from the first
         for name in vars(model).keys() - before.keys():
             del vars(model)[name]
         vars(model).update(before)
@@ -80,7 +80,7 @@ def _wrapped(model: Any, recipe: Recipe) -> Iterator[None]:
 
 def _train(
     model: Any, recipe: Recipe, rate: float, folder: Path, examples: Examples, bars: Progress
-) -> Try:
+) -> Run:
     start = time.monotonic()
     trainer = Trainer(
         model=model,
@@ -91,7 +91,7 @@ def _train(
     )
     # it prints to stdout, which belongs to the result
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Bars(bars, f"learning rate {rate:g}"))
+    trainer.add_callback(TrainingBars(bars, f"learning rate {rate:g}"))
     begun = folder.is_dir() and get_last_checkpoint(str(folder)) is not None
     train_loss, loss, diverged = math.nan, math.nan, False
     try:
@@ -101,7 +101,7 @@ def _train(
         diverged = not _is_finite(model)
         if not diverged or len(learning_rates(recipe.trainer)) == 1:
             raise
-    return Try(
+    return Run(
         learning_rate=rate,
         steps=trainer.state.global_step,
         train_loss=train_loss,
@@ -122,52 +122,3 @@ def _eval_loss(trainer: Trainer) -> float:
             if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
                 return entry["eval_loss"]
     return trainer.evaluate()["eval_loss"]
-
-
-class _Bars(TrainerCallback):
-    """Shows how far training and evaluation are, and what is logged on the way."""
-
-    def __init__(self, bars: Progress, words: str):
-        self._bars = bars
-        self._words = words
-        self._training: Any = None
-        self._evaluation: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin at the step that training begins at."""
-        self._training = self._bars.add_task(
-            self._words, total=state.max_steps, completed=state.global_step
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show one step more."""
-        self._bars.update(self._training, completed=state.global_step)
-
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        """Show one batch more."""
-        if self._evaluation is None:
-            total = None if eval_dataloader is None else len(eval_dataloader)
-            self._evaluation = self._bars.add_task("evaluation", total=total)
-        self._bars.advance(self._evaluation)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the evaluation's bar away."""
-        if self._evaluation is not None:
-            self._bars.remove_task(self._evaluation)
-            self._evaluation = None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print what Trainer logs, as one line on stderr."""
-        found = logs or {}
-        if "loss" not in found and "eval_loss" not in found:
-            return
-        shown = [f"{name} {found[name]:.4g}" for name in _LOGGED if name in found]
-        self._bars.console.print(
-            f"step {state.global_step}: {', '.join(shown)}", markup=False, highlight=False
-        )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take training's bar away."""
-        self._bars.remove_task(self._training)

@@ -187,7 +187,7 @@ def test_a_tokenizer_of_another_model_is_refused(
 
 
 def test_a_chat_needs_a_template(tmp_path: Path):
-    from tests.cli.conftest import tiny_tokenizer
+    from tests.tiny_base import tiny_tokenizer
 
     bare = tiny_tokenizer()
     bare.chat_template = None

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from tests.cli.conftest import Run
+from tests.tiny_base import Run
 
 WIDTH, INNER, HEADS, LAYERS, WORDS = 32, 64, 4, 2, 400
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_lora
 from tests import forked
-from tests.cli.conftest import EXAMPLES, Run
 from tests.hub_server import HubServer, hub_environment
+from tests.tiny_base import EXAMPLES, Run
 
 # Every call in one process, because importing torch takes longer than all of them together, and in
 # a process of its own, because the client reads its endpoint when it is imported.

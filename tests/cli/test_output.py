@@ -9,7 +9,7 @@ import pytest
 
 import hf_lora
 from tests import forked
-from tests.cli.conftest import Run
+from tests.tiny_base import Run
 
 COMMANDS = ("plan", "train", "show", "push", "pull")
 ENTRY = "import sys; from hf_lora.cli.main import app; sys.argv[0] = 'hf-lora'; app()"

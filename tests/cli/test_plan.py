@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import hf_lora
-from tests.cli.conftest import Run, tiny_model
+from tests.tiny_base import Run, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_lora
-from tests.cli.conftest import Run
+from tests.tiny_base import Run
 
 FIELDS = {
     "targets": ["q_proj", "down_proj"],

@@ -18,7 +18,7 @@ from hf_lora.recipes.base_model import check_writes_text, load_config, load_toke
 from hf_lora.recipes.dataset import collate, load_examples
 from hf_lora.recipes.file import read_recipe
 from hf_lora.recipes.recipe import Base
-from tests.cli.conftest import EXAMPLES, Run
+from tests.tiny_base import EXAMPLES, Run
 
 Write = Callable[[str, Any], Path]
 ROWS = [

@@ -1,8 +1,9 @@
 """``hf-lora show``: what an adapter holds, from its files alone."""
 
 from hf_lora.adapter_io.describe import describe
-from hf_lora.cli.output import Result, bars, plain
+from hf_lora.cli.output import Result, plain
 from hf_lora.hub.transfer import locate
+from hf_lora.recipes.progress import bars
 
 
 def run(adapter: str, revision: str | None, subfolder: str | None) -> Result:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_lora.recipes.encoding import IGNORED, Encoder, RowFault
 from hf_lora.recipes.recipe import Data, Files
-from tests.cli.conftest import CHATML, tiny_tokenizer
+from tests.tiny_base import CHATML, tiny_tokenizer
 
 # The same turns with the assistant's words marked, as templates made for training do it.
 MARKED = (

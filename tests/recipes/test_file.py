@@ -13,7 +13,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError
 from hf_lora.recipes.file import read_recipe
 from hf_lora.recipes.recipe import Data, DataSet, Files
-from tests.cli.conftest import Run
+from tests.tiny_base import Run
 
 Write = Callable[[str, Any], Path]
 

@@ -1,0 +1,105 @@
+"""A recipe from beginning to end: data, base, training, adapter, push."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from hf_lora.errors import HfLoRAWarning
+from hf_lora.hub.card.facts import Training
+from hf_lora.hub.push_folder import push_adapter_folder
+from hf_lora.recipes.base_model import check_writes_text, load_config, load_model, load_tokenizer
+from hf_lora.recipes.dataset import Examples, load_examples
+from hf_lora.recipes.file import read_recipe
+from hf_lora.recipes.progress import bars, say
+from hf_lora.recipes.recipe import DataSet, Recipe
+from hf_lora.recipes.record import Record, Run, Trained
+from hf_lora.recipes.sweep import run_sweep
+from hf_lora.recipes.trainer_arguments import RATE
+
+
+def train_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    settings: Iterable[str],
+    output: Path | None,
+    *,
+    resume: bool,
+) -> Trained:
+    """Do what :func:`hf_lora.train` promises."""
+    recipe = read_recipe(source, settings, output)
+    record = Record(recipe, resume=resume)
+    with bars() as progress:
+        examples = _examples(recipe, progress)
+        model = load_model(recipe.base)
+        best = run_sweep(model, recipe, examples, record, progress)
+    training = _training(recipe, best, examples)
+    record.finish(training)
+    return Trained(
+        adapter=recipe.output,
+        best=best,
+        runs=tuple(record.runs),
+        train_examples=len(examples.train),
+        eval_examples=len(examples.eval or []),
+        rows=examples.counts,
+        pushed=_push(recipe, training),
+    )
+
+
+def _examples(recipe: Recipe, progress: Progress) -> Examples:
+    task = progress.add_task("reading the data", total=None)
+    config = load_config(recipe.base)
+    check_writes_text(config)
+    tokenizer = load_tokenizer(recipe.base)
+    examples = load_examples(
+        recipe.data,
+        tokenizer,
+        config,
+        int(recipe.trainer.get("seed", 42)),
+        lambda rows: progress.update(task, completed=rows),
+    )
+    progress.remove_task(task)
+    found, held = len(examples.train), len(examples.eval or [])
+    say(progress, f"{found} examples to train on, {held} to evaluate")
+    _warn_of_losses(examples)
+    return examples
+
+
+def _warn_of_losses(examples: Examples) -> None:
+    counts, lines = examples.counts, []
+    if counts.cut:
+        lines.append(
+            f"{counts.cut} of {counts.rows} rows were cut to {examples.max_length} tokens "
+            "(data.max_length)"
+        )
+    if counts.dropped:
+        lines.append(
+            f"{counts.dropped} of {counts.rows} rows were left out: nothing in them to learn"
+        )
+    for line in lines:
+        warnings.warn(line, HfLoRAWarning, stacklevel=5)
+
+
+def _push(recipe: Recipe, training: Training) -> str | None:
+    if recipe.push is None:
+        return None
+    fields = dataclasses.asdict(recipe.push)
+    return push_adapter_folder(recipe.output, training=training, **fields).url
+
+
+def _training(recipe: Recipe, best: Run, examples: Examples) -> Training:
+    source = recipe.data.train
+    ids = (
+        [source.dataset]
+        if isinstance(source, DataSet) and not Path(source.dataset).is_dir()
+        else ()
+    )
+    return Training(
+        datasets=ids,
+        dataset_words=f"{len(examples.train):,} examples.",
+        metrics={} if best.eval_loss is None else {"eval_loss": best.eval_loss},
+        hyperparameters={**recipe.trainer, RATE: best.learning_rate, "steps": best.steps},
+    )
