@@ -95,7 +95,7 @@ def unwrap(model: Model) -> Model:
     """
     registry = registry_of(model)
     registry.settle_buffers()
-    with Transaction(model) as change:
+    with Transaction(model, "adapted") as change:
         inner = unpatch(model)
         uninstall(inner, registry)
         change.commit()
@@ -213,6 +213,7 @@ def load(
         load_folder(
             inner,
             folder,
+            change,
             adapter=adapter,
             trainable=trainable,
             check_base=check_base,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_lora.adapter_io.match import Match, match_folder
+from hf_lora.adapter_io.owner import holder_of
 from hf_lora.compat.bitsandbytes import keep_gradients
 from hf_lora.compat.deepspeed import have_engine, shape_of
 from hf_lora.compat.dtensor import distribute_like, gather_full, reshard
@@ -30,10 +31,11 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Place
 from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors
-from hf_lora.model.adapters import check_new_name, freeze, unfreeze
-from hf_lora.model.patch import attach, check_no_engine, remove_adapter, unpatch
+from hf_lora.model.adapters import check_new_name, set_trainable
+from hf_lora.model.patch import attach, check_no_engine
 from hf_lora.model.registry import Registry, check_fresh, create, find
 from hf_lora.model.replacing import check_replaceable, replaced
+from hf_lora.model.transaction import Transaction
 from hf_lora.planning.ties import full_name
 from hf_lora.targets import shortest_names
 
@@ -41,6 +43,7 @@ from hf_lora.targets import shortest_names
 def load_folder(
     model: nn.Module,
     directory: Path,
+    change: Transaction,
     *,
     adapter: str,
     trainable: bool,
@@ -48,7 +51,7 @@ def load_folder(
     missing: str = "error",
     replace: bool = False,
 ) -> nn.Module:
-    """Attach the adapter in ``directory`` to ``model``; see :func:`hf_lora.load`."""
+    """Attach the adapter in ``directory``, as a part of a change; see :func:`hf_lora.load`."""
     found = find(model)
     model, registry = found or (model, None)
     reshard(model)
@@ -74,37 +77,23 @@ def load_folder(
         words = f"{directory}: {match.told[0]}" if one else listing(str(directory), match.told)
         warnings.warn(words, HfLoRAWarning, stacklevel=3)
     registry = registry or create(model)
-    try:
-        if found is None:
-            registry.repacked = keep_gradients(model)
-        config = _config(match, model)
-        if anew and _has_room(registry, adapter, match, values):
-            _refill(registry, adapter, config, match, values)
-        else:
-            with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
-                attach(
-                    model,
-                    registry,
-                    adapter,
-                    config,
-                    match.slots,
-                    match.trained,
-                    dtypes,
-                    ties=match.ties,
-                )
-                registry.adapter(adapter).origin = match.folder.origin
-                fill(registry, adapter, values)
-        fill_buffers(model, registry, adapter, buffers)
-    except BaseException:
-        if found is None:
-            unpatch(model)
-        elif adapter in registry.adapters and not anew:
-            remove_adapter(registry, adapter)
-        raise
+    if found is None:
+        registry.repacked = keep_gradients(model)
+    config = _config(match, model)
+    if anew and _has_room(registry, adapter, match, values):
+        _keep(change, model, registry, adapter, buffers)
+        _refill(registry, adapter, config, match, values)
+    else:
+        with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
+            ties = match.ties
+            attach(model, registry, adapter, config, match.slots, match.trained, dtypes, ties=ties)
+            registry.adapter(adapter).origin = match.folder.origin
+            fill(registry, adapter, values)
+    fill_buffers(model, registry, adapter, buffers)
     if found is None:
         registry.routing.choose(((adapter, 1.0),))
     registry.buffers.note_again(model, registry)
-    (unfreeze if trainable else freeze)(model, adapter)
+    set_trainable(model, registry, adapter, trainable)
     return model
 
 
@@ -131,21 +120,11 @@ def _refill(
     match: Match,
     values: dict[Place, torch.Tensor],
 ) -> None:
-    """Put a file's values and numbers in the place of an adapter's, or, after an error, neither."""
+    """Put a file's values and numbers in the place of an adapter's."""
     adapter = registry.adapter(name)
-    before = {
-        (path, role): tensor.detach().clone() for path, _, role, tensor in registry.tensors(name)
-    }
-    slots = dict(adapter.slots)
-    try:
-        fill(registry, name, values)
-        for path, slot in match.slots.items():
-            adapter.slots[path] = registry.modules[path].lora_slots[name] = slot
-    except BaseException:
-        fill(registry, name, before)
-        for path, slot in slots.items():
-            adapter.slots[path] = registry.modules[path].lora_slots[name] = slot
-        raise
+    fill(registry, name, values)
+    for path, slot in match.slots.items():
+        adapter.slots[path] = registry.modules[path].lora_slots[name] = slot
     adapter.config, adapter.origin, adapter.training = config, match.folder.origin, None
 
 
@@ -154,7 +133,8 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
 
     A buffer of the base that is in none has not moved: an adapter's own gets the base's values.
 
-    All folders are checked before the first value changes.
+    All folders are checked before the first value changes; an interrupt leaves all values as they
+    were, or puts all in.
 
     Raises:
         AdapterFileError: Unsound, of different saves, or not the same layers, ranks and strengths.
@@ -167,9 +147,26 @@ def restore(model: nn.Module, registry: Registry, folders: Mapping[str, Path]) -
         raise AdapterFileError(listing("This is the state of no training", dict.fromkeys(mixed)))
     reshard(model)
     values = {name: _values_for(model, registry, name, folder) for name, folder in folders.items()}
-    for name, (found, buffers) in values.items():
-        fill(registry, name, found)
-        fill_buffers(model, registry, name, buffers)
+    with Transaction(holder_of(model), "values") as change:
+        for name, (_, buffers) in values.items():
+            _keep(change, model, registry, name, buffers)
+        for name, (found, buffers) in values.items():
+            fill(registry, name, found)
+            fill_buffers(model, registry, name, buffers)
+        change.commit()
+
+
+def _keep(
+    change: Transaction,
+    model: nn.Module,
+    registry: Registry,
+    name: str,
+    buffers: Iterable[Place],
+) -> None:
+    """Note what is about to be overwritten, and the modules that are given buffers."""
+    held = [tensor for *_, tensor in registry.held_buffers(name)]
+    change.keep_values([*(tensor for *_, tensor in registry.tensors(name)), *held])
+    change.keep_modules(model.get_submodule(path) for path, _ in buffers)
 
 
 def _check_no_copies(registry: Registry, names: Iterable[str]) -> None:

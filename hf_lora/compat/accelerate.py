@@ -30,7 +30,7 @@ def device_hooks(module: nn.Module) -> list[Any]:
 
     Without them an adapter would be put where the base's weights are kept, not where they compute.
     """
-    hook = getattr(module, _HOOK, None)
+    hook = vars(module).get(_HOOK)
     if hook is None:
         return []
     return list(getattr(hook, "hooks", [hook]))

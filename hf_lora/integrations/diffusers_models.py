@@ -15,6 +15,7 @@ from hf_lora.integrations import model_methods
 from hf_lora.integrations.import_hooks import when_imported
 from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
 from hf_lora.layers.names import DEFAULT
+from hf_lora.model.transaction import Transaction
 
 _MODULE, _CLASS, _METHOD = "diffusers.models.modeling_utils", "ModelMixin", "from_pretrained"
 
@@ -55,8 +56,10 @@ def _from_pretrained(original: Original, cls: type, source: Any = None, **kwargs
     model = original(base, **kwargs)
     # diffusers wants a pair where the caller asked what was loaded
     target = model[0] if isinstance(model, tuple) else model
-    load_folder(target, folder, adapter=DEFAULT, trainable=False, check_base=True)
-    model_methods.install(target)
+    with Transaction(target) as change:
+        load_folder(target, folder, change, adapter=DEFAULT, trainable=False, check_base=True)
+        model_methods.install(target)
+        change.commit()
     return model
 
 

@@ -196,6 +196,7 @@ def _load_adapter(
         load_folder(
             model,
             folder,
+            change,
             adapter=name,
             trainable=is_trainable,
             check_base=check_base,

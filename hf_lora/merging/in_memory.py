@@ -96,7 +96,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     inner, registry = wrapped(model)
     if not registry.routing.merged:
         raise StateError("This model is not merged, so there is nothing to unmerge.")
-    with Transaction(model) as change:
+    with Transaction(model, "adapted") as change:
         registry.put_weights_back(inner)
         change.commit()
     return model

@@ -88,7 +88,7 @@ def add(
     with replaced(inner, registry, name) if anew else contextlib.nullcontext():
         attach_plan(inner, registry, plan, name)
     if not trainable:
-        freeze(model, name)
+        set_trainable(inner, registry, name, False)
     warn_of_plan(plan, untrainable, stacklevel=3)
 
 
@@ -119,7 +119,7 @@ def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
             "an adapter when nobody does."
         )
     registry.settle_buffers()
-    with Transaction(model) as change:
+    with Transaction(model, "adapted") as change:
         for each in chosen:
             remove_adapter(registry, each)
         change.commit()
@@ -128,12 +128,12 @@ def delete_adapter(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
 
 def freeze(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
     """Stop training these adapters; whether they are active does not change."""
-    return _set_trainable(model, names, False)
+    return _set_all(model, names, False)
 
 
 def unfreeze(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
     """Train these adapters; whether they are active does not change."""
-    return _set_trainable(model, names, True)
+    return _set_all(model, names, True)
 
 
 def check_new_name(registry: Registry, name: str) -> None:
@@ -165,13 +165,33 @@ def as_config(
     return config
 
 
-def _set_trainable(model: nn.Module, names: str | Iterable[str], flag: bool) -> nn.Module:
+def set_trainable(
+    model: nn.Module, registry: Registry, name: str, flag: bool, change: Transaction | None = None
+) -> None:
+    """Do what :func:`freeze` and :func:`unfreeze` do, as a part of a change.
+
+    Args:
+        model: The wrapped model itself.
+        registry: Its registry.
+        name: The adapter.
+        flag: Whether it is to train.
+        change: Told of the flags first, where it has not noted all of the model's.
+    """
+    if flag:
+        registry.buffers.note(model, registry)
+    parameters = [parameter for _, parameter in registry.parameters(name)]
+    if change is not None:
+        change.keep_flags(parameters)
+    (registry.routing.frozen.discard if flag else registry.routing.frozen.add)(name)
+    for parameter in parameters:
+        parameter.requires_grad_(flag)
+
+
+def _set_all(model: nn.Module, names: str | Iterable[str], flag: bool) -> nn.Module:
     inner, registry = wrapped(model)
     registry.settle_buffers()
-    if flag:
-        registry.buffers.note(inner, registry)
-    for name in registry.select(names):
-        (registry.routing.frozen.discard if flag else registry.routing.frozen.add)(name)
-        for _, parameter in registry.parameters(name):
-            parameter.requires_grad_(flag)
+    with Transaction(model, "values") as change:
+        for name in registry.select(names):
+            set_trainable(inner, registry, name, flag, change)
+        change.commit()
     return model

@@ -135,20 +135,21 @@ class Buffers:
         hold(module, registry.routing, adapter, role, tensor)
         self.holding[path] = Weakly(module)
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield path and module for all of which an adapter has buffers."""
         for path, held in self.holding.items():
             if held.module is not None:
                 yield path, held.module
 
     def held(self, adapter: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
         """Yield (path, module, role, copy) for every buffer that an adapter has."""
-        for path, module in self._modules():
+        for path, module in self.modules():
             for role, copy in held_by(module, adapter).items():
                 yield path, module, role, copy
 
     def drop(self, adapter: str) -> None:
         """Take the copies of an adapter away."""
-        for _, module in self._modules():
+        for _, module in self.modules():
             self.drop_from(module, adapter)
 
     def drop_from(self, module: nn.Module, adapter: str) -> None:
@@ -158,7 +159,7 @@ class Buffers:
 
     def reclass(self) -> None:
         """Put right what modules read, after the classes below were changed."""
-        for _, module in self._modules():
+        for _, module in self.modules():
             hold_again(module)
 
     def merged(
@@ -171,7 +172,7 @@ class Buffers:
             weights: All that are to be inside, with their factors.
             base: Returns what the base has of a module under a name.
         """
-        for _, module in self._modules():
+        for _, module in self.modules():
             roles = {role for name in chosen for role in held_by(module, name)}
             copies = {role: shares_of(module, role, weights) for role in sorted(roles)}
             found = {r: mixed(base(module, r), each).clone() for r, each in copies.items()}
@@ -185,7 +186,7 @@ class Buffers:
             factors: Those in use or inside the weights, each with its factor.
             inside: Those inside the weights, now or soon.
         """
-        for path, module in self._modules():
+        for path, module in self.modules():
             holders: dict[str, list[str]] = {}
             for name in factors:
                 for role in held_by(module, name):

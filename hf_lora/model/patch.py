@@ -31,7 +31,7 @@ from hf_lora.model.registry import (
     Registry,
     check_fresh,
     create,
-    restore_base,
+    pop_registry,
     wrapped,
 )
 from hf_lora.model.replicas import spread
@@ -77,8 +77,20 @@ def unpatch(model: nn.Module) -> nn.Module:
     restore_packing(registry.repacked)
     for norm in registry.norms.values():
         restore_class(norm)
-    restore_base(model)
+    _restore_base(model)
     return model
+
+
+def _restore_base(model: nn.Module) -> None:
+    """Take the registry off the model and give the base its flags back."""
+    registry = pop_registry(model)
+    registry.given_back = [
+        (parameter, parameter.requires_grad)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if registry.base_flags.get(name, parameter.requires_grad) != parameter.requires_grad
+    ]
+    for parameter, flag in registry.given_back:
+        parameter.requires_grad = not flag
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -106,6 +106,9 @@ class Registry:
     adopted: list[Adopted] = dataclasses.field(default_factory=list)
     """Parameters of the base that were unfrozen, and are an adapter's copies until it goes."""
 
+    given_back: list[tuple[nn.Parameter, bool]] = dataclasses.field(default_factory=list)
+    """While the patch is taken off: parameters with another flag than before it, and their own."""
+
     methods: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the model object itself had under the names of methods that are replaced on it."""
 
@@ -209,7 +212,7 @@ class Registry:
 
     def keep_merged(self) -> None:
         """Forget what stood in the weights before a merge."""
-        self.originals.clear()
+        self.originals = []  # another list: who undoes this asks the old one
         self.untied.clear()
         self.routing.merge(())
 
@@ -295,14 +298,20 @@ def find(model: nn.Module) -> tuple[nn.Module, Registry] | None:
 
     Looks through DDP, torch.compile and the modules of sentence-transformers.
     """
-    while isinstance(model, nn.Module):
-        registry = model.__dict__.get(REGISTRY)
+    for inner in inwards(model):
+        registry = inner.__dict__.get(REGISTRY)
         if registry is not None:
-            return model, registry
+            return inner, registry
+    return None
+
+
+def inwards(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model and, from the outside in, those that it is only a wrapper around."""
+    while isinstance(model, nn.Module):
+        yield model
         inner = [model._modules[name] for name in _WRAPPERS if model._modules.get(name) is not None]
         alone = len(inner) == 1 and len(model._modules) == 1
         model = inner[0] if alone else core_of(model)  # type: ignore[assignment]
-    return None
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -388,12 +397,3 @@ def pop_registry(model: nn.Module) -> Registry:
     unwatch(model)
     watch.unwatch(model)
     return model.__dict__.pop(REGISTRY)
-
-
-def restore_base(model: nn.Module) -> None:
-    """Take the registry off the model and give the base its flags back."""
-    registry = pop_registry(model)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        flag = registry.base_flags.get(name, parameter.requires_grad)
-        if parameter.requires_grad != flag:
-            parameter.requires_grad = flag

@@ -7,60 +7,96 @@ model, and the next change goes on with them first.
 
 import types
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import torch
 from torch import nn
 
 from hf_lora.compat.accelerate import device_hooks
 from hf_lora.layers.choice import STACK
 from hf_lora.layers.kind import OWN_FIELDS
-from hf_lora.layers.names import HELD
-from hf_lora.model.registry import find
+from hf_lora.layers.names import REGISTRY
+from hf_lora.model.registry import Registry, inwards
 
 JOURNAL = "_hf_lora_journal"
 """Where a model keeps the notes while it changes."""
 
 _TIED = "tie_word_embeddings"
-_HOLDERS = {*OWN_FIELDS, HELD} | {
-    k for k, v in vars(nn.Module()).items() if isinstance(v, dict | set)
-}
+_CONTAINERS = (dict, set, list)
+_OF_A_PART = (
+    "_parameters", "_buffers", "_non_persistent_buffers_set",
+    "lora_slots", "lora_copies", "lora_tied",
+)  # fmt: skip
+"""What holds other things than before where a module inside of a model changes."""
+
+_OF_THE_MODEL = (
+    *OWN_FIELDS,
+    *(name for name, held in vars(nn.Module()).items() if isinstance(held, dict | set)),
+)
+"""The same of the model itself, which gets hooks as well."""
 
 
 class Transaction:
     """The time of one change: when the ``with`` block is left uncommitted, all is undone.
 
-    Noted are classes, fields, flags and what hf_lora knows, not the values of tensors.
+    Noted are classes, fields, flags and what hf_lora knows. Of values, those that
+    :meth:`keep_values` is told of.
 
     Args:
         model: Any model, wrapped or about to be, or a wrapper around one.
+        scope: What can change, since noting takes time: the whole model; modules that carry
+            adapters, without the flags of others (who gives those back notes them, in the
+            registry's ``given_back``); or nothing but the values and flags that are told of.
     """
 
-    def __init__(self, model: nn.Module):
-        left = vars(model).get(JOURNAL) if isinstance(model, nn.Module) else None
-        if left is not None:
-            left.roll_back()
-        self._model = model
+    def __init__(self, model: nn.Module, scope: Literal["model", "adapted", "values"] = "model"):
+        self._model, self._scope = model, scope
+        inside = list(inwards(model))
+        for each in inside:
+            if (left := vars(each).get(JOURNAL)) is not None:
+                left.roll_back()
+        self._model = next((each for each in inside if REGISTRY in vars(each)), model)
 
     def __enter__(self) -> Self:
         """Note what stands now."""
         model = self._model
         if not isinstance(model, nn.Module):  # which the change itself will say
             return self
-        found = find(model)
-        self._registry = None if found is None else found[1]
-        self._notes = [_Note(module, _HOLDERS, device_hooks(module)) for module in model.modules()]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
-        self._tied = [(c, getattr(c, _TIED)) for c in configs.values() if hasattr(c, _TIED)]
-        self._stack = STACK.get(None)
+        registry: Registry | None = vars(model).get(REGISTRY)
+        self._registry = registry
+        parts: list[nn.Module] = []
+        if self._scope == "model":
+            parts = _modules(model)
+        elif self._scope == "adapted" and registry is not None:
+            parts = _adapted(registry)
+        self._notes = [_note(part, _OF_A_PART) for part in parts if part is not model]
+        self._notes.append(_note(model, _OF_THE_MODEL))
+        hooks = [hook for part in parts for hook in device_hooks(part)]
+        self._classes = [(hook, type(hook)) for hook in hooks]
+        self._flags = [
+            (parameter, parameter.requires_grad)
+            for part in (parts if self._scope == "model" else ())
+            # by items: a dictionary of DeepSpeed's fetches what it is asked for by name
+            for _, parameter in part._parameters.items()
+            if parameter is not None
+        ]
+        self._values: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._data: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._originals: list[Any] = []
         self._merged: list[Any] = []
         self._stored: list[Any] = []
-        if self._registry is not None:
-            registry = self._registry
+        configs = _configs(parts)
+        if registry is not None:
             known = [registry, registry.routing, registry.buffers, *registry.adapters.values()]
-            self._notes += [_Note(each, vars(each)) for each in known]
-            self._merged = list(self._registry.originals)
+            self._notes += [_note(each, tuple(vars(each))) for each in known]
+            adopted = [each.parameter for each in registry.adopted]
+            self._flags += [(parameter, parameter.requires_grad) for parameter in adopted]
+            self._data = [(parameter, parameter.data) for parameter in adopted]
+            self._originals, self._merged = registry.originals, list(registry.originals)
             self._stored = [e.as_it_is() for original in self._merged for e in original.stored()]
+            configs += registry.untied
+        self._tied = [(config, getattr(config, _TIED)) for config in configs]
+        self._stack = STACK.get(None)
         # in one line: what interrupted in between would leave notes of a change that never began
         return vars(model).setdefault(JOURNAL, self)
 
@@ -78,20 +114,42 @@ class Transaction:
         """Let the change stand: one operation."""
         self._model.__dict__.pop(JOURNAL)
 
+    def keep_flags(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note whether these require gradients, before that changes."""
+        self._flags += [(parameter, parameter.requires_grad) for parameter in parameters]
+
+    def keep_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Note modules that carry nothing yet, before they are given something."""
+        self._notes += [_note(module, _OF_A_PART) for module in modules]
+
+    def keep_values(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note the values of these tensors, before others are written into them."""
+        self._values += [(tensor, tensor.detach().clone()) for tensor in tensors]
+
     def roll_back(self) -> None:
         """Make everything what it was."""
-        if self._registry is not None:
-            before = {id(original) for original in self._merged}
-            for original in reversed(self._registry.originals):
-                if id(original) not in before:
-                    original.put_back()
+        before = {id(original) for original in self._merged}
+        for original in reversed(self._originals):
+            if id(original) not in before:
+                original.put_back()
         for restore in self._stored:
             restore()
+        if self._registry is not None:
+            for parameter, flag in self._registry.given_back:
+                parameter.requires_grad = flag
+        for hook, cls in self._classes:
+            if type(hook) is not cls:
+                hook.__class__ = cls
         for note in self._notes:
-            note.bring_back()
+            _bring_back(*note)
         for parameter, flag in self._flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad = flag  # the method of that name fails on lazy modules
+        for tensor, data in self._data:
+            tensor.data = data
+        with torch.no_grad():
+            for tensor, values in self._values:
+                tensor.copy_(values)
         for config, tied in self._tied:
             if getattr(config, _TIED) != tied:
                 setattr(config, _TIED, tied)
@@ -104,33 +162,67 @@ class Transaction:
         return self
 
 
-class _Note:
-    """An object's class and fields as they stand, with what is in those that hold others."""
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, in some order; nn.Module's own way takes as long as a note."""
+    found, left = {model: None}, [model]
+    while left:
+        for _, child in left.pop()._modules.items():
+            if child is not None and child not in found:
+                found[child] = None
+                left.append(child)
+    return list(found)
 
-    def __init__(self, thing: Any, holders: Iterable[str], hooks: Iterable[Any] = ()) -> None:
-        self._thing, self._class = thing, type(thing)
-        self._hooks = [(hook, type(hook)) for hook in hooks]
-        self._fields = {k: v for k, v in vars(thing).items() if k != JOURNAL}
-        self._inside = [
-            (held, _copy(held))
-            for name in holders
-            if isinstance(held := self._fields.get(name), dict | set | list)
-        ]
 
-    def bring_back(self) -> None:
-        """Make the object what it was."""
-        if type(self._thing) is not self._class:
-            self._thing.__class__ = self._class
-        own = vars(self._thing)
-        for name in own.keys() - self._fields.keys() - {JOURNAL}:
-            del own[name]
-        own.update(self._fields)
-        for held, copy in self._inside:
+def _adapted(registry: Registry) -> list[nn.Module]:
+    """Return the modules that taking adapters off, or out of the weights, changes."""
+    repacked = [module for module, _ in registry.repacked]
+    holding = [module for _, module in registry.buffers.modules()]
+    known = (*registry.modules.values(), *registry.norms.values(), *holding, *repacked)
+    return list(dict.fromkeys(known))
+
+
+def _configs(parts: Iterable[nn.Module]) -> list[Any]:
+    """Return the configurations that say whether embeddings are tied."""
+    # nn.Module's own search for what is not there takes longer than all else together
+    have = [part for part in parts if "config" in vars(part) or hasattr(type(part), "config")]
+    configs = {id(config): config for part in have if (config := getattr(part, "config", None))}
+    return [config for config in configs.values() if hasattr(config, _TIED)]
+
+
+Note = tuple[Any, type, dict[str, Any], tuple[str, ...], dict[str, Any]]
+"""An object, its class and its fields as they stand, and what is in those that hold others."""
+
+
+def _note(thing: Any, holders: tuple[str, ...]) -> Note:
+    fields = vars(thing).copy()
+    inside = {
+        name: _copy(held)
+        for name in holders
+        # most are empty
+        if isinstance(held := fields.get(name), _CONTAINERS) and held
+    }
+    return thing, type(thing), fields, holders, inside
+
+
+def _bring_back(
+    thing: Any,
+    cls: type,
+    fields: dict[str, Any],
+    holders: tuple[str, ...],
+    inside: dict[str, Any],
+) -> None:
+    """Make the object what it was."""
+    if type(thing) is not cls:
+        thing.__class__ = cls
+    own = vars(thing)
+    for name in own.keys() - fields.keys() - {JOURNAL}:
+        del own[name]
+    own.update(fields)
+    for name in holders:
+        held, copy = fields.get(name), inside.get(name, ())
+        if isinstance(held, _CONTAINERS) and (held or copy):
             held.clear()
             (held.extend if isinstance(held, list) else held.update)(copy)
-        for hook, cls in self._hooks:
-            if type(hook) is not cls:
-                hook.__class__ = cls
 
 
 def _copy(held: dict | set | list) -> dict | set | list:
@@ -138,4 +230,6 @@ def _copy(held: dict | set | list) -> dict | set | list:
 
     Of items: by its keys, such a dictionary would fetch from the other processes what it is asked.
     """
+    if type(held) is dict:
+        return held.copy()
     return dict(held.items()) if isinstance(held, dict) else held.copy()

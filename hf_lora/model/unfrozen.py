@@ -25,6 +25,7 @@ from hf_lora.layers.trained import (
 from hf_lora.model.adopted import Adopted
 from hf_lora.model.patch import train_module
 from hf_lora.model.registry import Registry
+from hf_lora.model.transaction import Transaction
 from hf_lora.planning.ties import Owners
 from hf_lora.targets import inside
 
@@ -62,18 +63,21 @@ def adopt_unfrozen(model: nn.Module, registry: Registry) -> None:
             )
         )
     assert name is not None
-    adapter = registry.adapter(name)
-    kept: dict[int, nn.Parameter] = {}
-    tops = [path for path in found if not inside(path.rpartition(".")[0], found.keys())]
-    ties = Owners(model, registry.adapted().stood).ties(tops)
-    unfrozen = {(path, role) for path, tensors in found.items() for role in tensors}
-    adapter.ties = {**adapter.ties, **{p: first for p, first in ties.items() if first in unfrozen}}
-    for top in tops:
-        for path, part in parts_with_tensors(modules[top], top):
-            _adopt(registry, name, path, part, found.get(path, {}), kept)
-    registry.retie(name)
-    trained = [*adapter.trained, *tops]
-    adapter.trained = tuple(path for path in modules if path in trained)
+    with Transaction(model) as change:
+        adapter = registry.adapter(name)
+        kept: dict[int, nn.Parameter] = {}
+        tops = [path for path in found if not inside(path.rpartition(".")[0], found.keys())]
+        ties = Owners(model, registry.adapted().stood).ties(tops)
+        unfrozen = {(path, role) for path, tensors in found.items() for role in tensors}
+        own = {p: first for p, first in ties.items() if first in unfrozen}
+        adapter.ties = {**adapter.ties, **own}
+        for top in tops:
+            for path, part in parts_with_tensors(modules[top], top):
+                _adopt(registry, name, path, part, found.get(path, {}), kept)
+        registry.retie(name)
+        trained = [*adapter.trained, *tops]
+        adapter.trained = tuple(path for path in modules if path in trained)
+        change.commit()
 
 
 def _unfrozen(model: nn.Module, registry: Registry) -> Found:

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 import hf_lora
-from hf_lora.model.registry import find
+from hf_lora.adapter_io.restore import restore_checkpoint
+from hf_lora.model.registry import find, registry_of
+from hf_lora.model.unfrozen import adopt_unfrozen
 from tests.integrations import training
 from tests.snapshot import Snapshot, snapshot
 
@@ -48,7 +51,10 @@ def interrupt(*numbers: int) -> Iterator[list[int]]:
 
 
 def base() -> Any:
-    return training.llama(num_hidden_layers=1, tie_word_embeddings=True).eval()
+    """A model with a buffer that something may move."""
+    model = training.llama(num_hidden_layers=1, tie_word_embeddings=True).eval()
+    model.model.layers[0].mlp.register_buffer("seen", torch.zeros(3))
+    return model
 
 
 def wrapped(**fields: Any) -> Any:
@@ -71,6 +77,35 @@ def merged() -> Any:
     return hf_lora.merge(stirred(wrapped(train=["lm_head"])))
 
 
+def unfrozen() -> Any:
+    """A model with a part of its base unfrozen by hand."""
+    model = two()
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    return model
+
+
+def adopted() -> Any:
+    """The same, trained since the adapter holds that part."""
+    model = unfrozen()
+    norm = model.model.layers[0].input_layernorm.weight
+    adopt_unfrozen(model, registry_of(model))
+    norm.data += 0.5
+    return model
+
+
+def moved(model: Any = None, step: float = 1.0) -> Any:
+    """A model of which a training has just moved a buffer, and nobody has looked since."""
+    model = two() if model is None else model
+    registry_of(model).buffers.begin(model, registry_of(model))
+    model.model.layers[0].mlp.seen.add_(step)
+    return model
+
+
+def offloaded() -> Any:
+    """A model whose weights accelerate fetches for each call."""
+    return stirred(hf_lora.wrap(accelerate.cpu_offload(base()), ["q_proj"], r=2))
+
+
 class Verb:
     """A verb, the model that it is called on, and what that does."""
 
@@ -85,11 +120,29 @@ def saved(folder: Path) -> Path:
     return folder / "on-disk"
 
 
+def saved_moved(folder: Path) -> Path:
+    """The same, with a buffer that moved."""
+    if not (folder / "moved-on-disk").exists():
+        model = moved(stirred(wrapped(train=["norm"])), 2.0)
+        hf_lora.save(model, folder / "moved-on-disk")
+    return folder / "moved-on-disk"
+
+
 VERBS = {
     "wrap": Verb(base, lambda m, _: hf_lora.wrap(m, ["q_proj"], r=2, train=["norm"])),
     "load": Verb(base, lambda m, folder: hf_lora.load(m, saved(folder), trainable=True)),
     "load another": Verb(two, lambda m, folder: hf_lora.load(m, saved(folder), adapter="c")),
     "load_adapter": Verb(wrapped, lambda m, folder: m.load_adapter(saved(folder), "c")),
+    "load in its place": Verb(
+        two, lambda m, folder: hf_lora.load(m, saved(folder), replace=True, trainable=True)
+    ),
+    "load another in its place": Verb(
+        two, lambda m, folder: hf_lora.load(m, saved(folder), adapter="b", replace=True)
+    ),
+    "restore": Verb(
+        lambda: stirred(wrapped(train=["norm"])),
+        lambda m, folder: restore_checkpoint(m, saved(folder)),
+    ),
     "add_adapter": Verb(two, lambda m, _: hf_lora.add_adapter(m, "c", ["q_proj"], r=3)),
     "add_adapter of its own": Verb(
         two, lambda m, _: m.add_adapter(hf_lora.LoRAConfig(targets=["q_proj"], r=3), "c")
@@ -97,6 +150,11 @@ VERBS = {
     "delete_adapter": Verb(two, lambda m, _: hf_lora.delete_adapter(m, "b")),
     "delete the active one": Verb(two, lambda m, _: hf_lora.delete_adapter(m, "default")),
     "activate": Verb(two, lambda m, _: hf_lora.activate(m, ["b", "default"])),
+    "freeze": Verb(two, lambda m, _: hf_lora.freeze(m, ["default", "b"])),
+    "unfreeze": Verb(
+        lambda: hf_lora.freeze(two(), ["default", "b"]),
+        lambda m, _: hf_lora.unfreeze(m, ["b", "default"]),
+    ),
     "merge": Verb(two, lambda m, _: hf_lora.merge(m)),
     "merge a tied head": Verb(
         lambda: stirred(wrapped(train=["lm_head"])), lambda m, _: hf_lora.merge(m)
@@ -106,7 +164,28 @@ VERBS = {
     "unwrap a merged one": Verb(merged, lambda m, _: hf_lora.unwrap(m)),
     "merge_and_unwrap": Verb(two, lambda m, _: hf_lora.merge_and_unwrap(m)),
     "merge_and_unwrap a merged one": Verb(merged, lambda m, _: hf_lora.merge_and_unwrap(m)),
+    "merge_and_unwrap an offloaded one": Verb(offloaded, lambda m, _: hf_lora.merge_and_unwrap(m)),
     "save": Verb(two, lambda m, folder: hf_lora.save(m, folder / "saved")),
+    "save what was unfrozen": Verb(unfrozen, lambda m, folder: hf_lora.save(m, folder / "saved")),
+    "unwrap what was unfrozen": Verb(adopted, lambda m, _: hf_lora.unwrap(m)),
+    "delete what was unfrozen": Verb(adopted, lambda m, _: hf_lora.delete_adapter(m, "default")),
+    "activate another after a buffer moved": Verb(moved, lambda m, _: hf_lora.activate(m, "b")),
+    "delete what moved": Verb(moved, lambda m, _: hf_lora.delete_adapter(m, "default")),
+    "unwrap what moved": Verb(moved, lambda m, _: hf_lora.unwrap(m)),
+    "merge what moved": Verb(moved, lambda m, _: hf_lora.merge(m)),
+    "merge_and_unwrap what moved": Verb(moved, lambda m, _: hf_lora.merge_and_unwrap(m)),
+    "load what moved": Verb(base, lambda m, folder: hf_lora.load(m, saved_moved(folder))),
+    "load what moved in its place": Verb(
+        two, lambda m, folder: hf_lora.load(m, saved_moved(folder), replace=True, trainable=True)
+    ),
+    "restore what moved": Verb(
+        lambda: moved(stirred(wrapped(train=["norm"]))),
+        lambda m, folder: restore_checkpoint(m, saved_moved(folder)),
+    ),
+    "restore what has not moved": Verb(
+        lambda: moved(stirred(wrapped(train=["norm"]))),
+        lambda m, folder: restore_checkpoint(m, saved(folder)),
+    ),
 }
 
 
@@ -114,8 +193,12 @@ VERBS = {
 def said(model: Any) -> tuple[Any, ...]:
     """What can be seen of a model: its answer, names, classes, flags, choice and configuration."""
     found = find(model)
+    if found is not None:
+        found[1].settle_buffers()  # what has moved is the adapter's as soon as somebody looks
     return (
         model(IDS).logits,
+        model.model.layers[0].mlp.seen.tolist(),
+        model.model.layers[0].mlp._buffers["seen"].tolist(),
         [(name, type(module)) for name, module in model.named_modules()],
         [(name, p.requires_grad) for name, p in model.named_parameters()],
         list(model.state_dict()),
@@ -204,6 +287,7 @@ def sample(verb: Verb, folder: Path, count: int) -> list[int]:
 def test_a_verb_interrupted_at_a_sample_of_its_lines(tmp_path: Path, name: str):
     verb = VERBS[name]
     saved(tmp_path)
+    saved_moved(tmp_path)
     check(verb, tmp_path, sample(verb, tmp_path, PLACES))
 
 
@@ -213,6 +297,7 @@ def test_a_verb_interrupted_at_a_sample_of_its_lines(tmp_path: Path, name: str):
 def test_a_verb_interrupted_at_every_line(tmp_path: Path, name: str):
     verb = VERBS[name]
     saved(tmp_path)
+    saved_moved(tmp_path)
     check(verb, tmp_path, list(range(1, lines(verb, tmp_path) + 1)))
 
 
@@ -222,6 +307,7 @@ def test_the_undoing_interrupted_as_well_is_gone_on_with_by_the_next_call(
 ):
     verb = VERBS[name]
     saved(tmp_path)
+    saved_moved(tmp_path)
     total = lines(verb, tmp_path)
     numbers = random.Random(3).sample(range(total // 2, total), 12)
     for distance in (1, 3, 8, 20):
