@@ -50,7 +50,7 @@ from examples.benchmarks import wide_products
 from examples.benchmarks.arms import LINEAR
 from examples.spelling import encode
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch
+from hf_lora.layers import fusing
 
 ARMS = ("peft", "peft16", "composed", "fused")
 FEW_ROWS = {"composed": 1 << 40, "fused": 0}
@@ -150,7 +150,7 @@ def adapted(arm: str, task: Task, seed: int) -> nn.Module:
 def compute_as(arm: str) -> None:
     """Have hf_lora's layers compute as one of its arms, in all models."""
     composed.FEW_ROWS = FEW_ROWS[arm]
-    dispatch.update_type = lambda kind, dtype: dtype
+    fusing.update_type = lambda kind, dtype: dtype
 
 
 def _peft(base: nn.Module, layers: list[str], autocast: bool) -> nn.Module:

@@ -1,213 +1,191 @@
-"""When a patched layer takes the fused path, alone or together with others, and when it cannot."""
+"""The ways in which a patched linear layer computes ``y = host(x) + Σ s · (x Aᵀ) Bᵀ``: one table.
 
-import functools
-from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING, Any, cast
+The first whose condition holds, and that does not find out while it computes that it cannot, gives
+the output. The last is the plain formula: it always can, and every other is tested against it.
+"""
+
+from collections.abc import Callable, Set
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from hf_lora.compat.accelerate import is_placed
 from hf_lora.compat.torch_execution import in_transform
-from hf_lora.compat.torch_kernels import has_products
-from hf_lora.compat.torch_modules import is_replica
-from hf_lora.functional.composed import composed, is_small
-from hf_lora.functional.fused import Layer, Update, fused
-from hf_lora.functional.recompute import Recompute, recompute_of, recomputed
-from hf_lora.layers.tensor_parallel import draws_apart
+from hf_lora.functional.fused import Update
+from hf_lora.functional.low_rank import low_rank
+from hf_lora.layers.fusing import (
+    PLAIN,
+    fused_forward,
+    fused_on_top,
+    is_apart,
+    is_frozen,
+    multiplies,
+    precomputed,
+)
+from hf_lora.layers.routing import scales
+from hf_lora.layers.tensor_parallel import draws_apart, dropped
 
 if TYPE_CHECKING:
     from hf_lora.layers.lora import LoRALayer
 
-_PLAIN = (torch.Tensor, nn.Parameter)
+_NOT_YET: Any = object()
 
 
-def is_ordinary(x: Any) -> bool:
-    """Say whether ``x`` is a plain tensor in plain execution: not traced, transformed or lazy."""
+class Call:
+    """One call of a layer; what several ways ask about it is found out once.
+
+    Attributes:
+        layer: The layer.
+        x: Its input.
+        alone: Whether the input is all that the layer is called with.
+        ordinary: Whether ``x`` is a plain tensor in plain execution: not traced, transformed or
+            lazy.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_updates", "_y", "alone", "layer", "ordinary", "x")
+
+    def __init__(self, layer: "LoRALayer", args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.layer = layer
+        self.x: Any = args[0] if args else kwargs.get(layer.lora_input)
+        self.alone = len(args) + len(kwargs) == 1
+        self.ordinary = not layer.lora_routing.plain and _is_ordinary(self.x)
+        self._args, self._kwargs = args, kwargs
+        self._updates: list[Update] | None = None
+        self._y = _NOT_YET
+
+    def updates(self) -> list[Update]:
+        """Return the updates of the active adapters."""
+        if self._updates is None:
+            self._updates = self.layer.lora_updates()
+        return self._updates
+
+    def base(self) -> torch.Tensor:
+        """Return the host's own output, computed by its own forward; once, as it may draw."""
+        if self._y is _NOT_YET:
+            self._y = self.layer.lora_base(*self._args, **self._kwargs)
+        return self._y
+
+    def fuses(self) -> bool:
+        """Say whether base and updates may be one function, as far as the call decides it."""
+        return self.ordinary and not draws_apart(
+            self.layer, (update.dropout for update in self.updates())
+        )
+
+
+class Way(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    words: str
+    """How ``summary`` counts the layers that compute so."""
+
+    applies: Callable[[Call], bool]
+    compute: Callable[[Call], torch.Tensor | None]
+    """Returns the output, or None if it finds out only now that it cannot."""
+
+
+def _gated(call: Call) -> torch.Tensor:
+    """Compute every adapter's update and let those of the active ones through.
+
+    What is in use is read from a tensor, so that one graph serves every choice.
+    """
+    layer, x, y = call.layer, call.x, call.base()
+    factors = scales(layer.lora_routing, [*layer.lora_slots], y.device)
+    for (name, slot), factor in zip(layer.lora_slots.items(), factors, strict=True):
+        seen = F.dropout(x, slot.dropout, layer.training)
+        update = low_rank(seen, *layer.lora_local(name), slot.scaling).to(y.dtype)
+        y = y + torch.where(factor != 0, update * factor, 0.0)
+    return y
+
+
+def _ready(call: Call) -> torch.Tensor | None:
+    return precomputed(call.layer, call.x)
+
+
+def _fused(call: Call) -> torch.Tensor | None:
+    return fused_forward(call.layer, call.updates(), call.x)
+
+
+def _on_top(call: Call) -> torch.Tensor | None:
+    return fused_on_top(call.layer, call.updates(), call.x, call.base())
+
+
+def _plain(call: Call) -> torch.Tensor:
+    y = call.base()
+    for a_RI, b_OR, s, dropout in call.updates():
+        seen = dropped(call.layer, call.x, dropout) if dropout else call.x
+        y = y + low_rank(seen, a_RI, b_OR, s).to(y.dtype)
+    return y
+
+
+def _is_compiled_inference(call: Call) -> bool:
     return (
-        type(x) in _PLAIN
+        torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and bool(call.layer.lora_routing.number)
+    )
+
+
+def _is_ready(call: Call) -> bool:
+    return (
+        call.ordinary
+        and call.alone
+        and call.layer.lora_routing.sharing.has_ready(call.layer)
+        and torch.is_grad_enabled()
+    )
+
+
+GATED = Way("gated", "in a compiled graph for all adapters", _is_compiled_inference, _gated)
+TOGETHER = Way(
+    "together", "layers together with others that read the same tensor", _is_ready, _ready
+)
+"""With other layers that read the same tensor: the first of them has computed for all."""
+
+BASE = Way("base", "by the base alone", lambda call: not call.updates(), Call.base)
+"""No adapter is active here."""
+
+ALONE = Way("alone", "alone", lambda call: call.alone and call.fuses(), _fused)
+"""In one function with its base; in training that computes for the group, if there is one."""
+
+ON_TOP = Way("on top", "on top of the base's own forward", Call.fuses, _on_top)
+"""The updates in one function, on the output of the base's own forward."""
+
+ORACLE = Way("plain", "on the plain path", lambda call: True, _plain)
+
+WAYS = (GATED, TOGETHER, BASE, ALONE, ON_TOP, ORACLE)
+
+
+def computed(layer: "LoRALayer", args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return a layer's output by the first way that can."""
+    call = Call(layer, args, kwargs)
+    for way in WAYS:
+        if way.applies(call):
+            y = way.compute(call)
+            if y is not None:
+                return y
+    raise AssertionError("the last way always can")
+
+
+def how_computed(layer: "LoRALayer", grouped: Set[nn.Module]) -> str:
+    """Return the name of a layer's way in training, as far as the input does not decide it.
+
+    Args:
+        layer: The layer.
+        grouped: The layers of all groups of the model: ``Sharing.grouped()``.
+    """
+    if layer.lora_routing.plain:
+        return ORACLE.name
+    if not multiplies(layer.lora_host) or not all(map(is_frozen, (layer.weight, layer.bias))):
+        return ON_TOP.name
+    return TOGETHER.name if layer in grouped and not is_apart(layer) else ALONE.name
+
+
+def _is_ordinary(x: Any) -> bool:
+    return (
+        type(x) in PLAIN
         and not torch.compiler.is_compiling()
         and not in_transform()
         and x.is_floating_point()
         and x.dim() > 0
     )
-
-
-def compute_type(x: torch.Tensor) -> torch.dtype:
-    """Return the type that a linear layer computes in: autocast's where that is on."""
-    kind = x.device.type
-    if (
-        x.dtype != torch.float64
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-    ):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def update_type(kind: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the type for the narrow products of an update where a layer computes in ``dtype``.
-
-    Args:
-        kind: The kind of device.
-        dtype: What :func:`compute_type` returned.
-    """
-    narrow = kind == "cpu" and dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow and not has_products(dtype) else dtype
-
-
-def how_computed(layer: "LoRALayer", grouped: Set[nn.Module]) -> str:
-    """Say how a layer computes in training, as far as it does not depend on the input.
-
-    Args:
-        layer: The layer.
-        grouped: The layers of all groups of the model: ``Sharing.grouped()``.
-
-    Returns:
-        ``"together"`` with other layers that read the same tensor, ``"alone"`` in one function
-        with its base, ``"on top"`` of the output of its base's own forward, or ``"plain"``.
-    """
-    if layer.lora_routing.plain:
-        return "plain"
-    if not multiplies(layer.lora_host) or not all(map(_is_frozen, (layer.weight, layer.bias))):
-        return "on top"
-    return "together" if layer in grouped and not _is_apart(layer) else "alone"
-
-
-def precomputed(layer: "LoRALayer", x: torch.Tensor) -> torch.Tensor | None:
-    """Return what another layer that reads the same tensor has computed for this one, or None."""
-    sharing = layer.lora_routing.sharing
-    if not sharing.has_ready(layer) or not torch.is_grad_enabled():
-        return None
-    return sharing.take(layer, x, _conditions(layer, compute_type(x)))
-
-
-def _conditions(layer: "LoRALayer", dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return what must be the same when an output is taken as when it was computed."""
-    return dtype, layer.lora_routing.now()
-
-
-def fused_forward(
-    layer: "LoRALayer", updates: Sequence[Update], x: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the layer's output from one function for base and updates, or None if it cannot be.
-
-    In training the layer computes for those that read the same tensor, too.
-    """
-    dtype = compute_type(x)
-    own = _with_weight(layer, updates, x, dtype)
-    if own is None:
-        return None
-    if not torch.is_grad_enabled() or _is_apart(layer) or x.is_inference():
-        return _compute(layer, x, [own], dtype)[0]
-    sharing = layer.lora_routing.sharing
-    group: list[LoRALayer] = [layer]
-    layers = [own]
-    for other in cast("list[LoRALayer]", sharing.followers(layer)):
-        if group[-1]._forward_hooks or other._forward_pre_hooks:
-            break  # one that runs before the next layer may write x through .data
-        found = _as_follower(layer, other, x, dtype)
-        if found is not None:
-            group.append(other)
-            layers.append(found)
-    outputs = _compute(layer, x, layers, dtype)
-    if len(group) > 1:
-        sharing.put(group, x, _conditions(layer, dtype), outputs)
-    return outputs[0]
-
-
-def fused_on_top(
-    layer: "LoRALayer", updates: Sequence[Update], x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the host's own output ``y`` with the updates added, or None if it cannot be."""
-    dtype = compute_type(x)
-    if type(y) not in _PLAIN or y.dtype != dtype or y.shape[:-1] != x.shape[:-1]:
-        return None
-    if not _same_device(updates, x):
-        return None
-    return _compute(layer, x, [Layer(updates, y=y)], dtype)[0]
-
-
-def _compute(
-    layer: "LoRALayer", x: torch.Tensor, layers: Sequence[Layer], dtype: torch.dtype
-) -> Sequence[torch.Tensor]:
-    if is_small(x, layers):
-        return composed(x, layers)
-    update_dtype = update_type(x.device.type, dtype)
-    if not torch.is_grad_enabled():
-        return fused(x, layers, dtype, update_dtype=update_dtype)
-    hooked = layer.lora_routing.sharing.hooks.any()
-    recipe = None if hooked else _recipe(layer, x)
-    return fused(x, layers, dtype, recipe, update_dtype=update_dtype, keep_h=hooked)
-
-
-def _with_weight(
-    layer: "LoRALayer", updates: Sequence[Update], x: torch.Tensor, dtype: torch.dtype
-) -> Layer | None:
-    """Return the layer as one product with its weight, if that is all that its host does."""
-    if not multiplies(layer.lora_host) or not _same_device(updates, x):
-        return None
-    weight, bias = layer.weight, layer.bias
-    for tensor in (weight, bias):
-        if not _is_frozen(tensor):
-            return None
-        if tensor is not None and (
-            tensor.device != x.device
-            or (tensor.dtype != dtype and (dtype == x.dtype or not tensor.is_floating_point()))
-        ):
-            return None
-    if x.shape[-1] != weight.shape[0 if layer.fan_in_fan_out else 1]:
-        return None  # the host's own error says it best
-    return Layer(updates, weight.t() if layer.fan_in_fan_out else weight, bias)
-
-
-def _is_frozen(tensor: torch.Tensor | None) -> bool:
-    """Say whether a weight or bias is an ordinary one that does not train, or is not there."""
-    return tensor is None or (type(tensor) in _PLAIN and not tensor.requires_grad)
-
-
-def _same_device(updates: Sequence[Update], x: torch.Tensor) -> bool:
-    return all(
-        type(u.a_RI) in _PLAIN and type(u.b_OR) in _PLAIN and u.a_RI.device == x.device
-        for u in updates
-    )
-
-
-def _as_follower(
-    leader: "LoRALayer", other: "LoRALayer", x: torch.Tensor, dtype: torch.dtype
-) -> Layer | None:
-    """Return another layer of the group as it will be when its turn comes, or None."""
-    if vars(other).get("lora_routing") is not leader.lora_routing or _is_apart(other):
-        return None
-    updates = other.lora_updates()
-    if not updates or draws_apart(other, (update.dropout for update in updates)):
-        return None
-    return _with_weight(other, updates, x, dtype)
-
-
-def _is_apart(layer: nn.Module) -> bool:
-    """Say whether the layer must compute alone: placed by device hooks, or a replica."""
-    return is_placed(layer) or is_replica(layer)
-
-
-@functools.cache
-def multiplies(host: type[nn.Module]) -> bool:
-    """Say whether a host's forward is the plain product with its weight."""
-    # TorchScript's classes have none
-    return getattr(host, "forward", None) in (nn.Linear.forward, Conv1D.forward)
-
-
-def _recipe(layer: "LoRALayer", x: torch.Tensor) -> Recompute | None:
-    """Return how ``x`` can be rebuilt; what was never tried on this layer is tried first."""
-    recipe = recompute_of(x)
-    if recipe is None:
-        return None
-    sharing = layer.lora_routing.sharing
-    proven = sharing.is_proven(layer, recipe.expression)
-    if proven is None:
-        with torch.no_grad():
-            again = recomputed(recipe.expression, recipe.kept).reshape(x.shape)
-        proven = again.dtype == x.dtype and torch.equal(again, x)
-        sharing.prove(layer, recipe.expression, proven)
-    return recipe if proven else None

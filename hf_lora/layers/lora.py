@@ -4,19 +4,12 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.fused import Update
-from hf_lora.functional.low_rank import delta_weight, low_rank, update_norm
-from hf_lora.layers.dispatch import (
-    fused_forward,
-    fused_on_top,
-    how_computed,
-    is_ordinary,
-    precomputed,
-)
+from hf_lora.functional.low_rank import delta_weight, update_norm
+from hf_lora.layers.dispatch import computed, how_computed
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.layer_config import LayerConfig
@@ -28,14 +21,7 @@ from hf_lora.layers.probe import (
     probe_key,
 )
 from hf_lora.layers.roles import Layout, Shapes
-from hf_lora.layers.routing import scales
-from hf_lora.layers.tensor_parallel import (
-    draws_apart,
-    dropped,
-    split_factors,
-    split_of,
-    to_local,
-)
+from hf_lora.layers.tensor_parallel import split_factors, split_of, to_local
 
 
 def _fault(shapes: Shapes) -> str | None:
@@ -158,6 +144,11 @@ class LoRALayer(Factored):
             return getattr(self, key_a), getattr(self, key_b)
         return a_RI, b_OR
 
+    def lora_local(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what this process has of A and B of an adapter."""
+        a_RI, b_OR = self.lora_pair(adapter)
+        return to_local(a_RI), to_local(b_OR)
+
     def lora_delta(self, name: str) -> torch.Tensor:
         """Return adapter ``name``'s update of the weight, float32, in the weight's own layout."""
         delta_OI = delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling)
@@ -165,63 +156,20 @@ class LoRALayer(Factored):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""
-        if (
-            torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and self.lora_routing.number
-        ):
-            return self.lora_gated(*args, **kwargs)
-        x: Any = args[0] if args else kwargs.get(self.lora_input)
-        ordinary = not self.lora_routing.plain and is_ordinary(x)
-        alone = len(args) + len(kwargs) == 1
-        ready = precomputed(self, x) if ordinary and alone else None
-        if ready is not None:
-            return ready
-        updates = self.lora_updates()
-        if not updates:
-            return super().forward(*args, **kwargs)
-        ordinary &= not draws_apart(self, (update.dropout for update in updates))
-        if ordinary and alone:
-            y = fused_forward(self, updates, x)
-            if y is not None:
-                return y
-        y = super().forward(*args, **kwargs)
-        whole = fused_on_top(self, updates, x, y) if ordinary else None
-        if whole is not None:
-            return whole
-        for a_RI, b_OR, s, dropout in updates:
-            seen = dropped(self, x, dropout) if dropout else x
-            y = y + low_rank(seen, a_RI, b_OR, s).to(y.dtype)
-        return y
+        return computed(self, args, kwargs)
 
-    def lora_gated(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute every adapter's update and let those of the active ones through.
-
-        For compiled inference: what is in use is read from a tensor, so that a graph serves all.
-        """
-        y = super().forward(*args, **kwargs)
-        x: Any = args[0] if args else kwargs.get(self.lora_input)
-        factors = scales(self.lora_routing, [*self.lora_slots], y.device)
-        for (name, slot), factor in zip(self.lora_slots.items(), factors, strict=True):
-            seen = F.dropout(x, slot.dropout, self.training)
-            update = low_rank(seen, *_here(self, name), slot.scaling).to(y.dtype)
-            y = y + torch.where(factor != 0, update * factor, 0.0)
-        return y
+    def lora_base(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the host's output alone."""
+        return super().forward(*args, **kwargs)
 
     def lora_updates(self) -> list[Update]:
         """Return the updates of the active adapters, as things are at this moment."""
         training = self.training
         return [
-            Update(*_here(self, name), slot.scaling * factor, slot.dropout if training else 0.0)
+            Update(*self.lora_local(name), slot.scaling * factor, slot.dropout if training else 0.0)
             for name, factor in self.lora_routing.now().live
             if (slot := self.lora_slots.get(name)) is not None
         ]
-
-
-def _here(layer: LoRALayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what this process has of A and B of adapter ``name``."""
-    a_RI, b_OR = layer.lora_pair(name)
-    return to_local(a_RI), to_local(b_OR)
 
 
 LoRALayer.lora_mixin = LoRALayer

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from hf_lora.compat.accelerate import execution_device, is_on_meta, present
 from hf_lora.compat.bitsandbytes import own_state
-from hf_lora.layers.dispatch import multiplies
+from hf_lora.layers.fusing import multiplies
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.kind import Patched, parameter_of
 from hf_lora.layers.patched import host_view

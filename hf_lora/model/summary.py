@@ -8,16 +8,10 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import numel_of
 from hf_lora.compat.dtensor import gather_full
+from hf_lora.layers.dispatch import WAYS
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.planning.records import size
 from hf_lora.planning.ties import followers
-
-_KINDS = {
-    "together": "layers together with others that read the same tensor",
-    "alone": "alone",
-    "on top": "on top of the base's own forward",
-    "plain": "on the plain path",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +78,7 @@ class Summary:
                     f"{len(adapter.dead)} layers unchanged"
                 )
         kinds = collections.Counter(self.computed.values())
-        told = [f"{kinds[kind]} {words}" for kind, words in _KINDS.items() if kinds[kind]]
+        told = [f"{kinds[way.name]} {way.words}" for way in WAYS if kinds[way.name]]
         if told:
             later = "" if self.traced else " (groups are looked for at the first training step)"
             lines.append(f"  computed: {', '.join(told)}{later}")

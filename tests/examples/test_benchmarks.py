@@ -7,7 +7,7 @@ import torch
 
 from examples.benchmarks import report, saved_bytes
 from examples.benchmarks.arms import ARMS, Work, arm, forward
-from hf_lora.layers.dispatch import update_type
+from hf_lora.layers.fusing import update_type
 
 TINY = Work(hidden=192, ffn=256, layers=2, tokens=200, r=4)
 """More rows than `composed.FEW_ROWS`, so that the fused path is taken."""

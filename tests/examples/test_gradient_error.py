@@ -9,7 +9,7 @@ import pytest
 from examples.benchmarks import gradient_error, stability
 from examples.benchmarks.stability import ARMS
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch
+from hf_lora.layers import fusing
 from tests.examples.test_stability import tiny
 
 
@@ -19,7 +19,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_error, "STATES", (1, 2))
     # arms set these; set them back
     monkeypatch.setattr(composed, "FEW_ROWS", composed.FEW_ROWS)
-    monkeypatch.setattr(dispatch, "update_type", dispatch.update_type)
+    monkeypatch.setattr(fusing, "update_type", fusing.update_type)
 
 
 def test_every_arm_is_compared_at_the_same_states(tmp_path: Path):

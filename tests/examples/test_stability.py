@@ -13,7 +13,7 @@ import torch
 from examples.benchmarks import stability
 from examples.benchmarks.stability import ARMS, STEPS, Task
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch
+from hf_lora.layers import fusing
 from tests.integrations import training
 
 
@@ -35,7 +35,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stability, "STEPS", 3)
     # arms set these; set them back
     monkeypatch.setattr(composed, "FEW_ROWS", composed.FEW_ROWS)
-    monkeypatch.setattr(dispatch, "update_type", dispatch.update_type)
+    monkeypatch.setattr(fusing, "update_type", fusing.update_type)
 
 
 def factors(arm: str, seed: int) -> list[torch.Tensor]:
@@ -91,7 +91,7 @@ def test_runs_of_another_arithmetic_are_kept_and_not_counted(
 
 def test_the_fused_arm_computes_in_16_bits_on_every_processor():
     stability.adapted("fused", tiny(), 0)
-    assert dispatch.update_type("cpu", torch.bfloat16) == torch.bfloat16
+    assert fusing.update_type("cpu", torch.bfloat16) == torch.bfloat16
 
 
 WIDENED = """

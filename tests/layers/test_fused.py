@@ -12,7 +12,7 @@ from transformers import LongformerConfig, LongformerModel
 
 import hf_lora
 from hf_lora.functional import composed
-from hf_lora.layers import dispatch
+from hf_lora.layers import fusing
 from tests.layers.fused_models import (
     INPUTS,
     assert_plain_gradients,
@@ -356,7 +356,7 @@ def test_the_summary_says_how_each_layer_computes():
 def test_updates_are_in_float32_where_a_processor_has_no_16_bit_products(
     has: bool, autocast: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dispatch, "has_products", lambda dtype: has)
+    monkeypatch.setattr(fusing, "has_products", lambda dtype: has)
     dtype = torch.float32 if autocast else torch.bfloat16
     model = nn.Sequential(nn.Linear(24, 24).to(dtype), nn.Linear(24, 24).to(dtype))
     hf_lora.wrap(model, targets=["0", "1"], r=4, dropout=dropout)
@@ -375,5 +375,5 @@ def test_updates_are_in_float32_where_a_processor_has_no_16_bit_products(
 def test_updates_are_elsewhere_in_the_type_of_the_base(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dispatch, "has_products", lambda dtype: False)
-    assert dispatch.update_type(kind, dtype) == dtype
+    monkeypatch.setattr(fusing, "has_products", lambda dtype: False)
+    assert fusing.update_type(kind, dtype) == dtype

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hf_lora
-from hf_lora.layers.dispatch import update_type
+from hf_lora.layers.fusing import update_type
 from tests.layers.fused_models import INPUTS, gradients, llama, of
 
 
