@@ -17,7 +17,8 @@ from hf_lora.compat.torch_checkpoint import keep_functions_of_deepspeed
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError, ConfigError
 from hf_lora.files.read import read_folder
-from hf_lora.hub.transfer import locate, push
+from hf_lora.hub.download import locate
+from hf_lora.hub.upload import push
 from hf_lora.integrations import diffusers_models, model_methods
 from hf_lora.integrations.import_hooks import when_imported
 from hf_lora.integrations.own_methods import uninstall

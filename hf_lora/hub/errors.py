@@ -1,6 +1,6 @@
 """What the Hub's client raises, turned into one error of ours that says what to do."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -87,6 +87,15 @@ def expected(kind: type[_T], value: object, what: str) -> _T:
             f"The server at {constants.ENDPOINT} does not answer as a Hub: {what} is {show(value)}."
         )
     return value
+
+
+def file_names(listed: Iterable[object]) -> list[str]:
+    """Return a listing of a repo's files as names.
+
+    Raises:
+        HubError: Something in it is none.
+    """
+    return [expected(str, name, "a file's name") for name in listed]
 
 
 def what_is_there(repo_id: str, subfolder: str | None, missing: str, files: Sequence[str]) -> str:

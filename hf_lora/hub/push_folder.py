@@ -17,7 +17,7 @@ from hf_lora.files.set_note import mixture
 from hf_lora.hub.base_model import base_license, hub_id
 from hf_lora.hub.card.card import CARD_FILE, folder_card
 from hf_lora.hub.card.facts import Training
-from hf_lora.hub.transfer import push_folder
+from hf_lora.hub.upload import push_folder
 from hf_lora.layers.names import DEFAULT
 
 _BESIDE = (

@@ -21,7 +21,8 @@ from hf_lora.adapter_io.load import load_folder
 from hf_lora.compat.libraries import has_own_saving, is_pretrained
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError
-from hf_lora.hub.transfer import locate, push
+from hf_lora.hub.download import locate
+from hf_lora.hub.upload import push
 from hf_lora.integrations import (
     fsdp1_guard,
     peft_guard,

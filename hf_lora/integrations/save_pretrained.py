@@ -13,7 +13,7 @@ from hf_lora.adapter_io.save import save_state
 from hf_lora.compat.deepspeed import is_partitioned
 from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.errors import StateError
-from hf_lora.hub.transfer import push
+from hf_lora.hub.upload import push
 from hf_lora.model.registry import wrapped
 
 _HUB_OPTIONS = {"repo_id", "private", "revision", "create_pr", "commit_message"}

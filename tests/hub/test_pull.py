@@ -65,7 +65,7 @@ class TestWhereItIs:
         """Somebody pushes between the two downloads: what is loaded is still one version."""
         worker.run("""hf_lora.push_to_hub(adapted(r=4), "user/moving")""")
         found = worker.run("""
-            from hf_lora.hub import transfer as hub
+            from hf_lora.hub import download as hub
             download = hub.hf_hub_download
             def overtaken(repo_id, name, **kwargs):
                 path = download(repo_id, name, **kwargs)
@@ -129,7 +129,7 @@ class TestWhereItIs:
         folder = worker.home / "pulled"
         worker.run(
             """
-            from hf_lora.hub.transfer import pull
+            from hf_lora.hub.download import pull
             model = adapted()
             hf_lora.add_adapter(model, "fr", targets="down_proj", r=2)
             hf_lora.push_to_hub(model, "user/pulled")
@@ -156,7 +156,7 @@ class TestWhereItIs:
         hub.add_repo("user/broken", {**before, "adapter_model.safetensors": weights[:-8]})
         said = worker.run(
             """
-            from hf_lora.hub.transfer import pull
+            from hf_lora.hub.download import pull
             report([outcome(pull, name, Path(folder)) for name in ("user/broken", "user/absent")])
             """,
             folder=folder,

@@ -230,7 +230,7 @@ class TestCardsOfOthers:
     def test_a_card_that_the_user_brings_replaces_any(self, hub: HubServer, worker: Worker):
         hub.add_repo("user/brought", {"README.md": "# Theirs\n"})
         _, warned = worker.run("""
-            from hf_lora.hub.transfer import push_folder
+            from hf_lora.hub.upload import push_folder
             hf_lora.save(adapted(), "brought")
             Path("brought/README.md").write_text("# Mine\\n")
             report(told(push_folder, Path("brought"), "user/brought", commit_message="Mine"))

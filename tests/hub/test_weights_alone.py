@@ -34,7 +34,7 @@ def test_our_weights_alone_are_an_adapter(hub: HubServer, worker: Worker, tmp_pa
     )
     worker.run(
         """
-        from hf_lora.hub.transfer import pull
+        from hf_lora.hub.download import pull
         pull("user/alone", Path(folder))
         """,
         folder=tmp_path / "pulled",

@@ -5,8 +5,8 @@ from pathlib import Path
 from hf_lora.cli.output import Result, tell
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.read import is_adapter_folder, read_folder
+from hf_lora.hub.download import pull as copy_from_hub
 from hf_lora.hub.push_folder import push_adapter_folder
-from hf_lora.hub.transfer import pull as copy_from_hub
 from hf_lora.recipes.record import known_training
 
 

@@ -2,7 +2,7 @@
 
 from hf_lora.adapter_io.describe import describe
 from hf_lora.cli.output import Result, plain
-from hf_lora.hub.transfer import locate
+from hf_lora.hub.download import locate
 from hf_lora.recipes.progress import bars
 
 

@@ -1,96 +1,33 @@
-"""The Hub: finding an adapter folder by path or repo id, and pushing one in a single commit.
-
-Nothing here talks to the network unless the source is no folder and has the form of a repo id, or
-the user calls push.
-"""
+"""Pushing adapters, or a folder with one, to the Hub in a single commit."""
 
 import dataclasses
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from huggingface_hub import (
-    _CACHED_NO_EXIST,
     CommitOperationAdd,
     HfApi,
-    hf_hub_download,
-    try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from hf_lora.adapter_io.save import as_dtype, base_name, save_state
-from hf_lora.errors import AdapterFileError, ConfigError, HfLoRAWarning, HubError
+from hf_lora.errors import ConfigError, HfLoRAWarning, HubError
 from hf_lora.files.atomic import temporary_folder
-from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.data import WEIGHTS_FILE
 from hf_lora.files.other_kind import full_model_in
-from hf_lora.files.read import is_own, read_folder
-from hf_lora.files.write import copy_folder
 from hf_lora.hub.base_model import base_license, hub_base
 from hf_lora.hub.card.card import CARD_FILE, LIBRARY, Training, adapter_card, is_untouched
-from hf_lora.hub.errors import asked, expected, reading, what_is_there, writing
+from hf_lora.hub.errors import expected, file_names, writing
 from hf_lora.layers.names import DEFAULT, is_adapter_name
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.version import __version__
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
 """What Trainer calls its checkpoints in a repo."""
-
-
-def locate(
-    source: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """Return a local folder that holds the adapter ``source``: itself, or its files from the Hub.
-
-    A folder that exists is taken as it is and a path object is never a repo id: neither touches the
-    network. Of a repo only the two files of the adapter are fetched, both of one commit; what the
-    cache has is not fetched again. As in a folder, weights that hf_lora wrote do without the other.
-
-    Raises:
-        AdapterFileError: Neither a folder nor a repo id, or no adapter in it.
-        HubError: The Hub refused or could not be reached.
-    """
-    check_subfolder(subfolder)
-    folder = Path(source)
-    if isinstance(source, os.PathLike) or os.path.exists(folder):
-        return folder / subfolder if subfolder else folder
-    return _fetch(source, revision=revision, subfolder=subfolder, token=token)
-
-
-def pull(
-    repo_id: str,
-    directory: Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """Copy an adapter from the Hub into ``directory``, replacing one that is there.
-
-    The files are checked before anything is replaced, and replaced as :func:`hf_lora.save` does.
-
-    Raises:
-        AdapterFileError, HubError: As for :func:`locate`, or the adapter is not sound.
-        SaveError: The folder cannot be written; it holds the old adapter or the new one.
-    """
-    check_subfolder(subfolder)
-    found = _fetch(repo_id, revision=revision, subfolder=subfolder, token=token)
-    read_folder(found)
-    copy_folder(found, directory)
-    return directory
 
 
 def push(
@@ -223,7 +160,7 @@ def _open(
     branch = revision if revision is not None and not revision.startswith("refs/") else None
     if branch is not None and not api.revision_exists(repo_id, branch):
         api.create_branch(repo_id, branch=branch)
-    files = _names(api.list_repo_files(repo_id, revision=revision))
+    files = file_names(api.list_repo_files(repo_id, revision=revision))
     return _Repo(api, repo_id, revision, create_pr, tuple(files))
 
 
@@ -268,68 +205,3 @@ def _has_edited_card(repo: _Repo) -> bool:
 
 def _untouched(card: Path) -> bool:
     return is_untouched(card.read_text(encoding="utf-8", errors="replace"))
-
-
-def check_subfolder(subfolder: str | None) -> None:
-    """Raise AdapterFileError if a sub-folder's name leads out of the folder it is in."""
-    if subfolder is None:
-        return
-    parts = Path(subfolder).parts
-    if Path(subfolder).is_absolute() or ".." in parts or not parts or "\0" in subfolder:
-        raise AdapterFileError(f"The subfolder {subfolder!r} is not a folder inside the adapter's")
-
-
-def _fetch(
-    repo_id: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
-) -> Path:
-    """Return the cache's folder with an adapter's files, of one commit."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise AdapterFileError(
-            f"{repo_id!r} is neither a folder nor a repo id on the Hub"
-        ) from None
-    inside = PurePosixPath(Path(subfolder or "").as_posix())
-    with reading(repo_id, revision):
-        config = _download(repo_id, inside / CONFIG_FILE, revision, token)
-        at = config.parents[len(inside.parts)].name if isinstance(config, Path) else revision
-        weights = _download(repo_id, inside / WEIGHTS_FILE, at, token)
-        # the header of weights that hf_lora wrote has the whole configuration
-        if isinstance(weights, Path) and (isinstance(config, Path) or is_own(weights)):
-            return weights.parent
-        found = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
-        errors = ((name, e) for name, e in found.items() if isinstance(e, EntryNotFoundError))
-        name, error = next(errors)
-        words = what_is_there(repo_id, subfolder, name, _files(repo_id, at, token))
-        raise AdapterFileError(words) from error
-
-
-def _download(
-    repo_id: str, path: PurePosixPath, revision: str | None, token: str | bool | None
-) -> Path | EntryNotFoundError:
-    """Return a file in the cache, or what the client says of one that the repo does not have."""
-    file = path.as_posix()
-    try:
-        return Path(hf_hub_download(repo_id, file, revision=revision, token=token))
-    except LocalEntryNotFoundError as error:
-        # the Hub cannot be asked, but the cache remembers what it did not have
-        if try_to_load_from_cache(repo_id, file, revision=revision) is not _CACHED_NO_EXIST:
-            raise
-        return error
-    except EntryNotFoundError as error:
-        return error
-
-
-def _files(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
-    """Return what a repo holds, for an error message only: nothing, if that cannot be said."""
-    api = HfApi(token=token)
-    return asked(lambda: _names(api.list_repo_files(repo_id, revision=revision)), [])
-
-
-def _names(listed: Iterable[object]) -> list[str]:
-    """Return a listing as names.
-
-    Raises:
-        HubError: Something in it is none.
-    """
-    return [expected(str, name, "a file's name") for name in listed]
