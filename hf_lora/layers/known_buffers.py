@@ -1,9 +1,7 @@
 """What a model's buffers held before a training could move them, and which have moved since."""
 
 import dataclasses
-import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,38 +11,13 @@ from hf_lora.compat.accelerate import is_offloaded
 from hf_lora.layers.hosts import features
 from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.layers.trained import tensor_names
+from hf_lora.layers.weakly import Weakly
 
 MOST_BYTES = 2**26
 """How much of a base's buffers is kept, the smallest first: 64 MiB."""
 
 _SAMPLE = 4096
 """Of those that are larger: how many of their numbers are kept, to see that they move."""
-
-
-class Weakly:
-    """A module that is not kept alive by who holds this; in a copy or a pickle it is that one's.
-
-    What knows of a model's modules is an attribute of the model, and one of them is the model.
-    """
-
-    def __init__(self, module: nn.Module):
-        self._reference = weakref.ref(module)
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The module, or None if it is gone."""
-        return self._reference()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle with the module itself."""
-        return Weakly.__new__, (Weakly,), (self.module,)
-
-    def __setstate__(self, state: tuple[nn.Module | None]) -> None:
-        self._reference = _gone if state[0] is None else weakref.ref(state[0])
-
-
-def _gone() -> None:
-    return None
 
 
 @dataclasses.dataclass

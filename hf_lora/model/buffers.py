@@ -24,8 +24,9 @@ from torch import nn
 from hf_lora.errors import TargetError
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.holding import held_by, hold, hold_again, let_go, mixed, shares_of
-from hf_lora.layers.known_buffers import Known, Weakly, candidates, moved, note
+from hf_lora.layers.known_buffers import Known, candidates, moved, note
 from hf_lora.layers.names import copy_kind, parameter_name
+from hf_lora.layers.weakly import Weakly
 
 Registry = Any
 """`model.registry.Registry`, which stands above this module."""

@@ -1,7 +1,7 @@
 """What hf_lora knows about a wrapped model: one object, kept as an attribute of that model."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from hf_lora.layers.trained import TrainedModule
 from hf_lora.model import watch
 from hf_lora.model.adopted import Adopted
 from hf_lora.model.buffers import Buffers
+from hf_lora.model.by_path import ModulesByPath
 from hf_lora.planning.cores import core_of
 from hf_lora.planning.records import Adapted
 
@@ -64,7 +65,7 @@ class Registry:
 
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     routing: Routing = dataclasses.field(default_factory=Routing)
-    modules: dict[str, Patched] = dataclasses.field(default_factory=dict)
+    modules: MutableMapping[str, Patched] = dataclasses.field(default_factory=ModulesByPath)
     """Path to module, for all that carry an adapter."""
 
     exclusive: dict[str, TrainedModule] = dataclasses.field(default_factory=dict)

@@ -87,7 +87,8 @@ class Transaction:
         self._stored: list[Any] = []
         configs = _configs(parts)
         if registry is not None:
-            known = [registry, registry.routing, registry.buffers, *registry.adapters.values()]
+            known = [registry, registry.modules, registry.routing, registry.buffers]
+            known += registry.adapters.values()
             self._notes += [_note(each, tuple(vars(each))) for each in known]
             adopted = [each.parameter for each in registry.adopted]
             self._flags += [(parameter, parameter.requires_grad) for parameter in adopted]

@@ -45,9 +45,10 @@ class Places:
     def __init__(self, model: nn.Module, registry: "Registry", before: "Places | None" = None):
         carriers = set(registry.modules.values())
         modules = dict(model.named_modules())
-        self.paths = {path: module for path, module in modules.items() if module in carriers}
-        parents = {path.rpartition(".")[0] for path in self.paths if path}
-        slots = {path for path in self.paths if path}
+        # without the model itself, which this would keep alive, and which stands nowhere
+        self.paths = {path: each for path, each in modules.items() if path and each in carriers}
+        parents = {path.rpartition(".")[0] for path in self.paths}
+        slots = {*self.paths}
         for path in parents:
             while path:
                 slots.add(path)
@@ -66,7 +67,7 @@ class Places:
 
         self.fields = [vars(module) for module in self.paths.values()]
         self.count = sum(map(len, self.parents.values()))
-        self.forwards = self._forwards()
+        self.forwards = self._forwards(model)
         head = output_head(model) if self.paths else set()
         self.heads = {path: module for path, module in self.paths.items() if path in head}
 
@@ -74,16 +75,17 @@ class Places:
         """Copy and pickle as nothing: a copy's places are found anew."""
         return _nothing, ()
 
-    def _forwards(self) -> int:
-        return sum(map(operator.contains, self.fields, repeat("forward")))
+    def _forwards(self, model: nn.Module) -> int:
+        own = "forward" in vars(model)
+        return own + sum(map(operator.contains, self.fields, repeat("forward")))
 
-    def intact(self) -> bool:
+    def intact(self, model: nn.Module) -> bool:
         """Say whether all stand where they stood, with nothing new beside or in front of them."""
         return (
             not self.stale
             and all(map(operator.is_, map(dict.get, self.stores, self.names), self.modules))
             and sum(map(len, self.parents.values())) == self.count
-            and self._forwards() == self.forwards
+            and self._forwards(model) == self.forwards
         )
 
     def beside(self) -> dict[str, tuple[str, nn.Module]]:
@@ -171,7 +173,7 @@ def look_at_places(model: nn.Module, registry: "Registry") -> dict[str, tuple[st
         StateError: Something is in force no longer; each module is named.
     """
     places = registry.places
-    if places is not None and places.intact():
+    if places is not None and places.intact(model):
         return {}
     registry.check_in_place(model)
     registry.places = Places(model, registry, places)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 import hf_lora
 from tests.integrations import training
@@ -174,6 +175,44 @@ def test_a_model_that_has_buffers_itself(use: Callable[[Any], Any]):
     model = bart()
     model.train()
     hf_lora.wrap(model, "q_proj", r=2)
+    with no_collection():
+        used = use(model)
+        kept = weakref.ref(model), weakref.ref(used)
+        del model, used
+        assert [reference() for reference in kept] == [None, None]
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 4),
+    "embedding": lambda: nn.Embedding(9, 4),
+    "convolution": lambda: nn.Conv1d(4, 4, 1),
+}
+
+
+def called(model: Any) -> Any:
+    """Take a step, in a block and out of one."""
+    x = torch.tensor([3]) if isinstance(model, nn.Embedding) else torch.ones(4, 4)
+    with hf_lora.no_adapter(model):
+        model(x)
+    model(x).sum().backward()
+    return model
+
+
+LAYER_USES: dict[str, Callable[[Any], Any]] = {
+    "only wrapped": lambda model: model,
+    "called": called,
+    "copied": lambda model: called(copy.deepcopy(called(model))),
+    "pickled": lambda model: called(pickle.loads(pickle.dumps(called(model)))),
+    "unwrapped": lambda model: hf_lora.unwrap(called(model)),
+    "merged for good": lambda model: hf_lora.merge_and_unwrap(called(model)),
+    "merged and unmerged": lambda model: hf_lora.unmerge(hf_lora.merge(called(model))),
+}
+
+
+@pytest.mark.parametrize("use", LAYER_USES.values(), ids=LAYER_USES.keys())
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_a_layer_that_is_the_whole_model(make: Callable[[], nn.Module], use: Callable[[Any], Any]):
+    model = hf_lora.wrap(make(), targets=r".*", r=2)
     with no_collection():
         used = use(model)
         kept = weakref.ref(model), weakref.ref(used)
