@@ -33,7 +33,7 @@ import torch
 
 from tests import forked
 
-pytest_plugins = ["tests.folder_fixtures", "tests.hub_fixtures"]
+pytest_plugins = ["tests.folder_fixtures", "tests.hub_fixtures", "tests.without_peft"]
 
 SLOW_TEST_SECONDS = 1800
 # Each worker holds torch, transformers, PEFT and its models: one to two gigabytes.
