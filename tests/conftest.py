@@ -32,6 +32,7 @@ import pytest
 import torch
 
 from tests import forked
+from tests import slow as slowness
 
 pytest_plugins = ["tests.folder_fixtures", "tests.hub_fixtures", "tests.without_peft"]
 
@@ -83,9 +84,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests their longer limit, unless they state one themselves."""
+    """Mark slow tests, and give them their longer limit unless they state one themselves.
+
+    An exhaustive one is slow, too: ``-m "not slow"`` takes the place of ``-m "not exhaustive"``.
+    """
+    slow = slowness.names()
     for item in items:
+        if item.get_closest_marker("exhaustive") or slowness.is_slow(item.nodeid, slow):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TEST_SECONDS))
 
