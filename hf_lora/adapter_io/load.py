@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -343,6 +343,8 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
     if match.folder.config is not None:
         return match.folder.config
     paths = [path for path, _ in model.named_modules()]
+    stacks = [f"{path}.{part}" for path, slot in match.slots.items() for part in slot.parts]
+    layers = [path for path, slot in match.slots.items() if not slot.parts]
     first = next(iter(match.slots.values()))
     by_path = {
         path: {"r": slot.r, "alpha": slot.alpha}
@@ -350,7 +352,10 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
         if (slot.r, slot.alpha) != (first.r, first.alpha)
     }
     return LoRAConfig(
-        targets=[_escape(name) for name in shortest_names(match.slots.keys(), paths)],
+        targets=[
+            *(_escape(name) for name in shortest_names(layers, paths)),
+            *(_escape(name) for name in _parameter_names(stacks, model)),
+        ],
         r=first.r,
         alpha=first.alpha,
         dropout=first.dropout,
@@ -360,10 +365,20 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
     )
 
 
+def _parameter_names(chosen: Collection[str], model: nn.Module) -> list[str]:
+    """Return names of these parameters: with that of their module alone, if all such are meant."""
+    short: dict[str, bool] = {}
+    for full, _ in model.named_parameters():
+        tail = ".".join(full.split(".")[-2:])
+        short[tail] = short.get(tail, True) and full in chosen
+    tails = ((".".join(full.split(".")[-2:]), full) for full in chosen)
+    return sorted({tail if short.get(tail, False) else full for tail, full in tails})
+
+
 def _escape(name: str) -> str:
     """Return the pattern that means the module called ``name``; the model itself has no name."""
     return SPECIAL.sub(r"\\\g<0>", name).replace(".", r"\.") or "(?:)"
 
 
 def _mathematics(slot: LayerConfig | None) -> tuple | None:
-    return slot and (slot.r, slot.alpha, slot.rslora)
+    return slot and (slot.r, slot.alpha, slot.rslora, slot.parts)

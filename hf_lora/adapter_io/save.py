@@ -197,9 +197,11 @@ def collect(
     check_finite(name, saved, dtype)
     saved |= {key: saved[first] for key, first in ties.items()}
     by_weight = taken_for_experts(model, slots)
-    if by_weight and adapter.config.dropout:
+    stacked = [path for path, slot in slots.items() if slot.parts]
+    if (by_weight or stacked) and adapter.config.dropout:
+        first, *_ = parameters = [*by_weight, *stacked]
         warnings.warn(
-            f"PEFT finds {by_weight[0]} ({len(by_weight)} in all) by its weight only, and has no "
+            f"PEFT finds {first} ({len(parameters)} in all) by its parameters only, and has no "
             "dropout there: where PEFT goes on with this training, it does so without.",
             HfLoRAWarning,
             stacklevel=3,
@@ -212,7 +214,7 @@ def collect(
         slots=slots,
         trained=tuple(trained),
         tensors=saved,
-        target_names=_target_names(modules, slots.keys() - set(by_weight), whole),
+        target_names=_target_names(modules, slots.keys() - {*by_weight, *stacked}, whole),
         by_weight=by_weight,
         trained_names=trained_names,
         **purpose,

@@ -14,6 +14,7 @@ from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.peft_format import WEIGHT_TYING
 from hf_lora.files.safe_json import is_number, parse_json
+from hf_lora.layers.experts import PARTS
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show, some
 from hf_lora.version import __version__
@@ -49,6 +50,7 @@ _ENTRIES = {
 
 _FEATURES: dict[str, Callable[[AdapterData], bool]] = {
     BUFFERS: lambda content: bool(content.buffers),
+    "experts": lambda content: any(slot.parts for slot in content.slots.values()),
     "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
     TIES: lambda content: bool(content.ties),
     "trained": lambda content: bool(content.trained),
@@ -59,7 +61,7 @@ A reader that does not know one of them would compute something else, and has to
 """
 
 _CONFIG = {field.name for field in dataclasses.fields(LoRAConfig)}
-_SLOT = {"r": None, "alpha": None, "dropout": 0.0, "rslora": False}
+_SLOT = {"r": None, "alpha": None, "dropout": 0.0, "rslora": False, "parts": []}
 """The numbers of a slot, to what they are if the header does not say."""
 
 _MOST_SPECIAL = 20_000
@@ -96,7 +98,7 @@ def make_header(content: AdapterData, fields: Mapping[str, Any]) -> str:
         "fingerprint": content.fingerprint,
         "format": FORMAT,
         "requires": sorted(name for name, used in _FEATURES.items() if used(content)),
-        "slots": {path: dataclasses.asdict(slot) for path, slot in content.slots.items()},
+        "slots": {path: _entry(slot) for path, slot in content.slots.items()},
         "trained": list(content.trained),
     }
     if content.base_changed:
@@ -188,7 +190,7 @@ def contradictions(
             continue
         problems += [
             f"{path}: {name} = {getattr(here, name)!r}, in the header {getattr(there, name)!r}"
-            for name in ("r", "alpha", "rslora")
+            for name in ("r", "alpha", "rslora", "parts")
             if getattr(here, name) != getattr(there, name)
         ]
     then = own.fields.get("modules_to_save") or []
@@ -252,16 +254,28 @@ def _check_patterns(config: dict[str, Any], damaged: str) -> None:
         raise AdapterFileError(f"{damaged}: its patterns would take too long to compile")
 
 
+def _entry(slot: LayerConfig) -> dict[str, Any]:
+    entry = dataclasses.asdict(slot)
+    if not slot.parts:
+        del entry["parts"]
+    return entry
+
+
 def _slot(entry: Any, damaged: str) -> LayerConfig:
     if not isinstance(entry, dict):
         raise AdapterFileError(damaged)
-    r, alpha, dropout, rslora = (entry.get(name, default) for name, default in _SLOT.items())
+    r, alpha, dropout, rslora, parts = (entry.get(name, default) for name, default in _SLOT.items())
     sound = (
         isinstance(r, int)
         and all(is_number(value) for value in (r, alpha, dropout))
         and (r >= 1 and alpha > 0 and 0 <= dropout < 1)
         and isinstance(rslora, bool)
+        and isinstance(parts, list)
+        and all(part in PARTS for part in parts)
+        and len(set(parts)) == len(parts)
     )
     if not sound:
         raise AdapterFileError(damaged)
-    return LayerConfig(r=r, alpha=float(alpha), dropout=float(dropout), rslora=rslora)
+    return LayerConfig(
+        r=r, alpha=float(alpha), dropout=float(dropout), rslora=rslora, parts=tuple(parts)
+    )

@@ -4,7 +4,8 @@ With ``peft_targets`` the only place that spells PEFT's field names. Read as of 
 """
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
@@ -12,6 +13,7 @@ from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.data import AdapterData
 from hf_lora.files.patterns import SPECIAL, PatternMap, TailIndex, tails
 from hf_lora.files.safe_json import is_number
+from hf_lora.layers.experts import PARTS
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show
 
@@ -62,7 +64,12 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
     r = _most_common(slot.r for slot in content.slots.values())
     alpha = _most_common(slot.alpha for slot in content.slots.values())
     by_weight = set(content.by_weight)
-    slots = {f"{p}.weight" if p in by_weight else p: s for p, s in content.slots.items()}
+    stacked = [f"{path}.{part}" for path, slot in content.slots.items() for part in slot.parts]
+    slots = {
+        name: slot
+        for path, slot in content.slots.items()
+        for name in _names_at(path, slot, by_weight)
+    }
     asked_for = {
         "base_model_name_or_path": content.base,
         "bias": "none",
@@ -77,12 +84,12 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
         "alpha_pattern": _exceptions({name: slot.alpha for name, slot in slots.items()}, alpha),
         "auto_mapping": content.auto_mapping,
         WEIGHT_TYING: content.pefts_tie,
-        # PEFT has none on what it finds by the weight
-        "lora_dropout": 0.0 if by_weight else content.config.dropout,
+        # PEFT has none on parameters
+        "lora_dropout": 0.0 if by_weight or stacked else content.config.dropout,
         "modules_to_save": content.trained_names,
         "rank_pattern": _exceptions({name: slot.r for name, slot in slots.items()}, r),
         "revision": content.revision,
-        "target_parameters": [f"{path}.weight" for path in content.by_weight],
+        "target_parameters": [*(f"{path}.weight" for path in content.by_weight), *stacked],
         "task_type": content.task,
         "use_rslora": content.config.rslora,
     }
@@ -111,9 +118,10 @@ def check_supported(fields: Mapping[str, Any], source: str) -> list[str]:
     ]
     if not any(_same(fields.get("bias"), value) for value in _BIASES):
         problems.append(f"bias = {show(fields['bias'])}")
-    stacked = [n for n in weights_named(fields, source) if n.rsplit(".", 1)[-1] != "weight"]
-    if stacked:
-        problems.append(f"target_parameters = {show(stacked)}")
+    named = weights_named(fields, source)
+    other = [n for n in named if n.rsplit(".", 1)[-1] not in ("weight", *PARTS)]
+    if other:
+        problems.append(f"target_parameters = {show(other)}")
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         problems.append(
@@ -160,7 +168,11 @@ def read_tying(fields: Mapping[str, Any], adapted: Iterable[str], source: str) -
 
 
 def read_slots(
-    fields: Mapping[str, Any], ranks: Mapping[str, int | None], source: str, patience: Budget
+    fields: Mapping[str, Any],
+    ranks: Mapping[str, int | None],
+    source: str,
+    patience: Budget,
+    parts: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> dict[str, LayerConfig]:
     """Return each layer's numbers, from the configuration and the tensors' own ranks.
 
@@ -169,6 +181,7 @@ def read_slots(
         ranks: Path of each layer in the file to the rank that its tensors have, if they tell.
         source: What to name in errors.
         patience: What matching the file's patterns may still cost.
+        parts: Path of each layer of experts to those of its parameters that have tensors.
 
     Raises:
         AdapterFileError: A number is missing or senseless, or ``r`` contradicts the tensors.
@@ -193,13 +206,21 @@ def read_slots(
     by_weight = TailIndex(weights_named(fields, source))
     slots: dict[str, LayerConfig] = {}
     for path, rank in ranks.items():
+        own = parts.get(path, ())
         name = f"{path}.weight" if by_weight.means(f"{path}.weight") else path
-        said = rank_pattern.get(name, r)
+        names = [f"{path}.{part}" for part in own] or [name]
+        numbers = [(rank_pattern.get(n, r), alpha_pattern.get(n, alpha)) for n in names]
+        said, strength = numbers[0]
+        if len(set(numbers)) > 1:
+            problems.append(f"{path}: its parameters have other r and alpha each: {show(numbers)}")
         if rank is not None and said != rank:
             problems.append(f"{path}: the configuration says r={said}, the tensors have {rank}")
-        strength = alpha_pattern.get(name, alpha)
         slots[path] = LayerConfig(
-            r=rank or int(said), alpha=float(strength), dropout=float(dropout), rslora=rslora
+            r=rank or int(said),
+            alpha=float(strength),
+            dropout=float(dropout),
+            rslora=rslora,
+            parts=own,
         )
     if problems:
         raise AdapterFileError(listing(f"{source} contradicts its weights", problems))
@@ -233,6 +254,13 @@ def read_names(value: Any, field: str, source: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise AdapterFileError(f"{source}: {field} is {show(value)}, not a list of names")
     return value
+
+
+def _names_at(path: str, slot: LayerConfig, by_weight: Collection[str]) -> list[str]:
+    """Return what PEFT compares its patterns with for a layer: its path, or its parameters'."""
+    if slot.parts:
+        return [f"{path}.{part}" for part in slot.parts]
+    return [f"{path}.weight" if path in by_weight else path]
 
 
 def _exceptions(values: dict[str, Any], common: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from hf_lora.errors import AdapterFileError
 from hf_lora.files.bounded_regex import Budget, Pattern, Text
 from hf_lora.files.patterns import LayerIndex, TailIndex
 from hf_lora.files.peft_format import read_names, weights_named
+from hf_lora.layers.experts import PARTS
 from hf_lora.text import show
 
 _ALL_LINEAR = "all-linear"
@@ -38,7 +39,8 @@ def promised_layers(
         AdapterFileError: A field is senseless, or its patterns take too long.
     """
     index = TailIndex(weights_named(fields, source))
-    by_weight = {name for name in names if index.means(f"{name}.weight")}
+    own = ("weight", *PARTS)
+    by_weight = {name for name in names if any(index.means(f"{name}.{part}") for part in own)}
     return by_weight | _by_module(fields, names, source, patience)
 
 

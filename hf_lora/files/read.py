@@ -19,10 +19,12 @@ from hf_lora.files.peft_format import (
     read_slots,
     read_trained_names,
     read_tying,
+    weights_named,
 )
 from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.files.set_note import mixture
+from hf_lora.files.stacked_experts import with_experts
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import some
 
@@ -132,11 +134,13 @@ def read_folder(directory: Path) -> AdapterFolder:
     if unknown:
         told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
     keys = sort_keys(file)
-    factors, others = keys.factors, keys.others
+    others = keys.others
+    named = weights_named(fields, source)
+    factors, parts = with_experts(keys.factors, named, str(weights))
     ties_embeddings = read_tying(fields, factors, source)
     patience = Budget(source)
     ranks = {path: held.rank for path, held in factors.items()}
-    slots = read_slots(fields, ranks, source, patience)
+    slots = read_slots(fields, ranks, source, patience, parts)
     trained_names = read_trained_names(fields, source)
     if own is not None:
         told += own.told

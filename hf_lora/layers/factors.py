@@ -37,6 +37,10 @@ class Factored(Adaptable):
         a, b = factors
         init_low_rank(a, b, method)
 
+    def lora_start(self, factors: Sequence[torch.Tensor], config: LayerConfig, method: str) -> None:
+        """Fill all factors that an adapter of these numbers has here, as it starts."""
+        self.lora_init(factors, method)
+
     def lora_held(self, adapter: str) -> tuple[str, ...]:
         """Return the names of an adapter's factors on this module."""
         return tuple(parameter_name(role, adapter) for role in self.lora_layout.roles)
@@ -54,13 +58,13 @@ class Factored(Adaptable):
         shapes = self.lora_shapes(self, config).values()
         factors = [nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes]
         if init is not None:
-            self.lora_init(factors, init)
+            self.lora_start(factors, config, init)
+        self.lora_slots[adapter] = config
         for held, factor in zip(self.lora_held(adapter), factors, strict=True):
             mark_filled(factor)
             self.register_parameter(held, factor)
             # accelerate's init_empty_weights has put another there, without values
             self._parameters[held] = factor
-        self.lora_slots[adapter] = config
         self.lora_routing.starts[adapter] = init or "kaiming"
         self.lora_routing.names.add(adapter)
 
@@ -70,16 +74,22 @@ class Factored(Adaptable):
             held = self.lora_held(adapter)
             if names & set(held):
                 drawn = [torch.empty(s) for s in self.lora_shapes(self, config).values()]
-                self.lora_init(drawn, self.lora_routing.starts[adapter])
-                for key, factor, value in zip(held, self.lora_pair(adapter), drawn, strict=True):
+                self.lora_start(drawn, config, self.lora_routing.starts[adapter])
+                factors = self.lora_factors(adapter)
+                for key, factor, value in zip(held, factors, drawn, strict=True):
                     if key in names:
                         set_full(factor, value)
 
     def lora_remove(self, adapter: str) -> None:
         """Take the factors of an adapter away."""
+        names = self.lora_held(adapter)
         del self.lora_slots[adapter]
-        for held in self.lora_held(adapter):
+        for held in names:
             delattr(self, held)
+
+    def lora_factors(self, adapter: str) -> tuple[nn.Parameter, ...]:
+        """Return all factors of an adapter."""
+        return self.lora_pair(adapter)
 
     def lora_pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A and B of an adapter."""
@@ -97,7 +107,7 @@ class Factored(Adaptable):
 
     def lora_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return role to what this process has of A and B."""
-        return dict(zip(self.lora_layout.roles, self.lora_pair(adapter), strict=True))
+        return dict(zip(self.lora_layout.roles, self.lora_factors(adapter), strict=True))
 
     def lora_added(self) -> set[str]:
         """Return the names of the factors that this layer has."""
@@ -107,7 +117,7 @@ class Factored(Adaptable):
         """Return whether the host has other sizes now, or None."""
         for adapter, config in self.lora_slots.items():
             now = self.lora_shapes(self, config)
-            for (role, shape), factor in zip(now.items(), self.lora_pair(adapter), strict=True):
+            for (role, shape), factor in zip(now.items(), self.lora_factors(adapter), strict=True):
                 if shape_of(factor) != shape:
                     return f"has other sizes now ({role} would be {shape}) than its adapter"
         return None

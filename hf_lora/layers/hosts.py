@@ -68,6 +68,10 @@ def adapter_dtype(module: nn.Module) -> torch.dtype:
     base the type of the storage says nothing.
     """
     weight = parameter_of(module, "weight")
+    if weight is None and any(
+        p.dtype == torch.float64 for p in module._parameters.values() if p is not None
+    ):
+        return torch.float64
     if weight is None or not has_float_weight(module) or weight.dtype in SIXTEEN_BIT:
         return torch.float32
     return weight.dtype

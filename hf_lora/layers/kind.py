@@ -198,6 +198,11 @@ class Adaptable(Patched):
         return None
 
     @classmethod
+    def lora_parts(cls, host: nn.Module) -> tuple[str, ...]:
+        """Return the parameters of a module that are adapted apart; none where there is but one."""
+        return ()
+
+    @classmethod
     def lora_rank_fault(cls, host: nn.Module, r: int) -> str | None:
         """Return what is wrong with a rank on this module, or None."""
         return None

@@ -14,6 +14,9 @@ class LayerConfig:
     dropout: float = 0.0
     rslora: bool = False
 
+    parts: tuple[str, ...] = ()
+    """Which of the module's parameters are adapted, where it has several; else none is named."""
+
     @property
     def scaling(self) -> float:
         """The factor s of ``s · B A``."""

@@ -5,13 +5,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lora.layers.conv import LoRAConv
 from hf_lora.layers.embedding import LoRAEmbedding
+from hf_lora.layers.experts import LoRAExperts
 from hf_lora.layers.kind import Adaptable, patched_class
 from hf_lora.layers.linear import LoRAConv1D, LoRALinear
 from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.roles import Layout
 
-KINDS: tuple[type[Adaptable], ...] = (LoRALayer, LoRAConv, LoRAEmbedding)
+KINDS: tuple[type[Adaptable], ...] = (LoRALayer, LoRAConv, LoRAEmbedding, LoRAExperts)
 """Those that a module is asked for, in this order."""
 
 _TABLE: tuple[tuple[type[nn.Module], type[Adaptable]], ...] = (
@@ -44,7 +45,8 @@ def host_fault(module: nn.Module) -> str | None:
     """Return why targets cannot mean a module, or None if they can."""
     kind = kind_of(module)
     if kind is None:
-        return f"{type(module).__name__} is no linear layer, convolution or embedding"
+        name = type(module).__name__
+        return f"{name} is no linear layer, convolution, embedding or stack of experts"
     return kind.lora_fault(module)
 
 

@@ -13,7 +13,7 @@ from hf_lora.errors import TargetError, listing
 from hf_lora.files.keys import without_wrappers
 from hf_lora.layers.holding import held_now
 from hf_lora.layers.hosts import has_float_weight
-from hf_lora.layers.kind import added_names, parameter_of
+from hf_lora.layers.kind import Adaptable, added_names, parameter_of
 from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.merge import with_updates
 from hf_lora.layers.quantized import float_weight
@@ -63,10 +63,13 @@ def _value(module: nn.Module, name: str) -> torch.Tensor:
     assert parameter is not None
     if _is_trained(module, name):
         parameter = module.lora_merged(module.lora_routing.now().live, None)[name]
-    elif name == "weight" and (weight := float_weight(module)) is not None:
+    elif name == "weight" and (weight := _linear_weight(module)) is not None:
         parameter = weight
-        if _has_updates(module):
+        if isinstance(module, LoRALayer) and module.lora_updates():
             parameter = with_updates(module, weight, module.lora_routing.now().live)
+    elif _changes(module, name):
+        merged = module.lora_merged(module.lora_routing.now().live, None)
+        parameter = merged.get(name, parameter)
     return full_tensor(parameter.detach())
 
 
@@ -93,7 +96,13 @@ def _check(model: nn.Module) -> None:
         )
 
 
-def _fault(layer: LoRALayer) -> str | None:
+def _linear_weight(module: nn.Module) -> torch.Tensor | None:
+    return None if _is_of_other_kind(module) else float_weight(module)
+
+
+def _fault(layer: Adaptable) -> str | None:
+    if not isinstance(layer, LoRALayer):
+        return layer.lora_merge_fault()
     weight = parameter_of(layer, "weight")
     if weight is None or (not is_distributed(weight) and has_float_weight(layer)):
         return layer.lora_merge_fault()
@@ -108,7 +117,12 @@ def _change(module: nn.Module, name: str) -> Any:
     """Return what tells a tensor from the base's: the copies in its place, or the layer itself."""
     if _is_trained(module, name):
         return module.lora_made_of(name, module.lora_routing.now().live)
-    return id(module) if name == "weight" and _has_updates(module) else None
+    return id(module) if _changes(module, name) else None
+
+
+def _changes(module: nn.Module, name: str) -> TypeGuard[Adaptable]:
+    """Say whether a low-rank update changes a tensor, now."""
+    return _has_updates(module) and name in (module.lora_parts(module) or ("weight",))
 
 
 def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:
@@ -120,5 +134,11 @@ def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:
     )
 
 
-def _has_updates(module: nn.Module) -> TypeGuard[LoRALayer]:
-    return isinstance(module, LoRALayer) and bool(module.lora_updates())
+def _is_of_other_kind(module: nn.Module) -> bool:
+    return isinstance(module, Adaptable) and not isinstance(module, LoRALayer)
+
+
+def _has_updates(module: nn.Module) -> TypeGuard[Adaptable]:
+    return isinstance(module, Adaptable) and any(
+        name in module.lora_slots for name, _ in module.lora_routing.now().live
+    )

@@ -22,8 +22,9 @@ from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, 
 from hf_lora.layers.uncalled import reader_of
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
 from hf_lora.planning.cost import per_rank
+from hf_lora.planning.parts import parts_of
 from hf_lora.planning.records import Adapted, Plan, Target, Trained, left_out_line
-from hf_lora.planning.stacked import stacks
+from hf_lora.planning.stacked import Stack, stacks
 from hf_lora.planning.targets import NOTHING, Matches, match
 from hf_lora.planning.ties import Owners, followers, notes
 from hf_lora.targets import inside
@@ -46,8 +47,7 @@ def make_plan(
     matches = NOTHING if problems else match(model, config, problems, owners)
     modules = dict(model.named_modules())
     targets = tuple(
-        _target(path, modules[path], config, matches.overrides.get(path), owners, problems)
-        for path in matches.chosen
+        _target(path, modules[path], config, matches, owners, problems) for path in matches.chosen
     )
     counted: set[Place] = set()
     trained = tuple(
@@ -71,7 +71,7 @@ def make_plan(
         left_out=matches.left_out,
         problems=tuple(problems),
         warnings=tuple(_unseen(modules, matches.chosen)),
-        missed=tuple(_missed(matches, size)),
+        missed=tuple(_missed(modules, matches, size)),
         notes=(*matches.notes, *_notes(modules, targets, matches)),
         vllm=tuple(vllm_reasons(classes, slots, tops, not_linear=not_linear)),
         llama_cpp=tuple(
@@ -127,13 +127,15 @@ def _target(
     path: str,
     module: nn.Module,
     config: LoRAConfig,
-    override: str | None,
+    matches: Matches,
     owners: Owners,
     problems: list[str],
 ) -> Target:
     fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+    override = matches.overrides.get(path)
     fields |= config.overrides[override] if override is not None else {}
-    slot = LayerConfig(**fields, rslora=config.rslora)
+    parts = matches.parts.get(path, ())
+    slot = LayerConfig(**fields, rslora=config.rslora, parts=parts)
     kind = kind_of(module)
     assert kind is not None
     fault = kind.lora_rank_fault(module, slot.r)
@@ -146,7 +148,7 @@ def _target(
         layout=kind.lora_layout,
         slot=slot,
         dtype=chosen_dtype(config) or adapter_dtype(module),
-        tied_to=owners.others([(path, "weight")], path),
+        tied_to=owners.others([(path, name) for name in parts or ("weight",)], path),
     )
 
 
@@ -239,13 +241,14 @@ def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator
         )
 
 
-def _missed(matches: Matches, size: int) -> Iterator[str]:
+def _missed(modules: Mapping[str, nn.Module], matches: Matches, size: int) -> Iterator[str]:
     """Yield a line for each reason why something stays as it is that the targets mean."""
     if matches.stacks:
+        way = _way(modules, matches.stacks)
         share = 100 * sum(numel(stack.tensor) for stack in matches.stacks) / max(size, 1)
         yield (
             f"{len(matches.stacks)} stacked parameters, as experts have them, {share:.1f} % of the "
-            f"model's: no pattern reaches them (first: {matches.stacks[0].full_name})"
+            f"model's, stay frozen (first: {matches.stacks[0].full_name}{way})"
         )
     reasons: dict[str, list[str]] = {}
     for path in matches.unfit:
@@ -264,10 +267,22 @@ def _notes(
     stacked = [
         stack
         for stack in stacks(modules)
-        if stack not in matches.stacks and not inside(stack.path, trained)
+        if stack not in matches.stacks
+        and not inside(stack.path, trained)
+        and stack.name not in matches.parts.get(stack.path, ())
     ]
     if stacked:
         yield (
-            f"{len(stacked)} stacked parameters, as experts have them, stay frozen: no pattern "
-            f"reaches them (first: {stacked[0].full_name})"
+            f"{len(stacked)} stacked parameters, as experts have them, stay frozen "
+            f"(first: {stacked[0].full_name}{_way(modules, stacked)})"
         )
+
+
+def _way(modules: Mapping[str, nn.Module], stacked: Iterable[Stack]) -> str:
+    """Return how stacked parameters can be named as targets, or that no update can reach them."""
+    names = dict.fromkeys(
+        f"{stack.path.rpartition('.')[2]}.{stack.name}"
+        for stack in stacked
+        if stack.name in parts_of(modules[stack.path])
+    )
+    return f"; targets can name {' and '.join(names)}" if names else "; no update reaches them"

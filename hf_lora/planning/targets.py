@@ -10,13 +10,14 @@ from torch.nn.parameter import is_lazy
 from hf_lora.config import ALL_LINEAR, LoRAConfig
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.lora import LoRALayer
-from hf_lora.layers.probe import is_packed
+from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.roles import Ties
 from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.tensor_parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.uncalled import reader_of, uncalled
 from hf_lora.planning.heads import output_head
+from hf_lora.planning.parts import Parts
 from hf_lora.planning.stacked import Stack, meant_stacks, stacks
 from hf_lora.planning.ties import Owners, followers
 from hf_lora.planning.unfilled import find_unfilled
@@ -56,6 +57,9 @@ class Matches:
     stacks: tuple[Stack, ...]
     """The stacked parameters that a pattern means, and that no update reaches."""
 
+    parts: dict[str, tuple[str, ...]]
+    """Path of a chosen module whose parameters are adapted apart, to those that are."""
+
     ties: Ties
     """What follows a trained module, because the base ties the two."""
 
@@ -74,6 +78,7 @@ NOTHING = Matches(
     left_out={},
     unfit=(),
     stacks=(),
+    parts={},
     ties={},
     overrides={},
     notes=(),
@@ -91,6 +96,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
     follow = followers(ties, trained)
     excluded = tree.excluded(config.exclude, problems)
     meant = tree.targets(config, problems)
+    parts = tree.parts.meant(config, tree.meant)
     left_out: dict[str, str] = {}
     taken: set[str] = set()
     unfit: list[str] = []
@@ -103,6 +109,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
             reason = "trained in full"
         elif path in follow:
             reason = f"tied with {follow[path]}, which is trained in full"
+        elif path in parts and not parts[path]:
+            reason = "its parameters are excluded"
         elif everything and path in tree.head:
             reason = "output head"
         elif everything:
@@ -128,7 +136,12 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
         counts=counts,
         left_out=left_out,
         unfit=tuple(unfit),
-        stacks=tuple(tree.missed_stacks(config, {**excluded, **trained})),
+        stacks=tuple(
+            stack
+            for stack in tree.missed_stacks(config, {**excluded, **trained})
+            if stack.path not in taken or stack.name not in parts.get(stack.path, ())
+        ),
+        parts={path: parts[path] for path in chosen if path in parts},
         ties=ties,
         overrides=tree.overrides(config, chosen, problems),
         notes=(
@@ -160,6 +173,7 @@ class Tree:
         self.head = output_head(model)
         self.unheard = uncalled(self.modules)
         self.stacks = list(stacks(self.modules))
+        self.parts = Parts(self.modules, self.names)
         self._meant: dict[str, list[str]] = {}
         self._fits: bool | None = None
         self._trials: dict[tuple, str | None] = {}
@@ -171,6 +185,11 @@ class Tree:
             found = dict.fromkeys(path for name, path in self.names if pattern.fullmatch(name))
             self._meant[text] = list(found)
         return self._meant[text]
+
+    def layers_meant(self, text: str) -> list[str]:
+        """Return the same, and the modules of which a pattern names a parameter."""
+        named = self.parts.named(text)
+        return list(dict.fromkeys([*self.meant(text), *named])) if named else self.meant(text)
 
     def reason(self, path: str) -> str | None:
         """Return why the module at ``path`` cannot be adapted, or None."""
@@ -242,10 +261,10 @@ class Tree:
             if not self.linear:
                 problems.append(f"{ALL_LINEAR!r} matches nothing: the model has no linear layer")
             return {ALL_LINEAR: self.linear}
-        meant = {text: self.meant(text) for text in config.targets}
+        meant = {text: self.layers_meant(text) for text in config.targets}
         some = any(meant.values())
         for text, paths in meant.items():
-            # until experts can be adapted, a name of theirs beside others is told, and no typo
+            # the name that an expert's own layer had is told beside others, and no typo
             if not paths and some and meant_stacks(self.stacks, [text]):
                 continue
             if not paths:
@@ -263,7 +282,7 @@ class Tree:
         found: dict[str, str] = {}
         for text in patterns:
             paths = self.meant(text)
-            if not paths:
+            if not self.layers_meant(text):
                 problems.append(f"exclude {text!r} matches no module; {self._near(text)}")
             for path in paths:
                 found.setdefault(path, text)
@@ -277,7 +296,13 @@ class Tree:
         layers = set(chosen)
         for text in config.overrides:
             meant = [path for path in self.meant(text) if path in layers]
-            if not meant:
+            apart = [p for p in self.layers_meant(text) if p in layers and p not in meant]
+            if apart:
+                problems.append(
+                    f"overrides {text!r} names a parameter of {apart[0]} ({len(apart)} in all); "
+                    "those of one layer of experts have the same numbers: name the layer"
+                )
+            elif not meant:
                 problems.append(
                     f"overrides {text!r} matches none of the adapted layers; {self._near(text)}"
                 )
@@ -343,11 +368,13 @@ class Tree:
         pattern = compile_target(text)
         for path, module in self.modules.items():
             for name, tensor in module._parameters.items():
-                full = f"{path}.{name}" if path else name
+                full = _full(path, name)
                 if tensor is not None and not is_lazy(tensor) and pattern.fullmatch(full):
+                    host = host_class(module).__name__
                     return (
                         f"{text!r} means the parameter {full} of shape {tuple(tensor.shape)}, not "
-                        "a layer; only linear layers can be adapted"
+                        f"a layer, and {host} does not declare to transformers how it computes "
+                        "with it, as experts do that can be adapted (experts.down_proj)"
                     )
         return f"{text!r} matches no module; {self._near(text)}"
 
@@ -357,6 +384,10 @@ class Tree:
         if not near:
             return "the model has no linear layer at all"
         return f"near: {', '.join(near[:_MOST_NAMES])}"
+
+
+def _full(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _first(left_out: dict[str, str]) -> str:

@@ -60,6 +60,7 @@ class TestConfig:
             ("target_modules", "all-linear", "head is a target, but has no tensors"),
             ("target_modules", [], "has tensors, but is no target"),
             ("target_parameters", "q_proj.weight", "target_parameters is 'q_proj.weight'"),
+            ("target_parameters", ["experts.down_proj"], "of which there are no factors"),
             ("target_modules", 3, "target_modules is 3"),
             ("target_modules", {"q_proj": 1}, "target_modules is {'q_proj': 1}"),
             ("target_modules", ["q_proj", 3], "target_modules is ['q_proj', 3]"),
@@ -210,7 +211,7 @@ class TestOtherMethods:
         [
             ("alora_invocation_tokens", [1]),
             ("layer_replication", [[0, 1]]),
-            ("target_parameters", ["experts.gate_up_proj"]),
+            ("target_parameters", ["experts.w13"]),
             ("use_qalora", True),
             ("megatron_config", {"a": 1}),
             ("kasa_config", {"a": 1}),

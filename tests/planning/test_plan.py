@@ -182,7 +182,8 @@ def test_what_is_left_out_has_its_reason():
     assert [t.path.rsplit(".", 1)[1] for t in plan.targets] == ["q_proj", "k_proj", "v_proj"]
     assert plan.problems == (
         "'norm' matches only modules that cannot be adapted "
-        "(1; model.norm: LlamaRMSNorm is no linear layer, convolution or embedding)",
+        "(1; model.norm: LlamaRMSNorm is no linear layer, convolution, embedding or stack of "
+        "experts)",
     )
     assert "left out: model.layers.1.self_attn.q_proj and 6 more" in str(plan)
 
@@ -322,10 +323,12 @@ def test_stacked_experts_and_routers_are_told():
     assert "4 stacked parameters, as experts have them, stay frozen" in plan.notes[0]
     assert "gate_up_proj" in plan.notes[0] or "down_proj" in plan.notes[0]
     assert not plan.missed
-    problem = hf_lora.plan(model, ["q_proj", "experts.gate_up_proj"], r=4).problems[0]
-    assert "means the parameter model.layers.0.mlp.experts.gate_up_proj of shape (4," in problem
-    problem = hf_lora.plan(model, "mlp.experts", r=4).problems[0]
-    assert "is no linear layer, convolution or embedding" in problem
+    assert "targets can name experts.gate_up_proj and experts.down_proj" in plan.notes[0]
+    problem = hf_lora.plan(model, ["q_proj", "mlp.gate.weight"], r=4).problems[0]
+    assert "means the parameter model.layers.0.mlp.gate.weight of shape (4, 32)" in problem
+    assert "Qwen3MoeTopKRouter does not declare" in problem
+    problem = hf_lora.plan(model, "mlp.gate", r=4).problems[0]
+    assert "is no linear layer, convolution, embedding or stack of experts" in problem
 
 
 def test_the_dtype_is_chosen_by_the_base_or_by_the_configuration():

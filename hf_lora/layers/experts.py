@@ -1,0 +1,361 @@
+"""LoRA on experts that are stacked in one parameter: low-rank products on the routed tokens only.
+
+Each expert has factors of its own. They are kept as PEFT keeps them, in one A and one B for each
+parameter. Never is there an update of the size of the stack, except in a merge.
+Legend: E experts, I input and O output features, R rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_lora.compat.dtensor import is_distributed
+from hf_lora.compat.experts import Declared, activation, declared, forward_below, is_expert_parallel
+from hf_lora.errors import StateError
+from hf_lora.functional.experts import Stacks, Update, experts, experts_plain
+from hf_lora.functional.grouped import (
+    Factors,
+    Routed,
+    delta_stack,
+    stack_a,
+    stack_b,
+    stack_norm,
+)
+from hf_lora.functional.init import init_low_rank
+from hf_lora.functional.low_rank import scaling
+from hf_lora.layers.choice import Weights
+from hf_lora.layers.factors import Factored
+from hf_lora.layers.instance_forward import has_foreign_forward
+from hf_lora.layers.kind import Patched, parameter_of
+from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.names import parameter_name
+from hf_lora.layers.replaced import Replaced, Tensors, in_place_of
+from hf_lora.layers.roles import FACTOR_A, FACTOR_B, Layout, Role, Shapes
+from hf_lora.layers.tensor_parallel import to_local
+
+PARTS = ("gate_up_proj", "up_proj", "down_proj")
+"""The parameters that can be adapted, in the order in which experts have them."""
+
+_ROWS = 8
+"""Of the trial of whether a class computes what it says that it does."""
+
+
+def part_roles(part: str) -> tuple[str, str]:
+    """Return what A and B of a parameter are called."""
+    return f"lora_{part}_A", f"lora_{part}_B"
+
+
+def peft_key(parts: Sequence[str], part: str, factor: str) -> str:
+    """Return PEFT's name of a factor below the path of its module.
+
+    PEFT puts a wrapper for each parameter around the module, that of the first innermost, and the
+    parameters' names are not in the file.
+    """
+    return "base_layer." * (len(parts) - 1 - parts.index(part)) + f"{factor}.weight"
+
+
+def _pairs(shapes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what there is of each part's A and B."""
+    named = {part: part_roles(part) for part in PARTS}
+    return {part: (shapes[a], shapes[b]) for part, (a, b) in named.items() if a in shapes}
+
+
+def _fault(shapes: Shapes) -> str | None:
+    for part, (a, b) in _pairs(shapes).items():
+        if not len(a) == len(b) == 2 or a[0] != b[1] or 0 in (*a, *b):
+            return f"has lora_A {a} and lora_B {b} for {part}, which do not fit together"
+    return None
+
+
+def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
+    each = [Factors(a, b, config.r, config.scaling) for a, b in _pairs(tensors).values()]
+    return float(sum(stack_norm(factors) ** 2 for factors in each) ** 0.5)
+
+
+EXPERTS = Layout(
+    roles=tuple(role for part in PARTS for role in part_roles(part)),
+    fault=_fault,
+    rank=lambda shapes: None,  # how many experts there are is not in the file
+    norm=_norm,
+)
+"""A (E·R, I) and B (O, R·E) of each parameter, as PEFT has them."""
+
+
+class LoRAExperts(Factored):
+    """Mixin that adds low-rank updates to the stacked matrices of a layer of experts.
+
+    With adapters in use it computes as transformers' ``grouped_mm`` does, whichever way is chosen
+    for the frozen experts; these give the same, but for rounding.
+    """
+
+    lora_layout = EXPERTS
+
+    @classmethod
+    def lora_takes(cls, host: nn.Module) -> bool:
+        """Say whether a module declares to transformers how its experts are stacked."""
+        return declared(host) is not None
+
+    @classmethod
+    def lora_parts(cls, host: nn.Module) -> tuple[str, ...]:
+        """Return the names of the two stacked parameters."""
+        said = declared(host)
+        return () if said is None else (said.up, said.down)
+
+    @classmethod
+    def lora_fault(cls, host: nn.Module) -> str | None:
+        """Return why experts cannot be adapted, or None."""
+        said = declared(host)
+        kind = host.lora_host if isinstance(host, Patched) else type(host)
+        name = kind.__name__
+        assert said is not None
+        if is_expert_parallel(host):
+            return f"the experts of this {name} are spread over several processes"
+        if forward_below(kind) is None:
+            return f"the forward of {name} has other arguments than those of stacked experts"
+        for part in (said.up, said.down):
+            stack = parameter_of(host, part)
+            if stack is None or not _is_stack(stack):
+                return f"the {part} of this {name} is not there, or packed, quantized or spread"
+        if has_foreign_forward(host):
+            return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
+        return None
+
+    @classmethod
+    def lora_rank_fault(cls, host: nn.Module, r: int) -> str | None:
+        """Return what is wrong with a rank: it is at most the smaller side of an expert."""
+        most = min(min(_sizes(host, part)[1:]) for part in cls.lora_parts(host))
+        return f"r={r} is larger than an expert's smaller side, {most}" if r > most else None
+
+    @classmethod
+    def lora_probe_key(cls, host: nn.Module) -> tuple:
+        """Return what is common to layers of experts of which one is tried."""
+        kind = host.lora_host if isinstance(host, Patched) else type(host)
+        sizes = [_sizes(host, part) for part in cls.lora_parts(host)]
+        return kind, declared(host), *sizes
+
+    @classmethod
+    @torch.no_grad()
+    def lora_gradient_fault(cls, host: nn.Module, *, certain: bool = False) -> str | None:
+        """Compare a class's own forward with what it declares, on a few rows; or None."""
+        kind: Any = host.lora_host if isinstance(host, Patched) else type(host)
+        said, own = declared(host), forward_below(kind)
+        assert said is not None
+        stack = parameter_of(host, said.up)
+        if certain or own is None or stack is None or stack.is_meta:
+            return None
+        rows = _trial_rows(host, stack, said)
+        try:
+            wanted, given = own(host, *rows), _run(host, said, rows, {})
+        except Exception as error:
+            return f"it cannot be computed with as it declares itself ({error})"
+        wide = torch.finfo(stack.dtype).eps ** 0.5 * wanted.abs().max()
+        if not bool(((wanted - given).abs() <= wide).all()):
+            return "its own forward gives something else than the layout that it declares"
+        return _activation_fault(host, said, stack)
+
+    @classmethod
+    def lora_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A and B of each part."""
+        found: dict[str, tuple[int, ...]] = {}
+        for part in config.parts or cls.lora_parts(host):
+            number, wide_in, wide_out = _sizes(host, part)
+            a, b = part_roles(part)
+            found |= {a: (number * config.r, wide_in), b: (wide_out, config.r * number)}
+        return found
+
+    @classmethod
+    def lora_fit_fault(cls, host: nn.Module, shapes: Shapes) -> str | None:
+        """Return how the sizes differ, or None."""
+        for part, (a, b) in _pairs(shapes).items():
+            if part not in cls.lora_parts(host):
+                return f"the adapter is for a {part}, and {type(host).__name__} has none"
+            number, *widths = _sizes(host, part)
+            if [a[1], b[0]] != widths or a[0] % number:
+                return (
+                    f"the adapter has lora_A {a} and lora_B {b} for {part}, which is {number} "
+                    f"experts of in, out = {tuple(widths)}"
+                )
+        return None
+
+    def lora_held(self, adapter: str) -> tuple[str, ...]:
+        """Return the names of all factors of an adapter."""
+        parts = self.lora_slots[adapter].parts or self.lora_parts(self)
+        return tuple(parameter_name(role, adapter) for part in parts for role in part_roles(part))
+
+    def lora_factors(self, adapter: str) -> tuple[nn.Parameter, ...]:
+        """Return all factors of an adapter."""
+        return tuple(getattr(self, held) for held in self.lora_held(adapter))
+
+    def lora_tensors(self, adapter: str) -> dict[str, torch.Tensor]:
+        """Return role to what this process has of each factor."""
+        roles = self.lora_shapes(self, self.lora_slots[adapter])
+        return dict(zip(roles, self.lora_factors(adapter), strict=True))
+
+    @torch.no_grad()
+    def lora_start(self, factors: Sequence[torch.Tensor], config: LayerConfig, method: str) -> None:
+        """Fill the factors of each expert as those of a layer of its own."""
+        for a, b in zip(factors[::2], factors[1::2], strict=True):
+            a_ERI, b_ERO = stack_a(a.detach(), config.r), stack_b(b.detach(), config.r)
+            for e in range(len(a_ERI)):
+                init_low_rank(a_ERI[e], b_ERO[e].t(), method)
+
+    def lora_roles(self, adapter: str) -> tuple[Role, ...]:
+        """Return A and B of each part, under PEFT's keys."""
+        config = self.lora_slots[adapter]
+        shapes, parts = self.lora_shapes(self, config), config.parts or self.lora_parts(self)
+        found = []
+        for part in parts:
+            a, b = part_roles(part)
+            for role, name, group in ((a, "lora_A", FACTOR_A), (b, "lora_B", FACTOR_B)):
+                held, key = parameter_name(role, adapter), peft_key(parts, part, name)
+                found.append(Role(role, held, shapes[role], key, group))
+        return tuple(found)
+
+    def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Say whether every B is zero."""
+        return not any(b.any() for _, b in _pairs(tensors).values())
+
+    def lora_merge_fault(self) -> str | None:
+        """Return why updates cannot be put into the stacks, or None."""
+        stacks = [self._parameters[part] for part in self.lora_parts(self)]
+        if any(stack is None or stack.is_meta or is_distributed(stack) for stack in stacks):
+            return "its stacks are not in memory, or spread over several processes"
+        return None
+
+    @torch.no_grad()
+    def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
+        """Return the stacks with the sum of the adapters' updates, rounded once."""
+        found: Tensors = {}
+        said = declared(self)
+        assert said is not None
+        for part in self.lora_parts(self):
+            stack = self._parameters[part]
+            assert stack is not None
+            before = None if replaced is None else replaced.read(part)
+            start = stack if before is None else before.to(stack.device)
+            total = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
+            some = False
+            for name, factor in adapters:
+                each = self._factors(name, factor).get(part)
+                if each is not None:
+                    delta = delta_stack(each).to(total.device, total.dtype)
+                    total += delta.transpose(1, 2) if said.transposed else delta
+                    some = True
+            if some:
+                found[part] = in_place_of(stack, total.to(stack.dtype))
+            elif before is not None:
+                found[part] = in_place_of(stack, start.to(stack.dtype))
+        return found
+
+    def lora_merge_damage(self, merged: Tensors) -> str | None:
+        """Return how many values are not finite that were, or None."""
+        for part, after in merged.items():
+            before = self._parameters[part]
+            assert before is not None
+            bad = ~torch.isfinite(after) & torch.isfinite(before)
+            if bad.any():
+                return f"{int(bad.sum())} merged values of {part} are not finite in {after.dtype}"
+        return None
+
+    def _factors(self, name: str, factor: float) -> dict[str, Factors]:
+        config = self.lora_slots.get(name)
+        if config is None:
+            return {}
+        s = scaling(config.r, config.alpha, config.rslora) * factor
+        pairs = _pairs(self.lora_tensors(name))
+        return {
+            part: Factors(to_local(a), to_local(b), config.r, s) for part, (a, b) in pairs.items()
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the host's output, with every active adapter's update of its matrices."""
+        live = [pair for pair in self.lora_routing.now().live if pair[0] in self.lora_slots]
+        if not live:
+            return super().forward(*args, **kwargs)
+        said = declared(self)
+        if said is None or is_expert_parallel(self):
+            raise StateError(
+                f"The experts of this {self.lora_host.__name__} were spread over several processes "
+                "after they were adapted, where a process would need a part of the factors only. "
+                "Turn expert parallelism off, or take the adapters off."
+            )
+        found: dict[str, list[tuple[Factors, float]]] = {}
+        for name, factor in live:
+            dropout = self.lora_slots[name].dropout if self.training else 0.0
+            for part, factors in self._factors(name, factor).items():
+                found.setdefault(part, []).append((factors, dropout))
+        return _run(self, said, (*args, *kwargs.values()), found, self.lora_routing.plain)
+
+
+LoRAExperts.lora_mixin = LoRAExperts
+
+
+def _run(
+    host: Any,
+    said: Declared,
+    inputs: tuple[Any, ...],
+    updates: Mapping[str, Sequence[tuple[Factors, float]]],
+    plain: bool = False,
+) -> torch.Tensor:
+    """Compute a layer of experts as it declares itself, with updates of its parameters."""
+    x_NI, experts_NK, weights_NK = inputs
+    up, down = (getattr(host, name) for name in (said.up, said.down))
+    stacks = Stacks(
+        up if said.transposed else up.transpose(1, 2),
+        down if said.transposed else down.transpose(1, 2),
+        getattr(host, f"{said.up}_bias") if said.has_bias else None,
+        getattr(host, f"{said.down}_bias") if said.has_bias else None,
+        activation(host, said.has_gate),
+        host.post_expert_norm if said.has_norm else None,
+    )
+    routed = Routed(experts_NK, len(up))
+    parts = [updates.get(name, ()) for name in (said.up, said.down)]
+    trains = any(p.requires_grad for p in stacks[:4] if p is not None)  # type: ignore[union-attr]
+    if plain or trains or said.has_norm or any(dropout for part in parts for _, dropout in part):
+        each = [
+            Update(*map(tuple, zip(*part, strict=True))) if part else Update() for part in parts
+        ]
+        return experts_plain(x_NI, weights_NK, routed, stacks, *each)
+    factors = [[factors for factors, _ in part] for part in parts]
+    return experts(x_NI, weights_NK, routed, stacks, *factors)
+
+
+def _is_stack(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) is nn.Parameter
+        and tensor.dim() == 3
+        and tensor.is_floating_point()
+        and tensor.dtype.itemsize > 1
+    )
+
+
+def _sizes(host: nn.Module, part: str) -> tuple[int, int, int]:
+    """Return how many experts there are, and what one of a part reads and gives."""
+    stack, said = parameter_of(host, part), declared(host)
+    assert stack is not None
+    assert said is not None
+    number, one, other = stack.shape
+    return (number, one, other) if said.transposed else (number, other, one)
+
+
+def _trial_rows(host: nn.Module, stack: torch.Tensor, said: Declared) -> tuple[torch.Tensor, ...]:
+    """Return a few rows, two experts for each, and what these count."""
+    number, wide, _ = _sizes(host, said.up)
+    drawn = torch.Generator().manual_seed(0)
+    rows = torch.randn(_ROWS, wide, generator=drawn).to(stack.device, stack.dtype)
+    first = torch.arange(_ROWS, device=stack.device) % number
+    chosen = torch.stack([first, (first + 1) % number], 1)
+    counts = torch.rand(_ROWS, 2, generator=drawn).to(stack.device, stack.dtype)
+    return rows, chosen, counts
+
+
+def _activation_fault(host: nn.Module, said: Declared, stack: torch.Tensor) -> str | None:
+    """Return whether the activation changes its input, of which it is made again; or None."""
+    act: Callable[[torch.Tensor], torch.Tensor] = activation(host, said.has_gate)
+    rows = torch.linspace(-9, 9, 2 * _sizes(host, said.up)[2]).to(stack.device, stack.dtype)
+    rows = rows.view(2, -1)
+    before = rows.clone()
+    act(rows)
+    return None if torch.equal(rows, before) else "its activation writes into its input"
