@@ -31,6 +31,12 @@ def full_model_in(names: Iterable[str]) -> str | None:
     return found[0] if found and _MODEL_CONFIG in names else None
 
 
+def adapter_in(names: Iterable[str]) -> list[str]:
+    """Return an adapter's files among a folder's."""
+    names = set(names)
+    return [name for name in _ADAPTER if name in names]
+
+
 def check_no_model(directory: Path) -> None:
     """Raise SaveError if a full model is in a folder that is to hold an adapter."""
     found = full_model_in(_names(directory))
@@ -44,7 +50,7 @@ def check_no_model(directory: Path) -> None:
 
 def check_no_adapter(directory: Path) -> None:
     """Raise SaveError if an adapter is in a folder that is to hold a merged model."""
-    found = [name for name in _ADAPTER if name in _names(directory)]
+    found = adapter_in(_names(directory))
     if found:
         raise SaveError(
             f"{directory} holds an adapter ({', '.join(found)}). With a merged model beside it "

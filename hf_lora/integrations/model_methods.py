@@ -25,6 +25,7 @@ from hf_lora.hub.download import locate
 from hf_lora.hub.upload import push
 from hf_lora.integrations import (
     fsdp1_guard,
+    merged_push,
     peft_guard,
     preparing,
     references,
@@ -135,6 +136,7 @@ def install_patches() -> None:
         trainer_patch,
         peft_guard,
         fsdp1_guard,
+        merged_push,
         preparing,
         references,
         vllm_weights,
