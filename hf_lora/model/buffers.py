@@ -133,8 +133,8 @@ class Buffers:
             tensor = own.detach().clone() if copy is None else copy
             if tensor.is_inference():
                 tensor = tensor.clone()  # or nothing could train through it
+        self.holding[path] = Weakly(module)  # first: what nobody finds there would be lost
         hold(module, registry.routing, adapter, role, tensor)
-        self.holding[path] = Weakly(module)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield path and module for all of which an adapter has buffers."""

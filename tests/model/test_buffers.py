@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -298,3 +299,25 @@ def test_no_step_pays_for_it(monkeypatch: pytest.MonkeyPatch):
     calls.clear()
     train(model, 5)
     assert calls == ["note"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_while_one_is_given_loses_none(monkeypatch: pytest.MonkeyPatch, when: str):
+    hold = buffers.hold
+
+    def interrupted(*args: Any) -> None:
+        if when == "after":
+            hold(*args)
+        raise KeyboardInterrupt
+
+    model = hf_lora.wrap(around(lambda: Ranged(6, 6)), "fc", r=2)
+    train(model)
+    y = answer(model)
+    monkeypatch.setattr(buffers, "hold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hf_lora.activate(model, "default")
+    monkeypatch.undo()
+    assert moved(model) == {"inner.largest"}
+    assert torch.equal(answer(model), y)
+    with hf_lora.no_adapter(model):
+        assert torch.equal(answer(model), answer(around(lambda: Ranged(6, 6))))
