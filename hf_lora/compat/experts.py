@@ -1,10 +1,13 @@
 """How transformers' layers of experts say what they are like: ``integrations/moe.py`` of 5.24.
 
+Llama 4's are a class that says nothing (``models/llama4``); what it would say stands here.
+
 Its decorator ``use_experts_implementation`` gives such a class a forward that leads to one of
 several ways to compute, which go by attributes that it puts on each instance. Without them nobody
 could tell which of a parameter's axes is the input, or where gates are.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,9 +36,31 @@ class Declared(NamedTuple):
     has_gate: bool
     has_norm: bool
 
+    takes_every: bool = False
+    """Whether it is given the same number of rows for each expert, in order, and nothing else."""
+
+    peft_swaps: bool = False
+    """Whether PEFT takes (E, in, out) for (E, out, in), since the class says nothing, so that its
+    A is as wide as the output, and its B as the input."""
+
+
+_LLAMA4 = "transformers.models.llama4.modeling_llama4", "Llama4TextExperts"
+_OF_LLAMA4 = Declared(
+    "gate_up_proj",
+    "down_proj",
+    transposed=True,
+    has_bias=False,
+    has_gate=True,
+    has_norm=False,
+    takes_every=True,
+    peft_swaps=True,
+)
+
 
 def declared(module: nn.Module) -> Declared | None:
     """Return what a layer of experts says of itself; None if a module is none, or says nothing."""
+    if any((kind.__module__, kind.__name__) == _LLAMA4 for kind in type(module).__mro__):
+        return _OF_LLAMA4
     said = [vars(module).get(name) for name in _SAID]
     if not all(isinstance(each, bool) for each in said) or not hasattr(module, "_apply_gate"):
         return None
@@ -49,17 +74,25 @@ def is_expert_parallel(module: nn.Module) -> bool:
     return bool(vars(module).get("_is_expert_parallel", False))
 
 
-def activation(module: Any, has_gate: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def activation(module: Any, said: Declared) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what is done between the two products."""
-    return module._apply_gate if has_gate else module.act_fn
+    if said.takes_every:
+        return functools.partial(_gate_first, module.act_fn)
+    return module._apply_gate if said.has_gate else module.act_fn
 
 
-def forward_below(host: type[nn.Module]) -> Callable[..., Any] | None:
+def _gate_first(act: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    gate, up = rows.chunk(2, dim=-1)
+    return up * act(gate)
+
+
+def forward_below(host: type[nn.Module], said: Declared) -> Callable[..., Any] | None:
     """Return the forward that a class itself has, under the one that the decorator gave it.
 
     None if its arguments are others than those of all ways to compute.
     """
-    own = getattr(host.forward, "__wrapped__", None)
-    if own is None or len(inspect.signature(own).parameters) != _ARGUMENTS + 1:
+    own = host.forward if said.takes_every else getattr(host.forward, "__wrapped__", None)
+    wanted = 1 if said.takes_every else _ARGUMENTS
+    if own is None or len(inspect.signature(own).parameters) != wanted + 1:
         return None
     return own

@@ -112,7 +112,8 @@ def experts(
         down: Those of the second's.
     """
     tensors = [tensor for each in (*up, *down) for tensor in (each.a, each.b)]
-    frame = _Frame(routed, stacks, len(up), tuple((each.r, each.s) for each in (*up, *down)))
+    numbers = tuple(each[2:] for each in (*up, *down))
+    frame = _Frame(routed, stacks, len(up), numbers)
     biases = (stacks.up_bias, stacks.down_bias)
     return _Experts.apply(frame, x_NI, weights_NK, stacks.up, stacks.down, *biases, *tensors)
 
@@ -123,12 +124,12 @@ class _Frame(NamedTuple):
     ups: int
     """How many updates the first product has."""
 
-    numbers: tuple[tuple[int, float], ...]
-    """r and s of each update."""
+    numbers: tuple[tuple[int, float, bool], ...]
+    """r and s of each update, and whether its factors are swapped."""
 
     def factors(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Factors], list[Factors]]:
         pairs = zip(tensors[::2], tensors[1::2], self.numbers, strict=True)
-        found = [Factors(a, b, r, s) for a, b, (r, s) in pairs]
+        found = [Factors(a, b, *rest) for a, b, rest in pairs]
         return found[: self.ups], found[self.ups :]
 
 

@@ -101,11 +101,15 @@ def grouped_outer(x_SI: torch.Tensor, y_SO: torch.Tensor, routed: Routed) -> tor
 
 def _has_kernel(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Say whether PyTorch's grouped kernel takes these."""
-    if left.device.type != "cuda" or left.dtype != torch.bfloat16 or right.dtype != left.dtype:
+    if left.dtype != torch.bfloat16 or right.dtype != left.dtype:
         return False
-    if torch.cuda.get_device_capability(left.device) < (8, 0) or not hasattr(F, "grouped_mm"):
+    return _kernel_runs_on(left.device) and all(map(_is_aligned, (left, right)))
+
+
+def _kernel_runs_on(device: torch.device) -> bool:
+    if device.type != "cuda" or not hasattr(F, "grouped_mm"):
         return False
-    return all(map(_is_aligned, (left, right)))
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -127,6 +131,17 @@ class Factors(NamedTuple):
     s: float
     """What the product is multiplied by."""
 
+    swapped: bool = False
+    """Whether A is as wide as the output and B as the input, as PEFT has it for some classes."""
+
+    def reading(self) -> torch.Tensor:
+        """Return what rows are multiplied with first, (E, R, I), a view."""
+        return stack_b(self.b, self.r) if self.swapped else stack_a(self.a, self.r)
+
+    def giving(self) -> torch.Tensor:
+        """Return what that is multiplied with, (E, R, O), a view."""
+        return stack_a(self.a, self.r) if self.swapped else stack_b(self.b, self.r)
+
 
 def stack_a(a: torch.Tensor, r: int) -> torch.Tensor:
     """Return A as (E, R, I), a view."""
@@ -140,12 +155,12 @@ def stack_b(b: torch.Tensor, r: int) -> torch.Tensor:
 
 def stacked(updates: Sequence[Factors], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors of the sum of several updates: A (E, R, I) and s·B (E, R, O)."""
-    a_ERI = torch.cat([stack_a(each.a, each.r).to(dtype) for each in updates], 1)
-    b_ERO = torch.cat([(stack_b(each.b, each.r) * each.s).to(dtype) for each in updates], 1)
+    a_ERI = torch.cat([each.reading().to(dtype) for each in updates], 1)
+    b_ERO = torch.cat([(each.giving() * each.s).to(dtype) for each in updates], 1)
     missing = -a_ERI.shape[1] % _RANKS
-    if missing and a_ERI.is_cuda:
+    if missing and _kernel_runs_on(a_ERI.device):
         a_ERI, b_ERO = (F.pad(each, (0, 0, 0, missing)) for each in (a_ERI, b_ERO))
-    return a_ERI, b_ERO.contiguous()
+    return a_ERI.contiguous(), b_ERO.contiguous()
 
 
 def apart(
@@ -155,15 +170,19 @@ def apart(
     found, at = [], 0
     for each in updates:
         da, db = da_ERI[:, at : at + each.r], db_ERO[:, at : at + each.r]
-        found.append(da.reshape(each.a.shape).to(each.a.dtype))
         db = db.to(torch.promote_types(db.dtype, each.b.dtype)) * each.s
+        da, db = (db, da) if each.swapped else (da, db)
+        found.append(da.reshape(each.a.shape).to(each.a.dtype))
         found.append(db.permute(2, 1, 0).reshape(each.b.shape).to(each.b.dtype))
         at += each.r
     return found
 
 
 def delta_stack(update: Factors) -> torch.Tensor:
-    """Return ``s · B A`` of every expert, (E, O, I), in float32 (float64 for float64 factors)."""
+    """Return ``s · B A`` of every expert, in float32 (float64 for float64 factors).
+
+    (E, O, I); (E, I, O) if the factors are swapped.
+    """
     wide = torch.promote_types(update.a.dtype, torch.float32)
     a_ERI = stack_a(update.a.detach(), update.r).to(wide)
     b_ERO = stack_b(update.b.detach(), update.r).to(wide)

@@ -112,7 +112,7 @@ class LoRAExperts(Factored):
         assert said is not None
         if is_expert_parallel(host):
             return f"the experts of this {name} are spread over several processes"
-        if forward_below(kind) is None:
+        if forward_below(kind, said) is None:
             return f"the forward of {name} has other arguments than those of stacked experts"
         for part in (said.up, said.down):
             stack = parameter_of(host, part)
@@ -140,8 +140,9 @@ class LoRAExperts(Factored):
     def lora_gradient_fault(cls, host: nn.Module, *, certain: bool = False) -> str | None:
         """Compare a class's own forward with what it declares, on a few rows; or None."""
         kind: Any = host.lora_host if isinstance(host, Patched) else type(host)
-        said, own = declared(host), forward_below(kind)
+        said = declared(host)
         assert said is not None
+        own = forward_below(kind, said)
         stack = parameter_of(host, said.up)
         if certain or own is None or stack is None or stack.is_meta:
             return None
@@ -241,7 +242,8 @@ class LoRAExperts(Factored):
                 each = self._factors(name, factor).get(part)
                 if each is not None:
                     delta = delta_stack(each).to(total.device, total.dtype)
-                    total += delta.transpose(1, 2) if said.transposed else delta
+                    turned = said.transposed and not said.peft_swaps
+                    total += delta.transpose(1, 2) if turned else delta
                     some = True
             if some:
                 found[part] = in_place_of(stack, total.to(stack.dtype))
@@ -264,9 +266,11 @@ class LoRAExperts(Factored):
         if config is None:
             return {}
         s = scaling(config.r, config.alpha, config.rslora) * factor
-        pairs = _pairs(self.lora_tensors(name))
+        said, pairs = declared(self), _pairs(self.lora_tensors(name))
+        swapped = said is not None and said.peft_swaps
         return {
-            part: Factors(to_local(a), to_local(b), config.r, s) for part, (a, b) in pairs.items()
+            part: Factors(to_local(a), to_local(b), config.r, s, swapped)
+            for part, (a, b) in pairs.items()
         }
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -300,14 +304,14 @@ def _run(
     plain: bool = False,
 ) -> torch.Tensor:
     """Compute a layer of experts as it declares itself, with updates of its parameters."""
-    x_NI, experts_NK, weights_NK = inputs
     up, down = (getattr(host, name) for name in (said.up, said.down))
+    x_NI, experts_NK, weights_NK = _each_in_turn(inputs[0], len(up)) if said.takes_every else inputs
     stacks = Stacks(
         up if said.transposed else up.transpose(1, 2),
         down if said.transposed else down.transpose(1, 2),
         getattr(host, f"{said.up}_bias") if said.has_bias else None,
         getattr(host, f"{said.down}_bias") if said.has_bias else None,
-        activation(host, said.has_gate),
+        activation(host, said),
         host.post_expert_norm if said.has_norm else None,
     )
     routed = Routed(experts_NK, len(up))
@@ -320,6 +324,15 @@ def _run(
         return experts_plain(x_NI, weights_NK, routed, stacks, *each)
     factors = [[factors for factors, _ in part] for part in parts]
     return experts(x_NI, weights_NK, routed, stacks, *factors)
+
+
+def _each_in_turn(
+    x_NI: torch.Tensor, number: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what others are given, for experts of which each has as many rows, in order."""
+    turns = torch.arange(number, device=x_NI.device)
+    chosen = turns.repeat_interleave(len(x_NI) // number)[:, None]
+    return x_NI, chosen, torch.ones_like(chosen, dtype=x_NI.dtype)
 
 
 def _is_stack(tensor: torch.Tensor) -> bool:
@@ -337,13 +350,18 @@ def _sizes(host: nn.Module, part: str) -> tuple[int, int, int]:
     assert stack is not None
     assert said is not None
     number, one, other = stack.shape
-    return (number, one, other) if said.transposed else (number, other, one)
+    # as A and B are made; PEFT goes by what a class says
+    turned = said.transposed and not said.peft_swaps
+    return (number, one, other) if turned else (number, other, one)
 
 
 def _trial_rows(host: nn.Module, stack: torch.Tensor, said: Declared) -> tuple[torch.Tensor, ...]:
     """Return a few rows, two experts for each, and what these count."""
-    number, wide, _ = _sizes(host, said.up)
+    number, wide = len(stack), stack.shape[1 if said.transposed else 2]
     drawn = torch.Generator().manual_seed(0)
+    if said.takes_every:
+        rows = torch.randn(2 * number, wide, generator=drawn)
+        return (rows.to(stack.device, stack.dtype),)
     rows = torch.randn(_ROWS, wide, generator=drawn).to(stack.device, stack.dtype)
     first = torch.arange(_ROWS, device=stack.device) % number
     chosen = torch.stack([first, (first + 1) % number], 1)
@@ -353,8 +371,9 @@ def _trial_rows(host: nn.Module, stack: torch.Tensor, said: Declared) -> tuple[t
 
 def _activation_fault(host: nn.Module, said: Declared, stack: torch.Tensor) -> str | None:
     """Return whether the activation changes its input, of which it is made again; or None."""
-    act: Callable[[torch.Tensor], torch.Tensor] = activation(host, said.has_gate)
-    rows = torch.linspace(-9, 9, 2 * _sizes(host, said.up)[2]).to(stack.device, stack.dtype)
+    act: Callable[[torch.Tensor], torch.Tensor] = activation(host, said)
+    wide = stack.shape[2 if said.transposed else 1]
+    rows = torch.linspace(-9, 9, 2 * wide).to(stack.device, stack.dtype)
     rows = rows.view(2, -1)
     before = rows.clone()
     act(rows)

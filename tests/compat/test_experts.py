@@ -3,8 +3,9 @@
 import inspect
 
 import torch
-from transformers import Qwen3MoeConfig
+from transformers import Llama4TextConfig, Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from hf_lora.compat.experts import (
@@ -52,9 +53,21 @@ def test_the_gate_is_a_method_and_the_own_forward_is_below():
     rows = torch.linspace(-2, 2, 16).view(2, 8)
     gate, up = rows.chunk(2, -1)
     want = torch.nn.functional.silu(gate) * up
-    assert torch.equal(activation(experts(), has_gate=True)(rows), want)
-    own = forward_below(Qwen3MoeExperts)
+    said = declared(experts())
+    assert said is not None
+    assert torch.equal(activation(experts(), said)(rows), want)
+    own = forward_below(Qwen3MoeExperts, said)
     assert own is not None
     assert own is not Qwen3MoeExperts.forward
     assert "expert_hit" in own.__code__.co_varnames
-    assert forward_below(torch.nn.Linear) is None
+    assert forward_below(torch.nn.Linear, said) is None
+
+
+def test_llama_4_says_nothing_and_stands_in_the_table():
+    config = Llama4TextConfig(hidden_size=8, intermediate_size=4, num_local_experts=3)
+    layer = Llama4TextExperts(config)
+    assert "is_transposed" not in vars(layer)
+    said = declared(layer)
+    assert said is not None
+    assert said.takes_every
+    assert forward_below(Llama4TextExperts, said) is Llama4TextExperts.forward

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_lora.functional import grouped
 from hf_lora.functional.experts import Stacks, Update, experts, experts_plain
 from hf_lora.functional.grouped import (
     Factors,
@@ -182,6 +183,37 @@ def test_grouped_products_are_those_of_each_experts_rows():
     assert not outer[-1].any()
     counts = it.weights.detach().reshape(-1)[routed.order]
     assert torch.equal(routed.unsorted(counts), it.weights)
+
+
+def test_the_grouped_kernel_gives_what_the_loop_gives(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU it computes instead of the loop; PyTorch has it for CPUs as well."""
+    it = case(bias=False, dtype=torch.bfloat16)
+    drawn = torch.Generator().manual_seed(1)
+
+    def wide(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=drawn) / 4).bfloat16().requires_grad_()
+
+    it = it._replace(
+        x=wide(N, 16),
+        stacks=Stacks(wide(E, 16, 16).detach(), wide(E, 8, 16).detach(), None, None, gate),
+        up=[Factors(wide(E * 3, 16), wide(16, 3 * E), 3, 0.5)],
+        down=[Factors(wide(E * 3, 8), wide(16, 3 * E), 3, 0.5)],
+    )
+    loop = with_gradients(it, ours(it))
+    calls = []
+    kernel = F.grouped_mm
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(grouped, "_kernel_runs_on", lambda device: True)
+    monkeypatch.setattr(F, "grouped_mm", counted)
+    found = with_gradients(it, ours(it))
+    # the forward's, the base's backward, the factors', and the rows of A that are made again
+    assert len(calls) == 6 + 2 + 8 + 1
+    for one, other in zip(found, loop, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
 
 
 def test_the_dense_update_and_its_norm_are_those_of_the_factors():
