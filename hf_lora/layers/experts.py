@@ -151,7 +151,9 @@ class LoRAExperts(Factored):
             wanted, given = own(host, *rows), _run(host, said, rows, {})
         except Exception as error:
             return f"it cannot be computed with as it declares itself ({error})"
-        wide = torch.finfo(stack.dtype).eps ** 0.5 * wanted.abs().max()
+        # some compute in float32 whatever they are given
+        unit = max(torch.finfo(dtype).eps for dtype in (stack.dtype, torch.float32))
+        wide = unit**0.5 * wanted.abs().max()
         if not bool(((wanted - given).abs() <= wide).all()):
             return "its own forward gives something else than the layout that it declares"
         return _activation_fault(host, said, stack)

@@ -16,6 +16,7 @@ from tests.layers.expert_models import (
     PARTS,
     TOKENS,
     built,
+    gpt_oss,
     mixtral,
     qwen3_moe,
     some,
@@ -94,3 +95,23 @@ def test_a_file_for_other_experts_is_refused(tmp_path: Path):
     hf_lora.save(wrapped(qwen3_moe), tmp_path)
     with pytest.raises(AdapterMismatchError, match="which is 4 experts of in, out"):
         hf_lora.load(built(mixtral), tmp_path)
+
+
+def test_a_base_with_other_experts_is_found_out(tmp_path: Path):
+    hf_lora.save(wrapped(qwen3_moe), tmp_path)
+    base = built(qwen3_moe)
+    with torch.no_grad():
+        base.model.layers[1].mlp.experts.down_proj.normal_()
+    with pytest.raises(hf_lora.BaseMismatchError, match=r"layers\.1\.mlp\.experts\.down_proj"):
+        hf_lora.load(base, tmp_path)
+
+
+def test_two_files_are_loaded_side_by_side(tmp_path: Path):
+    one, two = wrapped(gpt_oss, targets=PARTS[1:]), wrapped(gpt_oss, r=2)
+    for name, model in (("one", one), ("two", two)):
+        hf_lora.save(model, tmp_path / name)
+    both = hf_lora.load(built(gpt_oss), tmp_path / "one", adapter="one")
+    hf_lora.load(both, tmp_path / "two", adapter="two")
+    for name, model in (("one", one), ("two", two)):
+        hf_lora.activate(both, name)
+        assert torch.equal(both(TOKENS).logits, model(TOKENS).logits)
