@@ -24,11 +24,16 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
     Never read from the weight, which may be packed, quantized or one rank's share.
     """
+    declared = vars(module)
+    if type(module) is nn.Linear and _SIZES[0] in declared and _SIZES[1] in declared:
+        return int(module.in_features), int(module.out_features)
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     # its own, not what a wrapper (checkpointing's, say) forwards from the layer inside it
     compiled = isinstance(module, torch.jit.ScriptModule)  # keeps its attributes elsewhere
-    own = [n for n in _SIZES if compiled or n in vars(module) or hasattr(type(module), n)]
+    own = [n for n in _SIZES if compiled or n in declared or hasattr(type(module), n)]
+    if not own:
+        return None
     sizes = [getattr(module, name, None) for name in own]
     if not callable(getattr(module, "forward", None)):
         return None

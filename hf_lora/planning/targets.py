@@ -175,6 +175,7 @@ class Tree:
         self.stacks = list(stacks(self.modules))
         self.parts = Parts(self.modules, self.names)
         self._meant: dict[str, list[str]] = {}
+        self._reasons: dict[str, str | None] = {}
         self._fits: bool | None = None
         self._trials: dict[tuple, str | None] = {}
 
@@ -193,7 +194,9 @@ class Tree:
 
     def reason(self, path: str) -> str | None:
         """Return why the module at ``path`` cannot be adapted, or None."""
-        return self.unheard.get(path) or host_fault(self.modules[path])
+        if path not in self._reasons:
+            self._reasons[path] = self.unheard.get(path) or host_fault(self.modules[path])
+        return self._reasons[path]
 
     def missed_stacks(self, config: LoRAConfig, settled: Collection[str]) -> list[Stack]:
         """Return the stacked parameters that the targets mean, outside of what is settled."""
