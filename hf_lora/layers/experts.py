@@ -5,6 +5,7 @@ parameter. Never is there an update of the size of the stack, except in a merge.
 Legend: E experts, I input and O output features, R rank.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -292,7 +293,11 @@ class LoRAExperts(Factored):
             dropout = self.lora_slots[name].dropout if self.training else 0.0
             for part, factors in self._factors(name, factor).items():
                 found.setdefault(part, []).append((factors, dropout))
-        return _run(self, said, (*args, *kwargs.values()), found, self.lora_routing.plain)
+        if kwargs:  # in whatever order they were named
+            args = tuple(
+                inspect.signature(super().forward).bind(*args, **kwargs).arguments.values()
+            )
+        return _run(self, said, args, found, self.lora_routing.plain)
 
 
 LoRAExperts.lora_mixin = LoRAExperts

@@ -314,3 +314,12 @@ def test_sixteen_bit_bases_have_wide_factors(dtype: torch.dtype):
     want, _ = dense_twin(wrapped(qwen3_moe), qwen3_moe)
     assert loss.item() == pytest.approx(want.item(), rel=0.02)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in factors)
+
+
+def test_arguments_may_be_named_in_any_order():
+    layer = next(iter(layers_of(wrapped(qwen3_moe)).values()))
+    rows, experts = torch.randn(6, 32), torch.arange(12).view(6, 2) % 5
+    weights = torch.rand(6, 2)
+    expected = layer(rows, experts, weights)
+    named = layer(top_k_weights=weights, top_k_index=experts, hidden_states=rows)
+    assert torch.equal(named, expected)
