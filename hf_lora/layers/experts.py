@@ -185,7 +185,11 @@ class LoRAExperts(Factored):
 
     def lora_held(self, adapter: str) -> tuple[str, ...]:
         """Return the names of all factors of an adapter."""
-        parts = self.lora_slots[adapter].parts or self.lora_parts(self)
+        return self.lora_names_of(adapter, self.lora_slots[adapter])
+
+    def lora_names_of(self, adapter: str, config: LayerConfig) -> tuple[str, ...]:
+        """Return the names that an adapter of these numbers has its factors under."""
+        parts = config.parts or self.lora_parts(self)
         return tuple(parameter_name(role, adapter) for part in parts for role in part_roles(part))
 
     def lora_factors(self, adapter: str) -> tuple[nn.Parameter, ...]:

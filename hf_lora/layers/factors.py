@@ -41,6 +41,10 @@ class Factored(Adaptable):
         """Fill all factors that an adapter of these numbers has here, as it starts."""
         self.lora_init(factors, method)
 
+    def lora_names_of(self, adapter: str, config: LayerConfig) -> tuple[str, ...]:
+        """Return the names that an adapter of these numbers has its factors under."""
+        return self.lora_held(adapter)
+
     def lora_held(self, adapter: str) -> tuple[str, ...]:
         """Return the names of an adapter's factors on this module."""
         return tuple(parameter_name(role, adapter) for role in self.lora_layout.roles)
@@ -59,12 +63,12 @@ class Factored(Adaptable):
         factors = [nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes]
         if init is not None:
             self.lora_start(factors, config, init)
-        self.lora_slots[adapter] = config
-        for held, factor in zip(self.lora_held(adapter), factors, strict=True):
+        for held, factor in zip(self.lora_names_of(adapter, config), factors, strict=True):
             mark_filled(factor)
             self.register_parameter(held, factor)
             # accelerate's init_empty_weights has put another there, without values
             self._parameters[held] = factor
+        self.lora_slots[adapter] = config
         self.lora_routing.starts[adapter] = init or "kaiming"
         self.lora_routing.names.add(adapter)
 
