@@ -188,7 +188,7 @@ def is_running(pid: int) -> bool:
         return False
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or since
         return not Path("/proc/self").is_dir()
     return stat.rpartition(")")[2].split()[0] != "Z"
 
