@@ -13,7 +13,7 @@ from hf_lora.errors import AdapterFileError
 from hf_lora.files.read import is_adapter_folder, read_folder
 from hf_lora.integrations import model_methods
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
+from hf_lora.integrations.in_front import Original, patch_class
 from hf_lora.layers.names import DEFAULT
 from hf_lora.model.transaction import Transaction
 
@@ -26,11 +26,8 @@ def install() -> None:
 
 
 def _patch(module: Any) -> None:
-    owner = getattr(module, _CLASS, None)
-    if missing_parts(owner, (_METHOD,)):
-        warn_of_missing(f"{_MODULE}.{_CLASS}", [_METHOD], "it cannot open the folder of an adapter")
-    else:
-        put_in_front(owner, _METHOD, _from_pretrained)
+    ours = {_METHOD: _from_pretrained}
+    patch_class(module, _CLASS, ours, "it cannot open the folder of an adapter")
 
 
 def _from_pretrained(original: Original, cls: type, source: Any = None, **kwargs: Any) -> Any:

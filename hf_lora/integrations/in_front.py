@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hf_lora.errors import HfLoRAWarning
@@ -32,6 +32,26 @@ def put_in_front(owner: Any, name: str, ours: Callable[..., Any]) -> None:
         setattr(owner, name, classmethod(method))
     else:
         setattr(owner, name, _in_front_of_method(original, ours))
+
+
+def patch_class(
+    module: Any, class_name: str, methods: Mapping[str, Callable[..., Any]], consequence: str | None
+) -> None:
+    """Put functions in front of a class's methods; what this version does not have is left out.
+
+    Args:
+        module: Where the class is.
+        class_name: Its name.
+        methods: Name of each method to what comes in front of it: see :func:`put_in_front`.
+        consequence: What to warn of where one is missing; None not to.
+    """
+    owner = getattr(module, class_name, None)
+    missing = missing_parts(owner, tuple(methods))
+    if missing and consequence is not None:
+        warn_of_missing(f"{module.__name__}.{class_name}", missing, consequence)
+    for name, ours in methods.items():
+        if name not in missing:
+            put_in_front(owner, name, ours)
 
 
 def take_off(owner: Any, name: str) -> None:

@@ -14,7 +14,7 @@ from hf_lora.errors import HubError
 from hf_lora.files.other_kind import adapter_in
 from hf_lora.hub.errors import file_names, writing
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
+from hf_lora.integrations.in_front import Original, patch_class
 from hf_lora.integrations.save_merged import SaveMerged
 
 _MODULE, _CLASS, _METHOD = "transformers.utils.hub", "PushToHubMixin", "_upload_modified_files"
@@ -26,11 +26,7 @@ def install() -> None:
 
 
 def _patch(module: Any) -> None:
-    cls = getattr(module, _CLASS, None)
-    if missing_parts(cls, (_METHOD,)):
-        warn_of_missing(f"{_MODULE}.{_CLASS}", [_METHOD], "pushing merged models is unguarded")
-    else:
-        put_in_front(cls, _METHOD, _upload)
+    patch_class(module, _CLASS, {_METHOD: _upload}, "pushing merged models is unguarded")
 
 
 def _upload(

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_lora.adapter_io.owner import owner
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
+from hf_lora.integrations.in_front import Original, patch_class
 
 _MODULE, _CLASS, _METHOD = "accelerate.accelerator", "Accelerator", "prepare"
 
@@ -23,12 +23,8 @@ def install() -> None:
 
 
 def _patch(module: Any) -> None:
-    cls = getattr(module, _CLASS, None)
-    if missing_parts(cls, (_METHOD,)):
-        words = "tied weights that an adapter trains may be sharded apart"
-        warn_of_missing(f"{_MODULE}.{_CLASS}", [_METHOD], words)
-    else:
-        put_in_front(cls, _METHOD, _prepare)
+    words = "tied weights that an adapter trains may be sharded apart"
+    patch_class(module, _CLASS, {_METHOD: _prepare}, words)
 
 
 def _prepare(original: Original, accelerator: Any, *args: Any, **kwargs: Any) -> Any:

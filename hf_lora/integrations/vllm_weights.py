@@ -10,7 +10,7 @@ import torch
 
 from hf_lora.errors import StateError
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
+from hf_lora.integrations.in_front import Original, patch_class
 from hf_lora.layers.kind import Patched
 from hf_lora.merging.hand_over import merged_tensors
 
@@ -32,11 +32,7 @@ def install() -> None:
 
 def _patch(module: Any) -> None:
     name, method = _SENDERS[module.__name__]
-    owner = getattr(module, name, None)
-    if missing_parts(owner, (method,)):
-        warn_of_missing(f"{module.__name__}.{name}", [method], "vLLM gets names it does not know")
-    else:
-        put_in_front(owner, method, _OURS[name])
+    patch_class(module, name, {method: _OURS[name]}, "vLLM gets names it does not know")
 
 
 def _iterate(original: Original, generation: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_lora.adapter_io.owner import check_saves_as_one, owner
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.integrations.in_front import Original, missing_parts, put_in_front, warn_of_missing
+from hf_lora.integrations.in_front import Original, patch_class
 from hf_lora.integrations.save_pretrained import save_pretrained
 
 _SAVERS = {
@@ -27,12 +27,8 @@ def install() -> None:
 
 
 def _patch(module: Any) -> None:
-    name = f"{module.__name__}.{_SAVERS[module.__name__]}"
-    cls = getattr(module, _SAVERS[module.__name__], None)
-    if missing_parts(cls, (_METHOD,)):
-        warn_of_missing(name, [_METHOD], "saving a model of which a part is wrapped is unguarded")
-    else:
-        put_in_front(cls, _METHOD, _save)
+    words = "saving a model of which a part is wrapped is unguarded"
+    patch_class(module, _SAVERS[module.__name__], {_METHOD: _save}, words)
 
 
 def _save(original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_lora.integrations.import_hooks import cancel, when_imported
-from hf_lora.integrations.in_front import missing_parts, put_in_front, take_off, warn_of_missing
+from hf_lora.integrations.in_front import patch_class, take_off
 from hf_lora.integrations.trainer import fsdp as trainer_fsdp
 from hf_lora.integrations.trainer import hooks as trainer
 from hf_lora.integrations.trainer import resume as trainer_resume
@@ -80,14 +80,5 @@ def enable() -> None:
 
 def _patch(module: Any) -> None:
     class_name, methods = _METHODS[module.__name__]
-    owner = getattr(module, class_name, None)
-    missing = missing_parts(owner, tuple(methods))
-    if missing and module.__name__ not in _OPTIONAL:
-        warn_of_missing(
-            f"{module.__name__}.{class_name}",
-            missing,
-            "resuming or loading the best model may fail",
-        )
-    for name, ours in methods.items():
-        if name not in missing:
-            put_in_front(owner, name, ours)
+    words = None if module.__name__ in _OPTIONAL else "resuming or loading the best model may fail"
+    patch_class(module, class_name, methods, words)
