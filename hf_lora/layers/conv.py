@@ -20,6 +20,7 @@ from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Patched
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
+from hf_lora.layers.probe import host_class
 from hf_lora.layers.roles import Layout, Shapes
 from hf_lora.layers.tensor_parallel import to_local
 
@@ -74,7 +75,7 @@ class LoRAConv(Factored):
         name = type(host).__name__
         if isinstance(host, _ConvTransposeNd):
             return f"{name} is a transposed convolution, for which there is no low-rank update"
-        kind = host.lora_host if isinstance(host, Patched) else type(host)
+        kind = host_class(host)
         if kind.forward not in _FORWARDS:
             return f"{name} has a forward of its own, which may do something else than convolve"
         if not isinstance(host, Patched) and not has_float_weight(host):

@@ -43,7 +43,7 @@ class Call:
             lazy.
     """
 
-    __slots__ = ("_args", "_kwargs", "_updates", "_y", "alone", "layer", "ordinary", "x")
+    __slots__ = ("_args", "_fuses", "_kwargs", "_updates", "_y", "alone", "layer", "ordinary", "x")
 
     def __init__(self, layer: "LoRALayer", args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.layer = layer
@@ -52,6 +52,7 @@ class Call:
         self.ordinary = not layer.lora_routing.plain and _is_ordinary(self.x)
         self._args, self._kwargs = args, kwargs
         self._updates: list[Update] | None = None
+        self._fuses: bool | None = None
         self._y = _NOT_YET
 
     def updates(self) -> list[Update]:
@@ -68,9 +69,10 @@ class Call:
 
     def fuses(self) -> bool:
         """Say whether base and updates may be one function, as far as the call decides it."""
-        return self.ordinary and not draws_apart(
-            self.layer, (update.dropout for update in self.updates())
-        )
+        if self._fuses is None:
+            dropouts = (update.dropout for update in self.updates())
+            self._fuses = self.ordinary and not draws_apart(self.layer, dropouts)
+        return self._fuses
 
 
 class Way(NamedTuple):

@@ -17,6 +17,7 @@ from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Patched
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.probe import host_class
 from hf_lora.layers.roles import Layout, Shapes
 from hf_lora.layers.tensor_parallel import to_local
 
@@ -91,7 +92,7 @@ class LoRAEmbedding(Factored):
             return f"this {name} renormalizes its rows in place (max_norm), which moves the base"
         if host.sparse:
             return f"the gradients of this {name} are sparse, which a low-rank update's are not"
-        kind: Any = host.lora_host if isinstance(host, Patched) else type(host)
+        kind: Any = host_class(host)
         if kind.forward is not nn.Embedding.forward and not _scales(kind, host):
             return f"{name} has a forward of its own, which may do more than look rows up"
         if not isinstance(host, Patched) and not has_float_weight(host):

@@ -25,13 +25,13 @@ from hf_lora.functional.grouped import (
     stack_norm,
 )
 from hf_lora.functional.init import init_low_rank
-from hf_lora.functional.low_rank import scaling
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.kind import Patched, parameter_of
+from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import parameter_name
+from hf_lora.layers.probe import host_class
 from hf_lora.layers.replaced import Replaced, Tensors, in_place_of
 from hf_lora.layers.roles import FACTOR_A, FACTOR_B, Layout, Role, Shapes
 from hf_lora.layers.tensor_parallel import to_local
@@ -108,7 +108,7 @@ class LoRAExperts(Factored):
     def lora_fault(cls, host: nn.Module) -> str | None:
         """Return why experts cannot be adapted, or None."""
         said = declared(host)
-        kind = host.lora_host if isinstance(host, Patched) else type(host)
+        kind = host_class(host)
         name = kind.__name__
         assert said is not None
         if is_expert_parallel(host):
@@ -132,7 +132,7 @@ class LoRAExperts(Factored):
     @classmethod
     def lora_probe_key(cls, host: nn.Module) -> tuple:
         """Return what is common to layers of experts of which one is tried."""
-        kind = host.lora_host if isinstance(host, Patched) else type(host)
+        kind = host_class(host)
         sizes = [_sizes(host, part) for part in cls.lora_parts(host)]
         return kind, declared(host), *sizes
 
@@ -140,7 +140,7 @@ class LoRAExperts(Factored):
     @torch.no_grad()
     def lora_gradient_fault(cls, host: nn.Module, *, certain: bool = False) -> str | None:
         """Compare a class's own forward with what it declares, on a few rows; or None."""
-        kind: Any = host.lora_host if isinstance(host, Patched) else type(host)
+        kind = host_class(host)
         said = declared(host)
         assert said is not None
         own = forward_below(kind, said)
@@ -272,7 +272,7 @@ class LoRAExperts(Factored):
         config = self.lora_slots.get(name)
         if config is None:
             return {}
-        s = scaling(config.r, config.alpha, config.rslora) * factor
+        s = config.scaling * factor
         said, pairs = declared(self), _pairs(self.lora_tensors(name))
         swapped = said is not None and said.peft_swaps
         return {

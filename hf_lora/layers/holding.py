@@ -18,7 +18,7 @@ from hf_lora.layers.instance_forward import rebind_forwards
 from hf_lora.layers.kind import patched_class
 from hf_lora.layers.names import HELD, copy_kind, parameter_name
 from hf_lora.layers.routing import Routing
-from hf_lora.layers.trained import mixture
+from hf_lora.layers.trained import mixture, stored
 
 _ROUTING = "lora_buffers_routing"
 _NAMES = "lora_buffers_names"
@@ -146,7 +146,7 @@ def _reader(below: type[nn.Module], name: str) -> property:
 
     def read(self: nn.Module) -> torch.Tensor:
         # of a module that another adapter trains in full it is that one's property
-        base = under.fget(self) if isinstance(under, property) else _own(self, name)  # type: ignore[misc]
+        base = under.fget(self) if isinstance(under, property) else stored(self, name)  # type: ignore[misc]
         if HELD not in self.__dict__:
             return base
         copies = shares_of(self, name, self.__dict__[_ROUTING].now().live)
@@ -157,11 +157,6 @@ def _reader(below: type[nn.Module], name: str) -> property:
         self.__dict__[name] = value
 
     return property(read, write)
-
-
-def _own(module: nn.Module, name: str) -> torch.Tensor:
-    tensor = module._buffers.get(name)
-    return module.__dict__[name] if tensor is None else tensor
 
 
 def _steps(cls: type) -> tuple[Any, ...]:

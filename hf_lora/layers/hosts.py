@@ -25,6 +25,7 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     Never read from the weight, which may be packed, quantized or one rank's share.
     """
     declared = vars(module)
+    # most are asked of often, and need none of what follows
     if type(module) is nn.Linear and _SIZES[0] in declared and _SIZES[1] in declared:
         return int(module.in_features), int(module.out_features)
     if isinstance(module, Conv1D):

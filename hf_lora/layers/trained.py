@@ -71,7 +71,7 @@ class TrainedModule(Patched):
             Role(name, held, shape_of(tensor), name, self._group(name, tensor))
             for name, held in self.lora_copies[adapter].items()
             if name not in self.lora_tied.get(adapter, ())
-            for tensor in (_stored(self, held),)
+            for tensor in (stored(self, held),)
         )
 
     def _group(self, name: str, tensor: torch.Tensor) -> Group:
@@ -136,7 +136,7 @@ class TrainedModule(Patched):
         """Return the copies that a tensor is a mixture of, and the base's if that is in it."""
         copies = tuple((id(copy), factor) for copy, factor in self.lora_read(name, adapters))
         left = math.fsum(factor for _, factor in copies) != 1.0
-        return (*copies, id(_stored(self, name)) if left else None) if copies else None
+        return (*copies, id(stored(self, name)) if left else None) if copies else None
 
     def lora_add_copy(
         self, adapter: str, names: Iterable[str], dtype: torch.dtype | None = None
@@ -174,7 +174,7 @@ class TrainedModule(Patched):
     def lora_draw(self, names: set[str]) -> None:
         """Make copies that were lost not a number: what is not loaded next is seen at once."""
         for name in names:
-            tensor = _stored(self, name)
+            tensor = stored(self, name)
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
 
@@ -186,7 +186,7 @@ class TrainedModule(Patched):
 
     def lora_copy(self, adapter: str) -> dict[str, torch.Tensor]:
         """Return name to copy, for one adapter."""
-        return {name: _stored(self, added) for name, added in self.lora_copies[adapter].items()}
+        return {name: stored(self, added) for name, added in self.lora_copies[adapter].items()}
 
     def lora_shares(self, name: str, weights: Weights | None = None) -> Weights:
         """Return the adapters whose copies of a tensor count, and how much of each.
@@ -210,7 +210,7 @@ class TrainedModule(Patched):
     ) -> list[tuple[torch.Tensor, float]]:
         """Return the copies of :meth:`lora_shares`, each with its share."""
         shares = self.lora_shares(name, weights)
-        return [(_stored(self, self.lora_copies[a][name]), factor) for a, factor in shares]
+        return [(stored(self, self.lora_copies[a][name]), factor) for a, factor in shares]
 
     def lora_trains(self) -> bool:
         """Say whether what is read now is the copies of adapters that train."""
@@ -219,7 +219,7 @@ class TrainedModule(Patched):
 
     def _trains(self, adapter: str) -> bool:
         copies = self.lora_copies[adapter].items()
-        own = [_stored(self, at) for name, at in copies if name not in self._buffers]
+        own = [stored(self, at) for name, at in copies if name not in self._buffers]
         # without a scale and a shift it moves as the rest of its adapter trains
         trains = [tensor.requires_grad for tensor in own]
         return any(trains) if trains else adapter not in self.lora_routing.frozen
@@ -283,7 +283,7 @@ def parts_with_tensors(module: nn.Module, top: str) -> Iterator[tuple[str, nn.Mo
 def own_tensors(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the module's own tensors of these names, never an adapter's copy."""
     for name in names:
-        yield name, _stored(module, name)
+        yield name, stored(module, name)
 
 
 def mixture(original: torch.Tensor, copies: Sequence[tuple[torch.Tensor, float]]) -> torch.Tensor:
@@ -331,7 +331,11 @@ def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return copy
 
 
-def _stored(module: nn.Module, name: str) -> torch.Tensor:
+def stored(module: nn.Module, name: str) -> torch.Tensor:
+    """Return a tensor that stands on a module, never what the name may read as.
+
+    The replicas of ``nn.DataParallel`` keep theirs as plain attributes.
+    """
     tensor = parameter_of(module, name)
     if tensor is None:
         tensor = module._buffers.get(name)
@@ -345,8 +349,8 @@ def _reader(name: str) -> Any:
             return own  # type: ignore[return-value]
         copies = [(to_local(copy), factor) for copy, factor in self.lora_read(name)]
         if not copies:
-            return to_local(_stored(self, name))
-        original = to_local(_stored(self, name))
+            return to_local(stored(self, name))
+        original = to_local(stored(self, name))
         one = len(copies) == 1 and copies[0][1] == 1.0
         tensor = copies[0][0] if one else mixture(original, copies)
         # a module computes in the type that it has; casting its input would cost far more
