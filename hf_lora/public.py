@@ -24,7 +24,7 @@ from hf_lora.integrations.accelerate_state import register
 from hf_lora.integrations.base_view import base_view
 from hf_lora.integrations.merged import merge_and_unwrap
 from hf_lora.integrations.trainer.mixin import LoRATrainerMixin
-from hf_lora.layers.linear import LoRALinear
+from hf_lora.kinds.linear import LoRALinear
 from hf_lora.merging.in_memory import merge, unmerge
 from hf_lora.model.adapters import adapters, add_adapter, delete_adapter, freeze, unfreeze
 from hf_lora.model.choices import activate, active_adapters, no_adapter, use_adapter

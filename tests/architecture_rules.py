@@ -17,6 +17,7 @@ LAYERS = (
     ("compat",),
     ("functional",),
     ("layers",),
+    ("kinds",),
     ("planning", "files"),
     ("model",),
     ("adapter_io",),

@@ -21,7 +21,7 @@ from transformers.models.auto import auto_factory
 
 import hf_lora
 from hf_lora.errors import AdapterFileError, BaseMismatchError
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from tests.integrations import training
 
 X = torch.tensor([[3, 5, 7, 9]])

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 import hf_lora
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 
 ARMS = ("frozen", "peft", "peft16", "unfused", "hf_lora")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -25,11 +25,11 @@ from hf_lora.errors import (
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
+from hf_lora.kinds.table import kind_of
 from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Place
-from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.model.adapters import check_new_name, set_trainable
 from hf_lora.model.patch import attach, check_no_engine

@@ -31,10 +31,10 @@ from hf_lora.files.peft_targets import (
     says_no_target,
 )
 from hf_lora.files.read import AdapterFolder
+from hf_lora.kinds.lora import LOW_RANK
+from hf_lora.kinds.table import host_fault, kind_of
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.lora import LOW_RANK
 from hf_lora.layers.roles import Layout, Place, Ties
-from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.patch import check_present

@@ -14,7 +14,7 @@ from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.peft_format import WEIGHT_TYING
 from hf_lora.files.safe_json import is_number, parse_json
-from hf_lora.layers.experts import PARTS
+from hf_lora.kinds.experts import PARTS
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show, some
 from hf_lora.version import __version__

@@ -7,8 +7,8 @@ import re
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.data import LayerTensors
 from hf_lora.files.safetensors_io import TensorFile
+from hf_lora.kinds.table import layouts
 from hf_lora.layers.roles import Layout
-from hf_lora.layers.table import layouts
 from hf_lora.text import show
 
 PREFIX = "base_model.model."

@@ -13,7 +13,7 @@ from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.data import AdapterData
 from hf_lora.files.patterns import SPECIAL, PatternMap, TailIndex, tails
 from hf_lora.files.safe_json import is_number
-from hf_lora.layers.experts import PARTS
+from hf_lora.kinds.experts import PARTS
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show
 

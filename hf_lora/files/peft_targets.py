@@ -7,7 +7,7 @@ from hf_lora.errors import AdapterFileError
 from hf_lora.files.bounded_regex import Budget, Pattern, Text
 from hf_lora.files.patterns import LayerIndex, TailIndex
 from hf_lora.files.peft_format import read_names, weights_named
-from hf_lora.layers.experts import PARTS
+from hf_lora.kinds.experts import PARTS
 from hf_lora.text import show
 
 _ALL_LINEAR = "all-linear"

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from hf_lora.errors import AdapterFileError, listing
 from hf_lora.files.data import LayerTensors
 from hf_lora.files.patterns import TailIndex, tails
-from hf_lora.layers.experts import EXPERTS, PARTS, part_roles
-from hf_lora.layers.lora import LOW_RANK
+from hf_lora.kinds.experts import EXPERTS, PARTS, part_roles
+from hf_lora.kinds.lora import LOW_RANK
 from hf_lora.layers.names import LORA_A, LORA_B
 from hf_lora.text import show
 

@@ -1,1 +1,1 @@
-"""The patched modules: a host's own class with low-rank factors or trained copies added."""
+"""What every patched module is made of: roles, factors, routing and the ways to compute."""

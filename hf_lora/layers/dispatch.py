@@ -27,7 +27,7 @@ from hf_lora.layers.routing import scales
 from hf_lora.layers.tensor_parallel import draws_apart, dropped
 
 if TYPE_CHECKING:
-    from hf_lora.layers.lora import LoRALayer
+    from hf_lora.kinds.lora import LoRALayer
 
 _NOT_YET: Any = object()
 

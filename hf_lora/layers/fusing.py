@@ -17,7 +17,7 @@ from hf_lora.functional.recompute import Recompute, recompute_of, recomputed
 from hf_lora.layers.tensor_parallel import draws_apart
 
 if TYPE_CHECKING:
-    from hf_lora.layers.lora import LoRALayer
+    from hf_lora.kinds.lora import LoRALayer
 
 PLAIN = (torch.Tensor, nn.Parameter)
 """The types of tensors that are nobody's special kind."""

@@ -181,7 +181,7 @@ class Patched(nn.Module):
 class Adaptable(Patched):
     """A kind of layer that targets can mean: what it asks of a host, before that is patched.
 
-    A new kind is a class below this one and a row in :mod:`hf_lora.layers.table`.
+    A new kind is a class below this one and a row in :mod:`hf_lora.kinds.table`.
     """
 
     lora_layout: Layout

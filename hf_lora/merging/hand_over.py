@@ -11,10 +11,10 @@ from hf_lora.compat.accelerate import present
 from hf_lora.compat.dtensor import full_tensor, is_distributed
 from hf_lora.errors import TargetError, listing
 from hf_lora.files.keys import without_wrappers
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.layers.holding import held_now
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.kind import Adaptable, added_names, parameter_of
-from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.merge import with_updates
 from hf_lora.layers.quantized import float_weight
 from hf_lora.layers.trained import TrainedModule

@@ -14,6 +14,7 @@ from hf_lora.compat.deepspeed import have_engine
 from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
+from hf_lora.kinds.table import kind_of, layer_class
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Adaptable, Patched, patched_class
@@ -23,7 +24,6 @@ from hf_lora.layers.patched import restore_class, swap_class
 from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.roles import Ties
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
-from hf_lora.layers.table import kind_of, layer_class
 from hf_lora.layers.trained import TrainedModule, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.registry import (

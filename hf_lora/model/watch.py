@@ -22,10 +22,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from hf_lora.compat.torch_modules import is_replica, remove_pre_hooks, remove_state_hooks
 from hf_lora.errors import HfLoRAWarning, StateError, listing
+from hf_lora.kinds.table import kind_of
 from hf_lora.layers.kind import Adaptable, Patched
 from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.statistics import FrozenNorm
-from hf_lora.layers.table import kind_of
 from hf_lora.planning.heads import output_head
 
 if TYPE_CHECKING:

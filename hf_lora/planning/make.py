@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from hf_lora.config import LoRAConfig
+from hf_lora.kinds.lora import LOW_RANK
+from hf_lora.kinds.table import kind_of
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.known_buffers import candidates
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.lora import LOW_RANK
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.roles import Place, Ties
 from hf_lora.layers.statistics import has_statistics
-from hf_lora.layers.table import kind_of
 from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import reader_of
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons

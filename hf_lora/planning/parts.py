@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from torch import nn
 
 from hf_lora.config import ALL_LINEAR, LoRAConfig
-from hf_lora.layers.table import kind_of
+from hf_lora.kinds.table import kind_of
 from hf_lora.targets import compile_target
 
 

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hf_lora.config import ALL_LINEAR, LoRAConfig
+from hf_lora.kinds.lora import LoRALayer
+from hf_lora.kinds.table import host_fault, kind_of
 from hf_lora.layers.kind import Adaptable
-from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.roles import Ties
-from hf_lora.layers.table import host_fault, kind_of
 from hf_lora.layers.tensor_parallel import split_fault
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.uncalled import reader_of, uncalled

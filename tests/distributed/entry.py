@@ -40,6 +40,8 @@ def rank(target: str, folder: Path) -> None:
     (folder / f"told-{number}.json").write_text(json.dumps(told))
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
+        # Here and not in the worker, whose models are gone by now: where DDP's reducer is the last
+        # to hold the group, it waits for the group's threads and keeps the lock that they need.
         distributed.destroy_process_group()
     pid.unlink()
 

@@ -20,7 +20,7 @@ import hf_lora
 from hf_lora.errors import AdapterFileError, BaseMismatchError, HfLoRAWarning, StateError
 from hf_lora.integrations import diffusers_models, wrapped_inside
 from hf_lora.integrations.in_front import is_in_front
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.model.registry import find
 from tests.integrations import training
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, pipeline
 import hf_lora
 from hf_lora.errors import StateError, UnknownAdapterError
 from hf_lora.integrations.trainer import patch as trainer_patch
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.model.registry import wrapped as with_registry
 from tests.integrations import training
 from tests.integrations.training import adapter_tensors, base_tensors, same

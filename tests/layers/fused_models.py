@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lora
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.layers.routing import Routing
 from hf_lora.model.registry import registry_of
 from tests.oracle.adapting import our_fields, scramble

@@ -8,7 +8,7 @@ from torch import nn
 
 import hf_lora
 from hf_lora import HfLoRAError, StateError
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.model.registry import registry_of
 from tests.model.models import TOKENS, llama
 from tests.snapshot import low_rank, snapshot

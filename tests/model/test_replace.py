@@ -9,7 +9,7 @@ import torch
 import hf_lora
 from hf_lora import StateError
 from hf_lora.adapter_io import load
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.model.registry import registry_of
 from tests.snapshot import snapshot
 from tests.tiny import Net, answers, saved, scramble

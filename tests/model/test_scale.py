@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 import hf_lora
-from hf_lora.layers.lora import LoRALayer
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.model.registry import Registry, registry_of
 from tests.snapshot import low_rank
 

@@ -11,8 +11,8 @@ from torch import nn
 from hf_lora.adapter_io.tasks import BY_PEFT, class_by_name, task_by_name, task_of
 from hf_lora.adapter_io.tensors import moved_buffers
 from hf_lora.files.read import AdapterFolder
+from hf_lora.kinds.lora import LOW_RANK
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.lora import LOW_RANK
 from hf_lora.model.registry import Registry
 from hf_lora.planning.make import class_names
 from hf_lora.planning.ties import followers

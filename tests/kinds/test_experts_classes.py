@@ -13,7 +13,7 @@ from transformers import models
 
 import hf_lora
 from hf_lora.compat.experts import declared
-from hf_lora.layers.experts import LoRAExperts
+from hf_lora.kinds.experts import LoRAExperts
 
 MODELS = Path(models.__file__).parent
 COUNTS = {"num_experts_per_tok": 2, "top_k": 2, "moe_topk": 2, "moe_top_k": 2}

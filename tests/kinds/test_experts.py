@@ -15,7 +15,7 @@ import hf_lora
 from hf_lora.errors import TargetError
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.merging.hand_over import merged_tensors
-from tests.layers.expert_models import (
+from tests.kinds.expert_models import (
     PARTS,
     TOKENS,
     built,

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import hf_lora
 from hf_lora.errors import AdapterMismatchError, UnsupportedAdapterError
 from hf_lora.files.safetensors_io import TensorFile
-from tests.layers.expert_models import (
+from tests.kinds.expert_models import (
     PARTS,
     TOKENS,
     built,

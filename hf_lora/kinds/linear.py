@@ -8,10 +8,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora.compat.accelerate import execution_device, is_offloaded, is_on_meta
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import StateError, TargetError
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.layers.hosts import adapter_dtype, rank_fault, why_not
 from hf_lora.layers.kind import patched_class
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.names import DEFAULT
 from hf_lora.layers.patched import adopt
 from hf_lora.layers.routing import Routing

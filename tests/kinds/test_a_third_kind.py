@@ -17,7 +17,7 @@ import hf_lora
 from hf_lora.adapter_io.describe import describe
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.hub.card.card import adapter_card
-from hf_lora.layers import table
+from hf_lora.kinds import table
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.layer_config import LayerConfig

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 import hf_lora
-from hf_lora.layers.experts import LoRAExperts
+from hf_lora.kinds.experts import LoRAExperts
 
 PARTS = ["experts.gate_up_proj", "experts.down_proj"]
 TOKENS = torch.arange(14).view(2, 7)

@@ -3,12 +3,12 @@
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.layers.conv import LoRAConv
-from hf_lora.layers.embedding import LoRAEmbedding
-from hf_lora.layers.experts import LoRAExperts
+from hf_lora.kinds.conv import LoRAConv
+from hf_lora.kinds.embedding import LoRAEmbedding
+from hf_lora.kinds.experts import LoRAExperts
+from hf_lora.kinds.linear import LoRAConv1D, LoRALinear
+from hf_lora.kinds.lora import LoRALayer
 from hf_lora.layers.kind import Adaptable, patched_class
-from hf_lora.layers.linear import LoRAConv1D, LoRALinear
-from hf_lora.layers.lora import LoRALayer
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.roles import Layout
 
