@@ -4,8 +4,6 @@ import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
-
 from hf_lora.adapter_io.base_weights import BaseTensor, BaseTensors
 from hf_lora.adapter_io.collective import is_main_process
 from hf_lora.adapter_io.rename import Renaming
@@ -50,15 +48,15 @@ def take_fingerprint(
 
 
 def base_differences(
-    content: dict[str, Any], model: nn.Module, names: Renaming, others: Collection[str]
+    content: dict[str, Any], base: BaseTensors, names: Renaming, others: Collection[str]
 ) -> list[str]:
-    """Return a line for each thing in which a model's base is not the one of a fingerprint.
+    """Return a line for each thing in which a base is not the one of a fingerprint.
 
     Every process takes part.
 
     Args:
         content: The fingerprint, as the header holds it; a stranger may have changed it.
-        model: The model.
+        base: The base's tensors.
         names: How the file's names become the model's.
         others: Paths of modules, and names of tensors, that are no part of the base: the adapter
             brings them, or they were never loaded and are random.
@@ -66,7 +64,6 @@ def base_differences(
     Raises:
         StateError: Tensors to compare have no data.
     """
-    base = BaseTensors(model, together=True)
     found = from_json(content)
     if found is None:
         return _layer_differences(content, base, names)

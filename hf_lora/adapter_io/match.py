@@ -6,15 +6,13 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from hf_lora.adapter_io.base_check import base_differences
 from hf_lora.adapter_io.base_on_disk import describe_changes
 from hf_lora.adapter_io.base_weights import vocabulary
+from hf_lora.adapter_io.loaded_base import LoadedBase
 from hf_lora.adapter_io.rename import Renaming, rename
 from hf_lora.adapter_io.tasks import BY_PEFT, HEADS
 from hf_lora.adapter_io.ties import read_ties
-from hf_lora.compat.accelerate import present
 from hf_lora.compat.deepspeed import shape_of
-from hf_lora.compat.dtensor import full_tensor
 from hf_lora.errors import (
     AdapterMismatchError,
     BaseMismatchError,
@@ -37,10 +35,8 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Layout, Place, Ties
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled
-from hf_lora.model.patch import check_present
 from hf_lora.model.places import adapted_twice
 from hf_lora.planning.heads import beside_backbone, output_head
-from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.text import show
 
 
@@ -69,11 +65,17 @@ MISSING = ("error", "zero")
 
 
 def match_folder(
-    folder: AdapterFolder, model: nn.Module, *, check_base: bool, missing: str = "error"
+    folder: AdapterFolder,
+    model: nn.Module,
+    *,
+    check_base: bool,
+    missing: str = "error",
+    base: LoadedBase | None = None,
 ) -> Match:
     """Check that every tensor in the folder has its place in ``model`` and every place its tensor.
 
-    With ``missing="zero"`` a layer that the configuration promises may lack its tensors.
+    With ``missing="zero"`` a layer that the configuration promises may lack its tensors. What the
+    base has is read from ``base``; by default from the model itself.
 
     Raises:
         AdapterMismatchError: Something does not fit; one line each.
@@ -81,14 +83,15 @@ def match_folder(
         BaseMismatchError: Everything fits, but the base's weights are others.
         StateError: A layer that it is for has no data.
     """
-    return _Matching(folder, model, missing).run(check_base)
+    return _Matching(folder, model, missing, base or LoadedBase(model)).run(check_base)
 
 
 class _Matching:
     """One comparison of a folder with a model; collects what is found and what is wrong."""
 
-    def __init__(self, folder: AdapterFolder, model: nn.Module, missing: str):
+    def __init__(self, folder: AdapterFolder, model: nn.Module, missing: str, base: LoadedBase):
         self.folder = folder
+        self.base = base
         self.missing = missing
         self.model = model
         self.modules = dict(model.named_modules())
@@ -128,10 +131,10 @@ class _Matching:
         self._raise_problems()
         paths = dict.fromkeys(path for path, _ in (*self.keys, *copies, *self.ties))
         repeated = [path for path in paths if path not in self.slots]
-        check_present(self.model, list(self.slots), repeated)
+        self.base.check_present(list(self.slots), repeated)
         self._compare_copies(copies)
         self._raise_problems()
-        unfilled = find_unfilled(self.model, output_head(self.model))
+        unfilled = self.base.unfilled()
         if check_base:
             self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
         self.told += self._random_parts(unfilled.needed, tops)
@@ -296,8 +299,7 @@ class _Matching:
         biases = [] if said == "none" else self._biases_without(copies, said)
         for place, key in copies.items():
             ((_, tensor),) = self.folder.file.read([key])
-            with present(self.modules[place[0]]):
-                equal = _equal(tensor, self._base_tensor(place))
+            equal = self.base.equals(place, tensor)
             if not equal and place[1] in self.modules[place[0]]._buffers:
                 self.keys[place] = key
                 self.buffers.append(place)
@@ -348,7 +350,7 @@ class _Matching:
         fingerprint = self.folder.header and self.folder.header.get("fingerprint")
         if not isinstance(fingerprint, dict):
             return
-        found = base_differences(fingerprint, self.model, self.names, others)
+        found = self.base.differences(fingerprint, self.names, others)
         if found:
             base = self.folder.base or "another model"
             changed = (self.folder.header or {}).get(BASE_CHANGED)
@@ -386,12 +388,3 @@ def _factor_fault(module: nn.Module | None, factors: LayerTensors) -> str | None
             f"the adapter has {', '.join(factors.keys)} there, which are for another kind of layer"
         )
     return kind.lora_fit_fault(module, factors.shapes)
-
-
-def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:
-    """Say whether two tensors are the same, to the precision of the coarser of their types."""
-    base = full_tensor(base)
-    if tensor.dtype == base.dtype or not base.is_floating_point():
-        return torch.equal(tensor, base.cpu())
-    coarse = min(tensor.dtype, base.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(tensor.to(coarse), base.detach().cpu().to(coarse))

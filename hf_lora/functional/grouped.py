@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hf_lora.functional.low_rank import Product
+
 _KERNEL_BYTES = 16
 """What the grouped kernel wants the rows' strides to be a multiple of."""
 
@@ -187,6 +189,20 @@ def delta_stack(update: Factors) -> torch.Tensor:
     a_ERI = stack_a(update.a.detach(), update.r).to(wide)
     b_ERO = stack_b(update.b.detach(), update.r).to(wide)
     return torch.bmm(b_ERO.transpose(1, 2), a_ERI).mul_(update.s)
+
+
+def stack_product(update: Factors, *, turned: bool) -> Product:
+    """Return ``s · B A`` of every expert in its factors, in float32 or wider.
+
+    Args:
+        update: Factors that are kept as A and B say.
+        turned: Whether the stack is kept as (E, I, O), and not as (E, O, I).
+    """
+    wide = torch.promote_types(update.a.dtype, torch.float32)
+    a_ERI = stack_a(update.a.detach(), update.r).to(wide)
+    b_ERO = stack_b(update.b.detach(), update.r).to(wide) * update.s
+    left, right = (a_ERI, b_ERO) if turned else (b_ERO, a_ERI)
+    return Product(left.transpose(1, 2), right)
 
 
 def stack_norm(update: Factors) -> float:

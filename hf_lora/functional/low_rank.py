@@ -4,9 +4,23 @@ Legend: N rows of input, I input features, O output features, R rank.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Product(NamedTuple):
+    """An update as its two factors, in the layout of the tensor that it is added to.
+
+    That tensor is seen as a stack of E matrices of O rows; most are one matrix, E = 1.
+    """
+
+    left: torch.Tensor
+    """(E, O, R)."""
+
+    right: torch.Tensor
+    """(E, R, I)."""
 
 
 def scaling(r: int, alpha: float, rslora: bool = False) -> float:
@@ -32,6 +46,21 @@ def update_norm(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> float:
     a_RI, b_OR = a_RI.detach().double(), b_OR.detach().double()
     squared = ((b_OR.t() @ b_OR) * (a_RI @ a_RI.t())).sum()
     return s * float(squared.clamp_min(0).sqrt())
+
+
+def product(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float, *, turned: bool = False) -> Product:
+    """Return ``s · B A`` in its factors, in float32 (float64 for float64 factors).
+
+    Args:
+        a_RI: A.
+        b_OR: B.
+        s: What the product is multiplied by.
+        turned: Whether the tensor is kept as (I, O).
+    """
+    wide = torch.promote_types(a_RI.dtype, torch.float32)
+    a_RI, b_OR = a_RI.to(wide), b_OR.to(wide) * s
+    left, right = (a_RI.t(), b_OR.t()) if turned else (b_OR, a_RI)
+    return Product(left[None], right[None])
 
 
 def delta_weight(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> torch.Tensor:

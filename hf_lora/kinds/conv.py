@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from hf_lora.functional.low_rank import update_norm
+from hf_lora.functional.low_rank import Product, product, update_norm
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import has_float_weight, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
@@ -25,6 +25,7 @@ from hf_lora.layers.roles import Layout, Shapes
 from hf_lora.layers.tensor_parallel import to_local
 
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_GROUPED = "it is grouped, and an update reads all channels, which its weight cannot say"
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -119,6 +120,20 @@ class LoRAConv(Factored):
             )
         return None
 
+    @classmethod
+    def lora_product_fault(cls, host: nn.Module) -> str | None:
+        """Return why the weight cannot say what an update does, or None."""
+        assert isinstance(host, _ConvNd)
+        return None if host.groups == 1 else _GROUPED
+
+    @classmethod
+    def lora_products(
+        cls, host: nn.Module, config: LayerConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Product]:
+        """Return the update of the weight, seen as (O, I·K)."""
+        a, b = (tensors[role].flatten(1) for role in (LORA_A, LORA_B))
+        return {"weight": product(a, b, config.scaling)}
+
     def lora_delta(self, name: str) -> torch.Tensor:
         """Return an adapter's update of the weight, float32; only without groups there is one."""
         a, b = (tensor.detach() for tensor in self.lora_pair(name))
@@ -129,7 +144,7 @@ class LoRAConv(Factored):
     def lora_merge_fault(self) -> str | None:
         """Return why updates cannot be put into the weight, or None."""
         if self.groups != 1:  # type: ignore[comparison-overlap]
-            return "it is grouped, and an update reads all channels, which its weight cannot say"
+            return _GROUPED
         return super().lora_merge_fault()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

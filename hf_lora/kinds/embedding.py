@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lora.functional.low_rank import update_norm
+from hf_lora.functional.low_rank import Product, product, update_norm
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import has_float_weight, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
@@ -131,6 +131,13 @@ class LoRAEmbedding(Factored):
         with torch.no_grad():
             factors[0].zero_()
             factors[1].normal_()
+
+    @classmethod
+    def lora_products(
+        cls, host: nn.Module, config: LayerConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Product]:
+        """Return the update of the weight, (V, D)."""
+        return {"weight": product(tensors[A], tensors[B], config.scaling, turned=True)}
 
     def lora_delta(self, name: str) -> torch.Tensor:
         """Return an adapter's update of the weight, (V, D), float32."""

@@ -23,8 +23,10 @@ from hf_lora.functional.grouped import (
     stack_a,
     stack_b,
     stack_norm,
+    stack_product,
 )
 from hf_lora.functional.init import init_low_rank
+from hf_lora.functional.low_rank import Product
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.instance_forward import has_foreign_forward
@@ -183,6 +185,16 @@ class LoRAExperts(Factored):
                 )
         return None
 
+    @classmethod
+    def lora_products(
+        cls, host: nn.Module, config: LayerConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Product]:
+        """Return the update of each stack."""
+        return {
+            part: stack_product(Factors(a, b, config.r, config.scaling), turned=_is_turned(host))
+            for part, (a, b) in _pairs(tensors).items()
+        }
+
     def lora_held(self, adapter: str) -> tuple[str, ...]:
         """Return the names of all factors of an adapter."""
         return self.lora_names_of(adapter, self.lora_slots[adapter])
@@ -236,8 +248,6 @@ class LoRAExperts(Factored):
     def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
         """Return the stacks with the sum of the adapters' updates, rounded once."""
         found: Tensors = {}
-        said = declared(self)
-        assert said is not None
         for part in self.lora_parts(self):
             stack = self._parameters[part]
             assert stack is not None
@@ -249,8 +259,7 @@ class LoRAExperts(Factored):
                 each = self._factors(name, factor).get(part)
                 if each is not None:
                     delta = delta_stack(each).to(total.device, total.dtype)
-                    turned = said.transposed and not said.peft_swaps
-                    total += delta.transpose(1, 2) if turned else delta
+                    total += delta.transpose(1, 2) if _is_turned(self) else delta
                     some = True
             if some:
                 found[part] = in_place_of(stack, total.to(stack.dtype))
@@ -347,23 +356,23 @@ def _each_in_turn(
 
 
 def _is_stack(tensor: torch.Tensor) -> bool:
-    return (
-        type(tensor) is nn.Parameter
-        and tensor.dim() == 3
-        and tensor.is_floating_point()
-        and tensor.dtype.itemsize > 1
-    )
+    floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return type(tensor) is nn.Parameter and tensor.dim() == 3 and floating
 
 
 def _sizes(host: nn.Module, part: str) -> tuple[int, int, int]:
     """Return how many experts there are, and what one of a part reads and gives."""
-    stack, said = parameter_of(host, part), declared(host)
+    stack = parameter_of(host, part)
     assert stack is not None
-    assert said is not None
     number, one, other = stack.shape
-    # as A and B are made; PEFT goes by what a class says
-    turned = said.transposed and not said.peft_swaps
-    return (number, one, other) if turned else (number, other, one)
+    return (number, one, other) if _is_turned(host) else (number, other, one)
+
+
+def _is_turned(host: nn.Module) -> bool:
+    """Say whether the stacks are (E, in, out) where A and B are made for that."""
+    said = declared(host)
+    # PEFT goes by what a class says
+    return said is not None and said.transposed and not said.peft_swaps
 
 
 def _trial_rows(host: nn.Module, stack: torch.Tensor, said: Declared) -> tuple[torch.Tensor, ...]:

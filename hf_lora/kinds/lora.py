@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.fused import Update
-from hf_lora.functional.low_rank import delta_weight, update_norm
+from hf_lora.functional.low_rank import Product, delta_weight, product, update_norm
 from hf_lora.layers.dispatch import computed, how_computed
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import features, rank_fault, why_not
@@ -16,6 +16,7 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import LORA_A, LORA_B, factor_names
 from hf_lora.layers.probe import (
     gradient_fault,
+    host_class,
     is_linear_in_its_weight,
     is_plain,
     probe_key,
@@ -135,6 +136,21 @@ class LoRALayer(Factored):
                 "W + s·B A would not do the same"
             )
         return fault
+
+    @classmethod
+    def lora_product_fault(cls, host: nn.Module) -> str | None:
+        """Return why the weight does not say what the host does, or None."""
+        if is_linear_in_its_weight(host):
+            return None
+        return f"the forward of its base ({host_class(host).__name__}) is not x Wᵀ + b"
+
+    @classmethod
+    def lora_products(
+        cls, host: nn.Module, config: LayerConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Product]:
+        """Return the update of the weight, in its own layout."""
+        a, b = tensors[LORA_A], tensors[LORA_B]
+        return {"weight": product(a, b, config.scaling, turned=cls.fan_in_fan_out)}
 
     def lora_pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A (r, in) and B (out, r) of an adapter."""

@@ -37,6 +37,11 @@ class Factored(Adaptable):
         a, b = factors
         init_low_rank(a, b, method)
 
+    @classmethod
+    def lora_product_fault(cls, host: nn.Module) -> str | None:
+        """Return why an update is no product that is added to a tensor of the host, or None."""
+        return None
+
     def lora_start(self, factors: Sequence[torch.Tensor], config: LayerConfig, method: str) -> None:
         """Fill all factors that an adapter of these numbers has here, as it starts."""
         self.lora_init(factors, method)

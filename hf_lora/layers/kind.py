@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.transformers import COMPUTES_LOCALLY
+from hf_lora.functional.low_rank import Product
 from hf_lora.layers.casting import sparing
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.layer_config import LayerConfig
@@ -230,6 +231,24 @@ class Adaptable(Patched):
     @classmethod
     def lora_fit_fault(cls, host: nn.Module, shapes: Shapes) -> str | None:
         """Return why tensors of these shapes, which are sound, are for another module, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def lora_product_fault(cls, host: nn.Module) -> str | None:
+        """Return why an update is no product that is added to a tensor of the host, or None."""
+        return f"an update of the kind {cls.__name__} is no product of two factors"
+
+    @classmethod
+    def lora_products(
+        cls, host: nn.Module, config: LayerConfig, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Product]:
+        """Return an adapter's updates of the host's tensors in factors: name to product.
+
+        Args:
+            host: The module, patched or not; its tensors are not looked at.
+            config: The adapter's numbers on it.
+            tensors: Role to tensor.
+        """
         raise NotImplementedError
 
     def lora_add(
