@@ -25,6 +25,8 @@ from hf_lora.integrations.base_view import base_view
 from hf_lora.integrations.merged import merge_and_unwrap
 from hf_lora.integrations.trainer.mixin import LoRATrainerMixin
 from hf_lora.kinds.linear import LoRALinear
+from hf_lora.kinds.lora import LoRALayer
+from hf_lora.layers.registered import register_layer
 from hf_lora.merging.in_memory import merge, unmerge
 from hf_lora.model.adapters import adapters, add_adapter, delete_adapter, freeze, unfreeze
 from hf_lora.model.choices import activate, active_adapters, no_adapter, use_adapter
@@ -46,6 +48,7 @@ __all__ = [
     "HfLoRAWarning",
     "HubError",
     "LoRAConfig",
+    "LoRALayer",
     "LoRALinear",
     "LoRATrainerMixin",
     "Plan",
@@ -76,6 +79,7 @@ __all__ = [
     "plan",
     "push_to_hub",
     "register",
+    "register_layer",
     "save",
     "summary",
     "train",

@@ -383,7 +383,7 @@ def _factor_fault(module: nn.Module | None, factors: LayerTensors) -> str | None
     kind, fault = kind_of(module), host_fault(module)
     if fault or kind is None:
         return fault
-    if kind.lora_layout is not factors.layout:
+    if not factors.may_be(kind.lora_layout):
         return (
             f"the adapter has {', '.join(factors.keys)} there, which are for another kind of layer"
         )

@@ -28,6 +28,13 @@ class LayerTensors:
         """Their rank, if they tell."""
         return self.layout.rank(self.shapes)
 
+    def may_be(self, layout: Layout) -> bool:
+        """Say whether they are of a layout: several may call theirs by the same names."""
+        if layout is self.layout:
+            return True
+        same = set(layout.roles) == set(self.shapes) and layout.fault(self.shapes) is None
+        return same and layout.rank(self.shapes) == self.rank
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterData:

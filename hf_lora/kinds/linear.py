@@ -83,9 +83,10 @@ class LoRAConv1D(LoRALayer, Conv1D):
     lora_input = "x"
     fan_in_fan_out = True
 
-    def lora_features(self) -> tuple[int, int]:
+    @classmethod
+    def lora_widths(cls, host: nn.Module) -> tuple[int, int]:
         """Return (in, out) under the names that this host gives them."""
-        return int(self.nx), int(self.nf)
+        return int(host.nx), int(host.nf)  # type: ignore[arg-type]
 
 
 LoRALinear.lora_mixin = LoRALinear

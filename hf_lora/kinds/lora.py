@@ -57,6 +57,11 @@ class LoRALayer(Factored):
     """The host's own: whatever it keeps there."""
 
     @classmethod
+    def lora_widths(cls, host: nn.Module) -> tuple[int, int] | None:
+        """Return (in, out), here as a host declares them under PyTorch's names."""
+        return int(host.in_features), int(host.out_features)  # type: ignore[arg-type]
+
+    @classmethod
     def lora_takes(cls, host: nn.Module) -> bool:
         """Say whether a module declares an input and an output width."""
         return features(host) is not None
@@ -98,7 +103,9 @@ class LoRALayer(Factored):
 
     def lora_features(self) -> tuple[int, int]:
         """Return (in, out) as the host declares them; its weight may be packed or sharded."""
-        return int(self.in_features), int(self.out_features)  # type: ignore[arg-type]
+        sizes = self.lora_widths(self)
+        assert sizes is not None
+        return sizes
 
     def lora_held(self, adapter: str) -> tuple[str, ...]:
         """Return the names of A and B, which are the same on all layers."""

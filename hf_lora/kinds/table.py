@@ -10,6 +10,7 @@ from hf_lora.kinds.linear import LoRAConv1D, LoRALinear
 from hf_lora.kinds.lora import LoRALayer
 from hf_lora.layers.kind import Adaptable, patched_class
 from hf_lora.layers.probe import host_class
+from hf_lora.layers.registered import all_registered, registered
 from hf_lora.layers.roles import Layout
 
 KINDS: tuple[type[Adaptable], ...] = (LoRALayer, LoRAConv, LoRAEmbedding, LoRAExperts)
@@ -24,7 +25,10 @@ _TABLE: tuple[tuple[type[nn.Module], type[Adaptable]], ...] = (
 
 def kind_of(module: nn.Module) -> type[Adaptable] | None:
     """Return the kind of layer that a module is, patched or not; None if it is of none."""
-    return next((kind for kind in KINDS if kind.lora_takes(module)), None)
+    if isinstance(module, Adaptable):  # as it was adapted, whatever is registered since
+        kinds = (*all_registered(), *KINDS)
+        return next((kind for kind in kinds if isinstance(module, kind)), module.lora_mixin)  # type: ignore[return-value]
+    return registered(module) or next((kind for kind in KINDS if kind.lora_takes(module)), None)
 
 
 def layer_class(module: nn.Module) -> type[Adaptable]:
@@ -35,6 +39,8 @@ def layer_class(module: nn.Module) -> type[Adaptable]:
     """
     host, kind = host_class(module), kind_of(module)
     assert kind is not None
+    if kind not in KINDS:
+        return patched_class(kind, type(module))  # type: ignore[return-value]
     known = next((layer for listed, layer in _TABLE if issubclass(host, listed)), kind)
     made = patched_class(known if issubclass(known, kind) else kind, type(module))
     assert issubclass(made, Adaptable)
@@ -52,4 +58,4 @@ def host_fault(module: nn.Module) -> str | None:
 
 def layouts() -> tuple[Layout, ...]:
     """Return how files hold the tensors of each kind."""
-    return tuple(dict.fromkeys(kind.lora_layout for kind in KINDS))
+    return tuple(dict.fromkeys(kind.lora_layout for kind in (*all_registered(), *KINDS)))

@@ -11,8 +11,9 @@ from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import is_sharded
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.kind import Patched, parameter_of
+from hf_lora.layers.kind import Adaptable, Patched, parameter_of
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, parameter_name
+from hf_lora.layers.registered import registered
 from hf_lora.layers.tensor_parallel import split_fault
 
 _SIZES = ("in_features", "out_features")
@@ -24,6 +25,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 
     Never read from the weight, which may be packed, quantized or one rank's share.
     """
+    own = type(module) if isinstance(module, Adaptable) else registered(module)
+    if own is not None:
+        return own.lora_widths(module)
     declared = vars(module)
     # most are asked of often, and need none of what follows
     if type(module) is nn.Linear and _SIZES[0] in declared and _SIZES[1] in declared:

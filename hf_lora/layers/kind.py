@@ -194,6 +194,14 @@ class Adaptable(Patched):
         raise NotImplementedError
 
     @classmethod
+    def lora_widths(cls, host: nn.Module) -> tuple[int, int] | None:
+        """Return how many numbers a module reads and gives for each row, if that is what it does.
+
+        Asked of classes that are registered; of others the module's own attributes are.
+        """
+        return None
+
+    @classmethod
     def lora_fault(cls, host: nn.Module) -> str | None:
         """Return why a module of this kind cannot be adapted after all, or None."""
         return None

@@ -121,7 +121,8 @@ def is_linear_in_its_weight(module: nn.Module) -> bool:
     sizes = features(module)
     assert weight is not None
     assert sizes is not None
-    if tuple(weight.shape) != (sizes[1], sizes[0]):
+    turned = getattr(module, "fan_in_fan_out", False)
+    if tuple(weight.shape) != (sizes if turned else sizes[::-1]):
         return False
     # its own generator: a question must not move the user's random state
     noise = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(0))
@@ -131,7 +132,7 @@ def is_linear_in_its_weight(module: nn.Module) -> bool:
             host, weight = _stand_in(module, training=False), module._parameters["weight"]
             assert weight is not None
             y = host(x) - host(torch.zeros_like(x))
-            expected = x.double() @ weight.double().t()
+            expected = x.double() @ (weight.double() if turned else weight.double().t())
             allowed = _TOLERANCE.get(weight.dtype, 1e-3) * expected.norm()
             return bool((y.double() - expected).norm() <= allowed)
     except Exception:  # whatever a stranger's forward raises, or returns

@@ -1,10 +1,10 @@
-"""A kind of layer that the package has never heard of: one class and one row of the table are all.
+"""A kind of layer that the package has never heard of: one class, registered, is all that it takes.
 
 It adapts an embedding by a shift of each of its columns, with tensors, shapes and names of its own.
 Everything that works on whole models must go by what that class says.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 import hf_lora
 from hf_lora.adapter_io.describe import describe
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.hub.card.card import adapter_card
-from hf_lora.kinds import table
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.layer_config import LayerConfig
@@ -48,10 +48,6 @@ class Shifted(Adaptable):
 
     lora_prefix = "Shifted"
     lora_layout = TOY
-
-    @classmethod
-    def lora_takes(cls, host: nn.Module) -> bool:
-        return isinstance(host, nn.Embedding)
 
     @classmethod
     def lora_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
@@ -97,9 +93,6 @@ class Shifted(Adaptable):
     def lora_is_at_start(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         return not tensors[RIGHT].any()
 
-    def lora_how(self, grouped: Set[nn.Module]) -> str | None:
-        return None
-
     def lora_merge_fault(self) -> str | None:
         return None
 
@@ -121,9 +114,6 @@ class Shifted(Adaptable):
         return super().forward(ids) + self._total(self.lora_routing.now().live)
 
 
-Shifted.lora_mixin = Shifted
-
-
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +126,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "KINDS", (Shifted, *table.KINDS))
+def known() -> Iterator[RemovableHandle]:
+    with hf_lora.register_layer(nn.Embedding, Shifted) as handle:
+        yield handle
 
 
 def net() -> Net:
@@ -231,9 +222,9 @@ def test_a_file_for_another_width_is_refused(tmp_path: Path):
         hf_lora.load(other, tmp_path)
 
 
-def test_where_it_is_unknown_its_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_where_it_is_unknown_its_files_are_refused(tmp_path: Path, known: RemovableHandle):
     hf_lora.save(trained(), tmp_path)
-    monkeypatch.setattr(table, "KINDS", table.KINDS[1:])
+    known.remove()
     with pytest.raises(hf_lora.AdapterFileError, match="words has no tensors"):
         hf_lora.load(net(), tmp_path)
 
