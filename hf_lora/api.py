@@ -53,7 +53,8 @@ def wrap(
         model: Any ``nn.Module``. Its weights may be on the meta device, to be loaded later. Of a
             ``SentenceTransformer`` or ``CrossEncoder`` it is the transformers model inside.
         targets: Patterns of the layers to adapt, as regular expressions that match a module's
-            whole dotted path or a whole dotted tail of it; or ``"all-linear"``, the default.
+            whole dotted path or a whole dotted tail of it; or a word: ``"all-linear"``,
+            the default, ``"attention"``, ``"mlp"`` or ``"experts"`` (see :class:`LoRAConfig`).
         config: All of it in one object, instead of ``targets`` and ``fields``.
         adapter: The adapter's name: letters, digits, ``_`` and ``-``.
         **fields: Fields of :class:`LoRAConfig`: ``r, alpha, dropout, rslora, init, overrides,

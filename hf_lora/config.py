@@ -14,7 +14,11 @@ import yaml
 from hf_lora.errors import ConfigError, listing
 
 ALL_LINEAR = "all-linear"
-"""The target that means every linear-like layer except the output head."""
+"""The target that means every linear-like layer except the output head and experts."""
+
+EXPERTS = "experts"
+WORDS = (ALL_LINEAR, "attention", "mlp", EXPERTS)
+"""The targets that are no patterns: what they mean is told from a model's structure."""
 
 INITS = ("kaiming", "gaussian")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,6 +33,11 @@ class LoRAConfig:
     that must match a module's whole dotted path or a whole dotted tail of it: ``q_proj``,
     ``self_attn\\.(q|v)_proj`` and a full path all work.
 
+    Four words are reserved in ``targets``, ``exclude`` and ``overrides``, and mean layers by what
+    they are part of, whatever they are called: ``all-linear`` (every linear layer except the output
+    head and experts), ``attention``, ``mlp`` (feed-forward networks in blocks, shared experts
+    included) and ``experts``. A module of that name is meant by ``.*attention``.
+
     Raises:
         ConfigError: One error that lists every wrong field.
 
@@ -38,8 +47,8 @@ class LoRAConfig:
     """
 
     targets: Sequence[str] | str = ALL_LINEAR
-    """Patterns of the layers to adapt, or ``"all-linear"``: adapting every linear layer is what
-    reaches full fine-tuning (LoRA Without Regret, 2025)."""
+    """Patterns of the layers to adapt, and words: adapting every linear layer is what reaches full
+    fine-tuning (LoRA Without Regret, 2025)."""
 
     exclude: Sequence[str] = ()
     """Patterns of layers to leave alone although a target matches them."""
@@ -76,9 +85,7 @@ class LoRAConfig:
         problems: list[str] = []
         numbers_given = {name: getattr(self, name) for name in OVERRIDABLE}
         normal = {
-            "targets": self.targets
-            if isinstance(self.targets, str) and self.targets == ALL_LINEAR
-            else _patterns("targets", self.targets, problems),
+            "targets": _targets(self.targets, problems),
             "exclude": _patterns("exclude", self.exclude, problems),
             "train": None if self.train is None else _patterns("train", self.train, problems),
             **_numbers("", numbers_given, problems),
@@ -177,6 +184,11 @@ def _is_yaml(path: Path) -> bool:
     return path.suffix != ".json"
 
 
+def _targets(value: Any, problems: list[str]) -> tuple[str, ...] | str:
+    patterns = _patterns("targets", value, problems)
+    return ALL_LINEAR if patterns == (ALL_LINEAR,) else patterns
+
+
 def _patterns(name: str, value: Any, problems: list[str]) -> tuple[str, ...]:
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, (list, tuple, set, frozenset)):
@@ -187,8 +199,6 @@ def _patterns(name: str, value: Any, problems: list[str]) -> tuple[str, ...]:
     good = []
     for item in items:
         fault = _pattern_fault(item)
-        if item == ALL_LINEAR and name == "targets":
-            fault = "stands alone, not in a list of patterns"
         if fault:
             problems.append(f"{name}: {item!r} {fault}")
         else:

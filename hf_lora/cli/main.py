@@ -52,7 +52,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its id on the Hub.")],
     targets: Annotated[
         Patterns,
-        typer.Option("--targets", "-t", help="Layers to adapt: a pattern; may be given again."),
+        typer.Option("--targets", "-t", help="Layers to adapt: a pattern or a word; repeatable."),
     ] = None,
     exclude: Annotated[Patterns, typer.Option(help="Layers to leave alone.")] = None,
     train: Annotated[Patterns, typer.Option(help="Modules to train in full.")] = None,
@@ -75,7 +75,7 @@ def plan(
 ) -> None:
     """Show what wrapping a model would do, without its weights. Exit code 1: it would not work."""
     said: dict[str, Any] = {
-        "targets": "all-linear" if targets == ["all-linear"] else targets or None,
+        "targets": targets or None,
         "exclude": exclude or None,
         "train": train or None,
         "r": r,

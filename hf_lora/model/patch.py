@@ -38,8 +38,8 @@ from hf_lora.model.replicas import spread
 from hf_lora.model.watch import Places
 from hf_lora.planning.make import make_plan
 from hf_lora.planning.records import Plan
-from hf_lora.planning.targets import SWITCHED_OFF
 from hf_lora.planning.ties import followers
+from hf_lora.planning.tree import SWITCHED_OFF
 from hf_lora.targets import inside
 
 

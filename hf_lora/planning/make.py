@@ -86,6 +86,7 @@ def make_plan(
         ),
         base_parameters=size,
         base_bytes=sum(map(stored_bytes, owners.tensors())),
+        untouched=sum(map(numel, owners.outside(parts_adapted(targets), tops))),
         world=world,
         fresh=matches.fresh,
         unfilled=matches.unfilled,
@@ -104,6 +105,11 @@ def class_names(model: nn.Module) -> list[str]:
     """Return the name of a model's class, and of those of transformers that it is derived from."""
     own, *above = host_class(model).__mro__
     return [own.__name__, *(k.__name__ for k in above if k.__module__.startswith("transformers."))]
+
+
+def parts_adapted(targets: Iterable[Target]) -> dict[str, tuple[str, ...]]:
+    """Return the path of each adapted module, and which of its parameters; none stands for all."""
+    return {target.path: target.slot.parts for target in targets}
 
 
 def common_alpha(slots: Iterable[LayerConfig]) -> float:

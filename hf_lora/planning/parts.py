@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from hf_lora.config import ALL_LINEAR, LoRAConfig
+from hf_lora.config import LoRAConfig
 from hf_lora.kinds.table import kind_of
 from hf_lora.targets import compile_target
 
@@ -38,12 +38,11 @@ class Parts:
             config: What is wanted.
             modules: The paths of the modules that a pattern means by their own names.
         """
-        if config.targets == ALL_LINEAR:
-            return dict.fromkeys(self.of, ())
+        targets = [config.targets] if isinstance(config.targets, str) else list(config.targets)
         found = {}
         for path in self.of:
             spared = self._of(path, config.exclude, modules)
-            meant = self._of(path, list(config.targets), modules)
+            meant = self._of(path, targets, modules)
             found[path] = tuple(part for part in meant if part not in spared)
         return found
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
-from hf_lora.config import LoRAConfig
+from hf_lora.config import WORDS, LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Layout, Shapes, Ties
 from hf_lora.planning.clients import vllm_rank
@@ -167,8 +167,8 @@ class Plan:
     """What each of them keeps and sends, for each way to share it; empty for one process."""
 
     missed: tuple[str, ...] = ()
-    """What the targets mean and no update reaches: experts, and layers that ``"all-linear"`` leaves
-    out because they cannot do with one; ``wrap`` warns of it."""
+    """What the targets mean and no update reaches: experts, and layers that a word leaves out
+    because they cannot do with one; ``wrap`` warns of it."""
 
     fresh: tuple[str, ...] = ()
     """Paths of those in ``trained`` that nobody named: the base's checkpoint did not fill them."""
@@ -191,6 +191,9 @@ class Plan:
 
     tied_bytes: int = 0
     """Size of what a file holds beside what trains: that one tensor, for each of the modules."""
+
+    untouched: int = 0
+    """How many of the base's parameters are in layers that are neither adapted nor trained."""
 
     @property
     def parameters(self) -> int:
@@ -250,6 +253,9 @@ def _lines(plan: Plan) -> Iterable[str]:
         f" gradients {size(plan.gradient_bytes)}, Adam {size(plan.adam_bytes)},"
         f" file {size(plan.file_bytes)}"
     )
+    still = 100 * plan.untouched / max(plan.base_parameters, 1)
+    yield f"untouched: {still:.1f} % of the base's parameters, in layers without an update"
+    yield from _choices(plan)
     if plan.per_rank:
         yield from _shares(plan)
     reasons: dict[str, list[str]] = {}
@@ -271,6 +277,13 @@ def _lines(plan: Plan) -> Iterable[str]:
     yield from (f"note: {note}" for note in plan.notes)
     yield from served_by(plan.vllm, plan.llama_cpp, {t.path: t.slot for t in plan.targets})
     yield from (f"PROBLEM: {problem}" for problem in plan.problems)
+
+
+def _choices(plan: Plan) -> Iterable[str]:
+    """Yield a line for each word among other targets; of one alone the table says it all."""
+    for text, count in plan.matches.items():
+        if text in WORDS and len(plan.matches) > 1:
+            yield f"{text!r} means {count} of them"
 
 
 def left_out_line(paths: Sequence[str], reason: str) -> str:

@@ -56,6 +56,25 @@ class Owners:
         """Yield each parameter once, under its first name."""
         return ((full_name(self._places[each][0]), t) for each, t in self._tensors.items())
 
+    def outside(
+        self, adapted: Mapping[str, Collection[str]], trained: Collection[str]
+    ) -> Iterator[torch.Tensor]:
+        """Yield each parameter that nothing reaches, under any of its names.
+
+        Args:
+            adapted: Path of a module to the names of its parameters that are; none stands for all.
+            trained: Paths of the modules that are trained in full.
+        """
+        for each, tensor in self._tensors.items():
+            places = self._places[each]
+            reached = any(
+                inside(path, trained)
+                or (path in adapted and (not adapted[path] or name in adapted[path]))
+                for path, name in places
+            )
+            if not reached:
+                yield tensor
+
     def others(self, places: Iterable[Place], path: str) -> tuple[str, ...]:
         """Return the paths outside of ``path`` of modules that share one of these parameters."""
         found = {

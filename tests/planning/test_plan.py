@@ -120,8 +120,8 @@ def test_making_a_plan_changes_nothing_and_says_the_same_again(case: Case):
 
 def test_a_plan_as_text():
     model = classifier()
-    text = str(hf_lora.plan(model, ["query", "value"], r=4, alpha=6, train=["classifier"]))
-    lines = text.splitlines()
+    plan = hf_lora.plan(model, ["query", "value"], r=4, alpha=6, train=["classifier"])
+    lines = str(plan).splitlines()
     assert lines[0] == (
         f"BertForSequenceClassification: {model.num_parameters():,} parameters, "
         f"{4 * model.num_parameters() / 1024:.1f} KiB"
@@ -134,9 +134,16 @@ def test_a_plan_as_text():
     ]
     assert lines[5].startswith("trains 1,123 parameters (")
     assert "weights 4.4 KiB, gradients 4.4 KiB, Adam 8.8 KiB, file 4.4 KiB" in lines[5]
-    assert lines[6].startswith("vLLM cannot serve it: BertForSequenceClassification is none of")
-    assert lines[7].startswith("llama.cpp cannot use it as it is: BertForSequenceClassification")
-    assert len(lines) == 8
+    still = model.num_parameters() - 4 * (32 * 32 + 32) - 99
+    assert plan.untouched == still
+    share = 100 * still / model.num_parameters()
+    assert (
+        lines[6]
+        == f"untouched: {share:.1f} % of the base's parameters, in layers without an update"
+    )
+    assert lines[7].startswith("vLLM cannot serve it: BertForSequenceClassification is none of")
+    assert lines[8].startswith("llama.cpp cannot use it as it is: BertForSequenceClassification")
+    assert len(lines) == 9
 
 
 def test_patterns_are_counted_one_by_one():
