@@ -41,7 +41,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             OUTPUT,
-            max_steps=100 if args.quick else 600,
+            max_steps=60 if args.quick else 600,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=100,
             learning_rate=1e-3,

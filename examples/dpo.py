@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, fewer tests")
     args = parser.parse_args()
-    train, test = assets.spellings(held_out=100 if args.quick else 200)
+    train, test = assets.spellings(held_out=25 if args.quick else 200)
     set_seed(0)
 
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
@@ -35,7 +35,7 @@ def main() -> None:
         model=model,
         args=DPOConfig(
             OUTPUT,
-            max_steps=10 if args.quick else 60,
+            max_steps=6 if args.quick else 60,
             per_device_train_batch_size=8,
             learning_rate=2e-4,
             lr_scheduler_type="cosine",

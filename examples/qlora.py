@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, fewer tests")
     args = parser.parse_args()
-    train, test = assets.spellings(held_out=50 if args.quick else 200)
+    train, test = assets.spellings(held_out=20 if args.quick else 200)
     set_seed(0)
 
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
@@ -48,7 +48,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             OUTPUT,
-            max_steps=15 if args.quick else 120,
+            max_steps=9 if args.quick else 120,
             per_device_train_batch_size=16,
             learning_rate=5e-4,
             lr_scheduler_type="cosine",

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps, fewer tests")
     args = parser.parse_args()
     source = args.model or assets.smollm2()
-    train, test = assets.spellings(held_out=50 if args.quick else 200)
+    train, test = assets.spellings(held_out=20 if args.quick else 200)
     set_seed(0)
 
     # The model, and what hf_lora would do to it; then do it.
@@ -40,7 +40,7 @@ def main() -> None:
     # The plain Trainer does the rest.
     settings = TrainingArguments(
         str(OUTPUT),
-        max_steps=20 if args.quick else 80,
+        max_steps=12 if args.quick else 80,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,
         learning_rate=5e-4,

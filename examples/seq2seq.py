@@ -33,7 +33,7 @@ Pairs = list[tuple[str, str]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps")
-    steps = 200 if parser.parse_args().quick else 600
+    steps = 120 if parser.parse_args().quick else 600
     parts = assets.spellings()
     origins = [
         [*((us, "American") for us, _ in p), *((uk, "British") for _, uk in p)] for p in parts

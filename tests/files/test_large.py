@@ -1,4 +1,4 @@
-"""An adapter of 4,000 layers is saved, loaded and refused; and nothing about it is quadratic.
+"""An adapter of 2,000 layers is saved, loaded and refused; and nothing about it is quadratic.
 
 What a call does is counted: a clock would say what else the machine does.
 """
@@ -14,7 +14,7 @@ from tests import tiny
 from tests.files import edit
 from tests.work import calls
 
-LARGE, SMALL, MORE = 400, 100, 2_000
+LARGE, SMALL, MORE = 400, 100, 1_000
 """Blocks; each has two adapted layers. The work of the first two is compared."""
 
 
@@ -73,7 +73,7 @@ def test_refusing(models: dict[int, tiny.Net], tmp_path: Path):
     check(work)
 
 
-def test_four_thousand_layers(tmp_path: Path):
+def test_two_thousand_layers(tmp_path: Path):
     model = adapted(MORE)
     hf_lora.save(model, tmp_path)
     loaded = hf_lora.load(tiny.Net(MORE), tmp_path)

@@ -38,11 +38,11 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path):
             env={**os.environ, "PYTHONHASHSEED": seed},
             cwd=ROOT,
         )
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     ]
-    assert [child.wait() for child in children] == [0, 0, 0]
-    first, second, third = (files_in(tmp_path / seed) for seed in ("1", "2", "3"))
-    assert first == second == third
+    assert [child.wait() for child in children] == [0, 0]
+    first, second = (files_in(tmp_path / seed) for seed in ("1", "2"))
+    assert first == second
     assert sorted(first) == [edit.CONFIG, edit.WEIGHTS, *(f"second/{n}" for n in sorted(
         [edit.CONFIG, edit.WEIGHTS]))]  # fmt: skip
 

@@ -72,13 +72,13 @@ def groups(model: nn.Module) -> list[list[str]]:
     return [[paths[layer] for layer in group] for group in found if len(group) > 1]
 
 
-def llama(**fields: Any) -> LlamaForCausalLM:
+def llama(*, layers: int = 2, **fields: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
     )

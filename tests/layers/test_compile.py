@@ -24,7 +24,7 @@ def _fresh_compiler() -> Any:
 
 
 def several() -> Any:
-    model = llama()
+    model = llama(layers=1)
     hf_lora.add_adapter(model, "second", targets="all-linear", r=3)
     hf_lora.add_adapter(model, "third", targets=["q_proj"], r=2)
     with hf_lora.use_adapter(model, ["default", "second", "third"]):
