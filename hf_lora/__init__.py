@@ -28,6 +28,7 @@ def __getattr__(name: str) -> typing.Any:
         globals()["__all__"] = public.__all__
         if name in globals():
             return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{public.hint(name)}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

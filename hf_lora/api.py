@@ -29,6 +29,7 @@ from hf_lora.model.adapters import as_config
 from hf_lora.model.patch import patch, unpatch
 from hf_lora.model.registry import find, registry_of
 from hf_lora.model.transaction import Transaction
+from hf_lora.peft_names import PeftConfig
 from hf_lora.planning.cores import core_of
 from hf_lora.planning.make import make_plan
 from hf_lora.planning.records import Plan
@@ -38,9 +39,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def wrap(
     model: Model,
-    targets: str | Iterable[str] | None = None,
+    targets: str | Iterable[str] | LoRAConfig | PeftConfig | None = None,
     *,
-    config: LoRAConfig | None = None,
+    config: LoRAConfig | PeftConfig | None = None,
     adapter: str = DEFAULT,
     **fields: Any,
 ) -> Model:
@@ -54,8 +55,10 @@ def wrap(
             ``SentenceTransformer`` or ``CrossEncoder`` it is the transformers model inside.
         targets: Patterns of the layers to adapt, as regular expressions that match a module's
             whole dotted path or a whole dotted tail of it; or a word: ``"all-linear"``,
-            the default, ``"attention"``, ``"mlp"`` or ``"experts"`` (see :class:`LoRAConfig`).
-        config: All of it in one object, instead of ``targets`` and ``fields``.
+            the default, ``"attention"``, ``"mlp"`` or ``"experts"`` (see :class:`LoRAConfig`). Or
+            a whole configuration, as ``config``.
+        config: All of it in one object, instead of ``targets`` and ``fields``: a
+            :class:`LoRAConfig`, or PEFT's ``LoraConfig`` (see :meth:`LoRAConfig.from_peft`).
         adapter: The adapter's name: letters, digits, ``_`` and ``-``.
         **fields: Fields of :class:`LoRAConfig`: ``r, alpha, dropout, rslora, init, overrides,
             exclude, train, dtype``.
@@ -106,9 +109,9 @@ def unwrap(model: Model) -> Model:
 
 def plan(
     model: nn.Module,
-    targets: str | Iterable[str] | None = None,
+    targets: str | Iterable[str] | LoRAConfig | PeftConfig | None = None,
     *,
-    config: LoRAConfig | None = None,
+    config: LoRAConfig | PeftConfig | None = None,
     world: int = 1,
     **fields: Any,
 ) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import yaml
 
 from hf_lora.errors import ConfigError, listing
+from hf_lora.peft_names import PeftConfig, hint, is_peft_config, translate
 
 ALL_LINEAR = "all-linear"
 """The target that means every linear-like layer except the output head and experts."""
@@ -80,6 +81,11 @@ class LoRAConfig:
     """Data type of the adapter's tensors. None: float32 on a 16-bit or quantized base, where small
     updates would round away, else the base's own."""
 
+    def __new__(cls, **fields: Any) -> Self:
+        """Say what an unknown field is called here, where a dataclass raises a bare TypeError."""
+        _check_names(cls, fields)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Bring every field to one plain form, so that equal meanings are equal, and check it."""
         problems: list[str] = []
@@ -117,17 +123,24 @@ class LoRAConfig:
         """
         if not isinstance(fields, Mapping):
             raise ConfigError(f"A LoRAConfig is a mapping of fields, not {fields!r}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [str(name) for name in fields if name not in known]
-        if unknown:
-            raise ConfigError(
-                listing(
-                    "This LoRAConfig has unknown fields",
-                    unknown,
-                    f"Known fields: {', '.join(known)}.",
-                )
-            )
+        _check_names(cls, fields)
         return cls(**fields)
+
+    @classmethod
+    def from_peft(cls, config: PeftConfig | Mapping[str, Any]) -> Self:
+        """Build the configuration that means what one of PEFT's means.
+
+        Args:
+            config: PEFT's ``LoraConfig``, or the content of its ``adapter_config.json``. What PEFT
+                would adapt, :func:`wrap` adapts, with the same ranks and strengths.
+
+        Raises:
+            ConfigError: It is of another method, uses what hf_lora does not implement, or leaves
+                open which layers it means; all of it is listed.
+        """
+        if not (is_peft_config(config) or isinstance(config, Mapping)):
+            raise ConfigError(f"{config!r} is neither PEFT's LoraConfig nor its fields")
+        return cls(**translate(config, WORDS))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain data that JSON and YAML can hold."""
@@ -159,6 +172,17 @@ class LoRAConfig:
             path.write_text(text, encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise ConfigError(f"{path} cannot be written: {error}") from error
+
+
+def _check_names(cls: type[LoRAConfig], fields: Mapping[Any, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = [f"{name}{hint(str(name))}" for name in fields if name not in known]
+    if unknown:
+        raise ConfigError(
+            listing(
+                "This LoRAConfig has unknown fields", unknown, f"Known fields: {', '.join(known)}."
+            )
+        )
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

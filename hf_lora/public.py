@@ -32,6 +32,7 @@ from hf_lora.model.adapters import adapters, add_adapter, delete_adapter, freeze
 from hf_lora.model.choices import activate, active_adapters, no_adapter, use_adapter
 from hf_lora.model.optimizer import optimizer_groups
 from hf_lora.model.summary import Summary, summary
+from hf_lora.peft_names import hint as hint
 from hf_lora.planning.records import Plan
 from hf_lora.recipes.record import Trained
 from hf_lora.recipes.train import train

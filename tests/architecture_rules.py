@@ -13,7 +13,8 @@ from pathlib import Path
 
 # Bottom first. A module may import from the rows below its own and from its own unit, no others.
 LAYERS = (
-    ("errors", "config", "text", "version", "targets"),
+    ("errors", "text", "version", "targets"),
+    ("config", "peft_names"),
     ("compat",),
     ("functional",),
     ("layers",),
@@ -33,7 +34,7 @@ LAYERS = (
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Units of one row do not know each other, except for these.
-NEIGHBOURS = {("config", "errors"), ("errors", "text"), ("targets", "errors")}
+NEIGHBOURS = {("config", "peft_names"), ("errors", "text"), ("targets", "errors")}
 
 # The only imports that may stand inside a function, each with what importing it early would cost.
 LAZY = {

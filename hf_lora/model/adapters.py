@@ -23,6 +23,7 @@ from hf_lora.model.patch import (
 from hf_lora.model.registry import Registry, registry_of, wrapped
 from hf_lora.model.replacing import check_replaceable, replaced
 from hf_lora.model.transaction import Transaction
+from hf_lora.peft_names import PeftConfig, is_peft_config
 from hf_lora.planning.make import make_plan
 
 
@@ -38,9 +39,9 @@ def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
 def add_adapter(
     model: nn.Module,
     name: str,
-    targets: str | Iterable[str] | None = None,
+    targets: str | Iterable[str] | LoRAConfig | PeftConfig | None = None,
     *,
-    config: LoRAConfig | None = None,
+    config: LoRAConfig | PeftConfig | None = None,
     trainable: bool = True,
     replace: bool = False,
     **fields: Any,
@@ -147,21 +148,36 @@ def check_new_name(registry: Registry, name: str) -> None:
 
 
 def as_config(
-    targets: str | Iterable[str] | None, config: LoRAConfig | None, fields: dict[str, Any]
+    targets: str | Iterable[str] | LoRAConfig | PeftConfig | None,
+    config: LoRAConfig | PeftConfig | None,
+    fields: dict[str, Any],
 ) -> LoRAConfig:
     """Return the configuration that a call's arguments stand for.
 
+    Args:
+        targets: Patterns; or a whole configuration by position, as people write it.
+        config: A whole configuration.
+        fields: Fields of one.
+
     Raises:
-        ConfigError: Both given, or a field is wrong.
+        ConfigError: Several of them are given, or a field is wrong.
     """
+    if isinstance(targets, LoRAConfig) or is_peft_config(targets):
+        if config is not None:
+            raise ConfigError("Two configurations are given; give one.")
+        config, targets = targets, None
     from_fields = fields if targets is None else {"targets": targets, **fields}
     if config is None:
         return LoRAConfig.from_dict(from_fields)
-    if not isinstance(config, LoRAConfig):
-        raise ConfigError(f"config is {config!r}, not a LoRAConfig; see LoRAConfig.from_dict.")
     if from_fields:
         given = ", ".join(from_fields)
         raise ConfigError(f"Give either config=LoRAConfig(...) or its fields, not both ({given}).")
+    if is_peft_config(config):
+        return LoRAConfig.from_peft(config)
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(
+            f"config is {config!r}, not a LoRAConfig; see LoRAConfig.from_dict and from_peft."
+        )
     return config
 
 

@@ -6,6 +6,8 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+from hf_lora.peft_names import hint
+
 Record = TypeVar("Record")
 Convert = Callable[[Any], Any]
 
@@ -72,7 +74,8 @@ def report_unknown(
     for name in content:
         if name not in known:
             names = ", ".join(known)
-            problems.append(f"{dotted(label, str(name))}: unknown field; known: {names}")
+            here = hint(str(name))
+            problems.append(f"{dotted(label, str(name))}: unknown field{here}; known: {names}")
 
 
 def mismatch(value: Any, hint: Any) -> str | None:

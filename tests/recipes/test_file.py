@@ -74,7 +74,7 @@ def test_everything_that_is_wrong_is_told_at_once(run: Run, write: Write):
         "data.form: 'poem' is not one of text, completion, chat",
         "data.packing: 'yes' is not true or false",
         "output: is missing",
-        "lora.rank: unknown field; known: " + ", ".join(LoRAConfig().to_dict()),
+        "lora.rank: unknown field (here: r); known: " + ", ".join(LoRAConfig().to_dict()),
         "lora.alpha: 'loud' is not a finite number above 0",
         "lora.dropout: 2 is not a probability in [0, 1)",
         "push.repo_id: is missing",
