@@ -20,6 +20,8 @@ from hf_lora.errors import (
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
+from hf_lora.file_merging.merge import merge_checkpoint
+from hf_lora.file_merging.report import MergeReport
 from hf_lora.integrations.accelerate_state import register
 from hf_lora.integrations.base_view import base_view
 from hf_lora.integrations.merged import merge_and_unwrap
@@ -52,6 +54,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRATrainerMixin",
+    "MergeReport",
     "Plan",
     "SaveError",
     "StateError",
@@ -75,6 +78,7 @@ __all__ = [
     "load",
     "merge",
     "merge_and_unwrap",
+    "merge_checkpoint",
     "no_adapter",
     "optimizer_groups",
     "plan",

@@ -24,6 +24,7 @@ LAYERS = (
     ("adapter_io",),
     ("merging",),
     ("hub",),
+    ("file_merging",),
     ("integrations",),
     ("api",),
     ("auto_classes",),

@@ -38,7 +38,7 @@ class LoadedBase:
         path, role = place
         module = self.model.get_submodule(path)
         with present(module):
-            return _equal(tensor, dict(own_tensors(module, (role,)))[role])
+            return same_values(tensor, dict(own_tensors(module, (role,)))[role])
 
     def unfilled(self) -> Unfilled:
         """Return which parts the base's checkpoint has left random."""
@@ -58,7 +58,7 @@ class LoadedBase:
         return base_differences(fingerprint, base, names, others)
 
 
-def _equal(tensor: torch.Tensor, base: torch.Tensor) -> bool:
+def same_values(tensor: torch.Tensor, base: torch.Tensor) -> bool:
     """Say whether two tensors are the same, to the precision of the coarser of their types."""
     base = full_tensor(base)
     if tensor.dtype == base.dtype or not base.is_floating_point():

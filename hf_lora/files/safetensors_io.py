@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,6 +101,29 @@ def serialize(
     return write
 
 
+def lay_out(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int]]:
+    """Return what a file begins with, and where in it each tensor goes and the last one ends.
+
+    Args:
+        tensors: Name, type and shape of each, in order.
+        metadata: As it stands in the header.
+    """
+    entries, ends = {}, [0]
+    for name, dtype, shape in tensors:
+        end = ends[-1] + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [ends[-1], end],
+        }
+        ends.append(end)
+    header = _header_bytes(metadata, entries)
+    begin = struct.pack("<Q", len(header)) + header
+    return begin, [len(begin) + end for end in ends]
+
+
 def _header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
     sealed = dict(sorted(metadata.items()))
     text = json.dumps({"__metadata__": sealed, **entries}, separators=(",", ":")).encode()
@@ -172,7 +195,7 @@ class TensorFile:
                 tensor = flat.view(entry.dtype) if data else flat.to(entry.dtype)
                 yield name, tensor.reshape(entry.shape)
 
-    def pick(self, name: str, at: range) -> torch.Tensor:
+    def pick(self, name: str, at: Sequence[int]) -> torch.Tensor:
         """Return single numbers of a flattened floating-point tensor, as float32.
 
         Raises:
@@ -188,6 +211,39 @@ class TensorFile:
         if len(data) != size * len(at):
             raise AdapterFileError(f"{self.path} became shorter while it was read")
         return torch.frombuffer(data, dtype=entry.dtype).float() if data else torch.empty(0)
+
+    def beginning(self) -> bytes:
+        """Return what the file has before its first tensor."""
+        return struct.pack("<Q", len(self._header)) + self._header
+
+    def part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Return the numbers from one place to another of a flattened tensor, in its own type.
+
+        Raises:
+            AdapterFileError: As for :meth:`read`.
+        """
+        entry = self._entries[name]
+        data = bytearray((last - first) * entry.dtype.itemsize)
+        with self._open() as (file, _):
+            file.seek(self._start + entry.start + first * entry.dtype.itemsize)
+            if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+                raise AdapterFileError(f"{self.path} became shorter while it was read")
+        return torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0)
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Return where a tensor's bytes begin and end in the file."""
+        entry = self._entries[name]
+        return self._start + entry.start, self._start + entry.end
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open the file, if it is still the one whose header was checked.
+
+        Raises:
+            AdapterFileError: It has changed or cannot be read.
+        """
+        with self._open() as (file, _):
+            yield file
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[BinaryIO, int]]:

@@ -1,0 +1,171 @@
+"""What adapters do to each tensor of a model, and whether tied tensors stay one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hf_lora.adapter_io.match import Match
+from hf_lora.file_merging.base import CheckpointBase
+from hf_lora.file_merging.pieces import Piece, Stack, as_stack
+from hf_lora.functional.low_rank import Product
+from hf_lora.kinds.table import layer_class
+from hf_lora.layers.trained import tensor_names
+
+Rows = Callable[[int, int], torch.Tensor]
+"""Returns the rows from one to another of a rectangle."""
+
+_KEPT = 2
+"""Of how many layers the factors are kept in memory: a stack of experts is asked for by parts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter that is merged."""
+
+    name: str
+    """As it was given, for people."""
+
+    match: Match
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What one adapter does to one tensor of a model."""
+
+    adapter: int
+    path: str
+    """Of the module."""
+
+    part: str
+    """The name of the tensor on it."""
+
+    adds: bool
+    """Whether a product of factors is added; if not, the adapter's own copy is put in its place."""
+
+    values: str | None = None
+    """The key of that copy in the adapter's file; None where the base has grown by it."""
+
+
+class Updates:
+    """All that a number of adapters do to a model."""
+
+    def __init__(self, base: CheckpointBase, adapters: Sequence[Adapter]):
+        self.base = base
+        self.adapters = tuple(adapters)
+        self.problems: list[str] = []
+        self._of: dict[str, list[Update]] = {}
+        self._seen: dict[str, Stack] = {}
+        for number, adapter in enumerate(adapters):
+            self._note(number, adapter.match)
+        self._product = functools.lru_cache(_KEPT)(self._read_products)
+
+    def named(self) -> Iterator[tuple[str, tuple[Update, ...]]]:
+        """Yield each tensor's name in the model and what is done to it, also if that is nothing."""
+        first = {id(module): path for path, module in self.base.model.named_modules()}
+        for path, module in self.base.model.named_modules(remove_duplicate=False):
+            for role in tensor_names(module):
+                yield _full(path, role), tuple(self._of.get(_full(first[id(module)], role), ()))
+
+    def seen(self, name: str) -> Stack:
+        """Return as which stack of matrices a tensor is seen."""
+        return self._seen.get(name) or as_stack(tuple(tensor_of(self.base.model, name).shape))
+
+    def product(self, update: Update) -> Product:
+        """Return the factors of an update, with the adapter's weight in them."""
+        return self._product(update.adapter, update.path)[update.part]
+
+    def copied(self, update: Update, seen: Stack, piece: Piece) -> Rows:
+        """Return what gives rows of a rectangle of an adapter's copy, as they are stored.
+
+        Args:
+            update: One that is put in the base's place.
+            seen: As which stack the tensor is seen.
+            piece: The rectangle.
+        """
+        _, height, width = seen
+        columns = slice(*piece.columns)
+
+        def numbers(first: int, last: int) -> torch.Tensor:
+            begin, end = ((piece.matrix * height + row) * width for row in (first, last))
+            if update.values is None:
+                flat = self.base.grown[update.path, update.part].reshape(-1)[begin:end]
+            else:
+                file = self.adapters[update.adapter].match.folder.file
+                flat = file.part(update.values, begin, end)
+            return flat.view(last - first, width)[:, columns]
+
+        if piece.turned:
+            return lambda first, last: numbers(*piece.rows).t()[first:last]
+        return lambda first, last: numbers(piece.rows[0] + first, piece.rows[0] + last)
+
+    def _note(self, number: int, match: Match) -> None:
+        modules = dict(self.base.model.named_modules())
+        used = set()
+        for path, config in match.slots.items():
+            kind, module = layer_class(modules[path]), modules[path]
+            fault = kind.lora_product_fault(module)
+            if fault:
+                self.problems.append(f"{path}: {fault}")
+                continue
+            shapes = match.folder.file.shapes
+            keys = {role: key for (at, role), key in match.keys.items() if at == path}
+            blank = {r: torch.empty(shapes[key], device="meta") for r, key in keys.items()}
+            used |= {(path, role) for role in keys}
+            for part, product in kind.lora_products(module, config, blank).items():
+                one, two, three = *product.left.shape[:2], product.right.shape[2]
+                self._add(_full(path, part), Update(number, path, part, True))
+                self._seen[_full(path, part)] = (one, two, three)
+        ties, low_rank = dict(match.ties), frozenset(used)
+        for path, module in modules.items():
+            for role in tensor_names(module):
+                first = ties.get((path, role), (path, role))
+                key = match.keys.get(first) if first not in low_rank else None
+                name = _full(path, role)
+                if key is not None:
+                    used.add(first)
+                    if role in module._buffers and self.adapters[number].weight != 1.0:
+                        self.problems.append(f"{name}: what counts cannot be weighed")
+                    self._add(name, Update(number, *first, False, key))
+                elif (path, role) in self.base.grown and name not in self._of:
+                    self._add(name, Update(number, path, role, False))
+        self.problems += [
+            f"{path}: the adapter has a {role}, of which file-to-file merging knows nothing"
+            for path, role in sorted(match.keys.keys() - used)
+        ]
+
+    def _add(self, name: str, update: Update) -> None:
+        self._of.setdefault(name, []).append(update)
+
+    def _read_products(self, number: int, path: str) -> dict[str, Product]:
+        adapter = self.adapters[number]
+        match, module = adapter.match, self.base.model.get_submodule(path)
+        keys = {key: role for (at, role), key in match.keys.items() if at == path}
+        tensors = {keys[key]: tensor for key, tensor in match.folder.file.read(list(keys))}
+        made = layer_class(module).lora_products(module, match.slots[path], tensors)
+        return {part: Product(p.left * adapter.weight, p.right) for part, p in made.items()}
+
+
+def _full(path: str, role: str) -> str:
+    return f"{path}.{role}" if path else role
+
+
+def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer by its full name."""
+    path, _, role = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = module._parameters.get(role)
+    found = module._buffers[role] if parameter is None else parameter
+    assert found is not None
+    return found
+
+
+def shared_names(model: nn.Module, names: Mapping[str, object]) -> list[list[str]]:
+    """Return the names that each tensor of a model has, those of a tied one together."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(id(tensor_of(model, name)), []).append(name)
+    return list(found.values())
