@@ -40,6 +40,10 @@ COMMANDS = {
     ),
     'pip install "torch==2.13.0" -e ".[test]" && pytest': (".ci/run", "pytest"),
     "hf-lora --help": ("tests/test_package.py", '"--help"'),
+    "hf-lora merge my-adapter -o merged --verify": (
+        "tests/cli/test_merge.py",
+        '"merge", adapter, "-o", tmp_path / "merged", "--verify"',
+    ),
     "hf-lora train examples/configs/completion.yaml": (
         "tests/cli/test_train.py",
         "completion.yaml",

@@ -16,7 +16,7 @@ from hf_lora.cli.output import execute, working
 from hf_lora.version import __version__
 
 app = typer.Typer(
-    help="LoRA for Hugging Face models: plan, train, look at, push and pull adapters.",
+    help="LoRA for Hugging Face models: plan, train, look at, merge, push and pull adapters.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -132,6 +132,56 @@ def show(
     """Show what an adapter holds and how much each layer changes. Needs no base model."""
     execute(
         lambda: _command("hf_lora.cli.commands.show").run(adapter, revision, subfolder),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapter folders, or ids on the Hub; NAME=0.5 weighs.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder that is not there yet.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the base on the Hub.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32 for all; else as they are.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a sample again and compare with float64.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted merge has stopped.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure what would be lost; write nothing.")
+    ] = False,
+    check_base: Annotated[
+        bool, typer.Option("--check-base/--any-base", help="Whether it must be the right base.")
+    ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that came with the base.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture of what was rounded away.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into their base, file to file: no model in memory, untouched bytes copied."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.merge").run(
+            adapters,
+            output,
+            plot=plot,
+            base=base,
+            revision=revision,
+            dtype=dtype,
+            verify=verify,
+            resume=resume,
+            dry_run=dry_run,
+            check_base=check_base,
+            trust_remote_code=trust_remote_code,
+        ),
         as_json=as_json,
     )
 

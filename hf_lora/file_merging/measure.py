@@ -6,7 +6,7 @@ of an update with a standard deviation of 1e-4, on weights of 0.02, bfloat16 kee
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,6 +90,14 @@ class Sums:
     def _note(self, grid: str, lost: float, changed: float) -> None:
         self.lost[grid] = self.lost.get(grid, 0.0) + lost
         self.changed[grid] = self.changed.get(grid, 0.0) + changed
+
+
+def in_all(measured: Iterable[Sums]) -> Sums:
+    """Return what was measured of several parts together."""
+    total = Sums()
+    for each in measured:
+        total.join(each)
+    return total
 
 
 def in_4_bits(numbers: torch.Tensor) -> torch.Tensor:

@@ -26,14 +26,15 @@ from hf_lora.file_merging.checkpoint import (
     Checkpoint,
     as_json,
 )
-from hf_lora.file_merging.measure import DTYPES, Sums, dtype_name
+from hf_lora.file_merging.measure import DTYPES, Sums, dtype_name, in_all
 from hf_lora.file_merging.output import NOTE, Unfinished, building, check_free
 from hf_lora.file_merging.plan import Entry, Plan, make_plan
-from hf_lora.file_merging.report import MergedTensor, MergeReport, Verified, in_all
-from hf_lora.file_merging.shard import merged_rows, write_shard
+from hf_lora.file_merging.report import MergedTensor, MergeReport, Verified
+from hf_lora.file_merging.shard import MergedRows, write_shard
 from hf_lora.file_merging.side_files import carried, carry, merged_config, merged_index
 from hf_lora.file_merging.updates import Adapter, Updates
 from hf_lora.file_merging.verify import verify_shard
+from hf_lora.file_merging.workers import Flushing, Workers
 from hf_lora.files.opened import blocks, opened
 from hf_lora.files.read import read_folder
 from hf_lora.hub.download import locate
@@ -146,19 +147,24 @@ class _Merge:
         self.dtype = dtype
 
     def write(self, unfinished: Unfinished, *, verify: bool) -> Verified | None:
-        """Write all tensors."""
+        """Write all tensors: while one file goes to the disk, the next is computed."""
         verified = None
-        for shard, entries in self.plan.shards.items():
-            if shard in unfinished.done and not verify:
-                continue
-            with self.checkpoint.opened(shard) as source:
-                self._check_numbers(shard)
-                if shard not in unfinished.done:
-                    part = unfinished.begin(shard)
-                    unfinished.finish(shard, write_shard(part, entries, source, self.updates))
-                if verify:
-                    done = verify_shard(unfinished.folder / shard, entries, source, self.updates)
-                    verified = done if verified is None else verified.joined(done)
+        with Workers() as workers, Flushing(unfinished.finish) as flushing:
+            for shard, entries in self.plan.shards.items():
+                done = shard in unfinished.done
+                if done and not verify:
+                    continue
+                path = unfinished.folder / shard if done else unfinished.begin(shard)
+                with self.checkpoint.opened(shard) as source:
+                    self._check_numbers(shard)
+                    measured = None
+                    if not done:
+                        measured = write_shard(path, entries, source, self.updates, workers)
+                    if verify:
+                        one = verify_shard(path, entries, source, self.updates)
+                        verified = one if verified is None else verified.joined(one)
+                if measured is not None:
+                    flushing.flush(path, shard, measured)
         return verified
 
     def write_beside(self, unfinished: Unfinished) -> None:
@@ -182,7 +188,7 @@ class _Merge:
         unfinished.write(CONFIG, as_json(config))
 
     def measured(self) -> dict[str, Sums]:
-        """Measure a sample of every tensor that changes, and write nothing."""
+        """Measure a few rows of every tensor that changes, and write nothing."""
         found = {}
         for shard, entries in self.plan.shards.items():
             touched = [entry for entry in entries if entry.parts]
@@ -190,10 +196,8 @@ class _Merge:
                 with self.checkpoint.opened(shard) as source, source.open() as file:
                     self._check_numbers(shard)
                     for entry in touched:
-                        sums = found[entry.name] = Sums()
-                        handle, rows = file.fileno(), 1 << 30
-                        for _ in merged_rows(entry, handle, source, self.updates, sums, every=rows):
-                            pass
+                        rows = MergedRows(entry, file.fileno(), source, self.updates)
+                        found[entry.name] = rows.measure(0)
         return found
 
     def report(
@@ -201,7 +205,7 @@ class _Merge:
     ) -> MergeReport:
         """Return what was done."""
         touched = self.plan.touched
-        total = in_all({entry.name: sums[entry.name] for entry in touched})
+        total = in_all(sums[entry.name] for entry in touched)
         changed = {id(entry) for entry in touched}
         bytes_of = {True: 0, False: 0}
         for shard, entries in self.plan.shards.items():

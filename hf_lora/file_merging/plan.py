@@ -1,6 +1,7 @@
 """Which tensors a merged checkpoint holds, and what each of them is made of; nothing is read."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -118,6 +119,9 @@ class _Planning:
         """Find where the tensor with these names is stored, and note what is done to it there."""
         stored = [name for name in names if name in self.base.tensors]
         differ = len({named[name] for name in names}) > 1
+        self.problems += [
+            fault for n in dict.fromkeys(names) if (fault := self._clash(n, named[n]))
+        ]
         if differ:
             self.untied |= set(names)
         elif not named[names[0]]:
@@ -128,6 +132,17 @@ class _Planning:
             for name in names if differ else names[:1]:
                 if name not in stored:
                     self._add(name, stored, named[name])
+
+    def _clash(self, name: str, updates: tuple[Update, ...]) -> str | None:
+        """Return why adapters cannot be mixed here, or None."""
+        copies = tuple(update for update in updates if not update.adds)
+        if len(copies) < 2 or math.isclose(self._share(copies), 1.0, abs_tol=1e-6):
+            return None
+        who = ", ".join(self.updates.adapters[update.adapter].name for update in copies)
+        return (
+            f"{name} is trained in full by {who}, of which only a mean can be made: factors that "
+            "add up to 1"
+        )
 
     def _note(self, name: str, updates: tuple[Update, ...]) -> None:
         if not updates:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lora.file_merging.measure import NF4, Sums
+from hf_lora.file_merging.measure import NF4
 from hf_lora.planning.records import size
 from hf_lora.text import printable
 
@@ -69,8 +69,8 @@ class Verified:
 class MergeReport:
     """What :func:`hf_lora.merge_checkpoint` did; ``print`` shows it.
 
-    Shares and ratios are relative errors and ratios of norms, measured on one in eight groups of
-    rows of each tensor while it was merged.
+    Shares and ratios are relative errors and ratios of norms, measured on a thirtieth of the rows
+    of each tensor while it was merged.
     """
 
     directory: str | None
@@ -203,14 +203,6 @@ class MergeReport:
             f"{_share(lost)} by {name}" + (" (this output)" if name == self.dtype else "")
             for name, lost in self.lost.items()
         ]
-
-
-def in_all(measured: Mapping[str, Sums]) -> Sums:
-    """Return what was measured of all tensors together."""
-    total = Sums()
-    for each in measured.values():
-        total.join(each)
-    return total
 
 
 def _row(tensor: MergedTensor) -> str:

@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 from hf_lora.file_merging.blend import Blend
-from hf_lora.file_merging.measure import Sums
+from hf_lora.file_merging.measure import Sums, in_all
 from hf_lora.file_merging.plan import Entry
 from hf_lora.file_merging.updates import Updates
+from hf_lora.file_merging.workers import Workers, memory
 from hf_lora.files.copy_range import copy_range, read_all, write_all
 from hf_lora.files.safetensors_io import TensorFile, lay_out
 
-NUMBERS = 1 << 19
-"""How many numbers are in memory at once: two megabytes in float32, which caches hold."""
+NUMBERS = 1 << 18
+"""How many numbers are computed at once: a megabyte in float32, which caches hold."""
 
-_MEASURED = 8
-"""One in so many groups of rows is measured."""
+_MEASURED_GROUPS, _MEASURED_ROWS = 4, 8
+"""Of one in so many groups of rows, one in so many rows is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,16 @@ class Layout:
 
 
 def write_shard(
-    path: Path, entries: tuple[Entry, ...], source: TensorFile, updates: Updates
+    path: Path, entries: tuple[Entry, ...], source: TensorFile, updates: Updates, workers: Workers
 ) -> dict[str, Sums]:
-    """Write a merged file and flush it to the disk.
+    """Write a merged file.
 
     Args:
         path: A file that is not there yet.
         entries: Its tensors, in order.
         source: The file of the base that holds what they begin as.
         updates: What the adapters do.
+        workers: Who computes.
 
     Returns:
         What was measured of each tensor that was changed.
@@ -66,21 +68,21 @@ def write_shard(
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     with source.open() as file, open(os.open(path, flags, 0o666), "wb", buffering=0) as out:
         write_all(out.fileno(), memoryview(layout.beginning), 0)
+        os.truncate(out.fileno(), layout.places[-1])
         kept: list[tuple[int, int, int]] = []
         for entry, at in zip(entries, layout.places, strict=False):
             if is_copied(entry, source):
                 start, end = source.span(entry.name)
                 kept.append((start, at, end - start))
                 continue
-            sums = Sums()
-            for rows, where in merged_rows(entry, file.fileno(), source, updates, sums):
-                write_all(out.fileno(), as_bytes(rows), at + where)
+            rows = MergedRows(entry, file.fileno(), source, updates)
+            sums = workers.each(
+                lambda first, rows=rows, at=at: rows.write(first, out.fileno(), at), rows.groups
+            )
             if entry.parts:
-                found[entry.name] = sums
+                found[entry.name] = in_all(sums)
         for start, at, count in _joined(kept):
             copy_range(file.fileno(), start, out.fileno(), at, count)
-        os.truncate(out.fileno(), layout.places[-1])
-        os.fsync(out.fileno())
     return found
 
 
@@ -91,49 +93,74 @@ def is_copied(entry: Entry, source: TensorFile) -> bool:
     )
 
 
-def merged_rows(
-    entry: Entry,
-    handle: int,
-    source: TensorFile,
-    updates: Updates,
-    sums: Sums,
-    *,
-    every: int = 1,
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yield groups of merged rows, in the type that they get, and where in the tensor each begins.
+class MergedRows:
+    """One tensor of a merged checkpoint, in groups of rows that are independent of each other."""
 
-    Args:
-        entry: The tensor.
-        handle: The source, open.
-        source: The file that it begins as.
-        updates: What the adapters do.
-        sums: What is measured is added there.
-        every: Take one in so many groups.
-    """
-    rows, columns = entry.view
-    held = entry.dtype if entry.source is None else source.dtypes[entry.source]
-    wide = wide_type(held, entry.dtype)
-    blend = Blend(entry, updates, wide)
-    step = max(1, NUMBERS // max(columns, 1))
-    there = 0 if entry.source is None else _numbers(source, entry.source) // max(columns, 1)
-    memory = torch.empty(step * columns, dtype=held)
-    total = torch.empty(step * columns, dtype=wide)
-    start = 0 if entry.source is None else source.span(entry.source)[0]
-    for i, first in enumerate(range(0, rows, step)):
-        if i % every:
-            continue
-        count = min(step, rows - first)
-        base = memory[: count * columns].view(count, columns)
-        got = max(0, min(count, there - first))
+    def __init__(self, entry: Entry, handle: int, source: TensorFile, updates: Updates):
+        """Prepare for it.
+
+        Args:
+            entry: The tensor.
+            handle: The source, open.
+            source: The file that it begins as.
+            updates: What the adapters do.
+        """
+        self._entry = entry
+        self._handle = handle
+        rows, columns = entry.view
+        step = max(1, NUMBERS // max(columns, 1))
+        self.groups = range(0, rows, step)
+        self._held = entry.dtype if entry.source is None else source.dtypes[entry.source]
+        self._wide = wide_type(self._held, entry.dtype)
+        self._blend = Blend(entry, updates, self._wide)
+        numbers = 0 if entry.source is None else torch.Size(source.shapes[entry.source]).numel()
+        self._there = numbers // max(columns, 1)
+        self._start = 0 if entry.source is None else source.span(entry.source)[0]
+
+    def write(self, first: int, handle: int, at: int) -> Sums:
+        """Compute a group and write it.
+
+        Args:
+            first: The first row of it.
+            handle: A file that is open for writing.
+            at: Where in it the tensor begins.
+
+        Returns:
+            What was measured of it, which may be nothing.
+        """
+        columns = self._entry.view[1]
+        base, merged = self._merged(first)
+        sums = self._measured(first, base, merged)
+        rounded = memory("rounded", merged.numel(), self._entry.dtype).copy_(merged.view(-1))
+        write_all(handle, as_bytes(rounded), at + first * columns * rounded.itemsize)
+        return sums
+
+    def measure(self, first: int) -> Sums:
+        """Compute a group, and only measure it."""
+        return self._measured(first, *self._merged(first))
+
+    def _merged(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows of the base, and of the sum in the wide type, until the next are computed."""
+        rows, columns = self._entry.view
+        count = min(self.groups.step, rows - first)
+        base = memory("base", count * columns, self._held).view(count, columns)
+        got = max(0, min(count, self._there - first))
         if got:
-            read_all(handle, as_bytes(base[:got]), start + first * columns * held.itemsize)
+            offset = first * columns * self._held.itemsize
+            read_all(self._handle, as_bytes(base[:got]), self._start + offset)
         base[got:].zero_()
-        merged = total[: count * columns].view(count, columns)
+        merged = memory("wide", count * columns, self._wide).view(count, columns)
         merged.copy_(base)
-        blend.put_in(merged, first)
-        if entry.parts and i % _MEASURED == 0 and wide.is_floating_point:
-            sums.add(base, merged)
-        yield merged.to(entry.dtype), first * columns * entry.dtype.itemsize
+        self._blend.put_in(merged, first)
+        return base, merged
+
+    def _measured(self, first: int, base: torch.Tensor, merged: torch.Tensor) -> Sums:
+        sums = Sums()
+        one = first // self.groups.step % _MEASURED_GROUPS == 0
+        if one and self._entry.parts and self._wide.is_floating_point:
+            step = _MEASURED_ROWS if len(base) > _MEASURED_ROWS else 1
+            sums.add(base[::step].contiguous(), merged[::step].contiguous())
+        return sums
 
 
 def wide_type(held: torch.dtype, given: torch.dtype) -> torch.dtype:
@@ -150,10 +177,6 @@ def as_bytes(numbers: torch.Tensor) -> memoryview:
     """Return a tensor's own memory."""
     flat = numbers.detach().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _numbers(source: TensorFile, name: str) -> int:
-    return torch.Size(source.shapes[name]).numel()
 
 
 def _joined(ranges: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:

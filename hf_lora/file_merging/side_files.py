@@ -72,9 +72,8 @@ def merged_config(
     if names:
         flags = _flags(model, names)
         for part, config in sections:
-            if any(config is flag for flag in flags):
+            if any(config is flag for flag in flags) and _can_be_untied(config):
                 part[_TIE] = False
-        _keep_the_rest(found, model.config, before)
     return found
 
 
@@ -163,10 +162,10 @@ def _flags(model: Any, untied: set[str]) -> list[Any]:
     return found
 
 
-def _keep_the_rest(content: dict[str, Any], config: Any, before: Mapping[str, Any]) -> None:
-    """Write down what followed from the flag when the base was read, such as T5's scaling."""
-    after = type(config).from_dict(copy.deepcopy(content)).to_dict()
-    for name, value in before.items():
-        plain = isinstance(value, (bool, int, float, str))
-        if plain and name != _TIE and after.get(name) != value and name not in _DTYPES:
-            content.setdefault(name, value)
+def _can_be_untied(config: Any) -> bool:
+    """Say whether a configuration takes it that embeddings are not tied.
+
+    T5's never does, and takes it for a word about another thing, a scaling.
+    """
+    after = type(config).from_dict(config.to_dict() | {_TIE: False})
+    return getattr(after, _TIE, None) is False
