@@ -60,7 +60,7 @@ def wrap(
         config: All of it in one object, instead of ``targets`` and ``fields``: a
             :class:`LoRAConfig`, or PEFT's ``LoraConfig`` (see :meth:`LoRAConfig.from_peft`).
         adapter: The adapter's name: letters, digits, ``_`` and ``-``.
-        **fields: Fields of :class:`LoRAConfig`: ``r, alpha, dropout, rslora, init, overrides,
+        **fields: Fields of :class:`LoRAConfig`: ``r, alpha, dropout, rslora, init, overrides, bias,
             exclude, train, dtype``.
 
     Returns:

@@ -22,6 +22,7 @@ WORDS = (ALL_LINEAR, "attention", "mlp", EXPERTS)
 """The targets that are no patterns: what they mean is told from a model's structure."""
 
 INITS = ("kaiming", "gaussian")
+BIASES = ("none", "lora_only", "all")
 DTYPES = ("float32", "bfloat16", "float16")
 OVERRIDABLE = ("r", "alpha", "dropout")
 
@@ -77,6 +78,13 @@ class LoRAConfig:
     """Patterns of modules trained in full and saved with the adapter. What the base's checkpoint
     did not fill, such as a fresh head, is as if it were named, unless this is ``()``."""
 
+    bias: str = "none"
+    """Which biases of the base train, and are saved with the adapter: ``"none"``, ``"lora_only"``
+    (those of the adapted layers) or ``"all"`` (every tensor of the model called ``bias``)."""
+
+    lora_bias: bool = False
+    """Whether B has a bias of its own, scaled as the update is. It starts at zero."""
+
     dtype: str | None = None
     """Data type of the adapter's tensors. None: float32 on a 16-bit or quantized base, where small
     updates would round away, else the base's own."""
@@ -103,6 +111,10 @@ class LoRAConfig:
             object.__setattr__(self, name, value)
         if not isinstance(self.rslora, bool):
             problems.append(f"rslora: {self.rslora!r} is not true or false")
+        if not isinstance(self.lora_bias, bool):
+            problems.append(f"lora_bias: {self.lora_bias!r} is not true or false")
+        if self.bias not in BIASES:
+            problems.append(f"bias: {self.bias!r} is not one of {', '.join(BIASES)}")
         if self.init not in INITS:
             problems.append(f"init: {self.init!r} is not one of {', '.join(INITS)}")
         if self.dtype is not None and self.dtype not in DTYPES:

@@ -103,8 +103,8 @@ _OF_NO_EFFECT = {
 }  # fmt: skip
 _READ = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform",
-    "lora_alpha", "lora_dropout", "modules_to_save", "r", "rank_pattern", "target_modules",
-    "target_parameters", "use_rslora",
+    "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
+    "target_modules", "target_parameters", "use_rslora",
 }  # fmt: skip
 _LITERAL = re.compile(r"[\w.-]+")
 
@@ -146,13 +146,13 @@ def translate(config: PeftConfig | Mapping[str, Any], words: Collection[str]) ->
         for name, value in given.items()
         if value and name not in _READ | _OF_NO_EFFECT
     ]
-    if given.get("bias") not in (None, "none"):
-        problems.append(f"bias = {show(given['bias'])}")
     fields: dict[str, Any] = {
         "r": given.get("r", 8),
         "alpha": given.get("lora_alpha", 8),
         "dropout": given.get("lora_dropout", 0.0),
         "rslora": given.get("use_rslora") or False,
+        "bias": given.get("bias") or "none",
+        "lora_bias": given.get("lora_bias") or False,
         "targets": list(_targets(given, words, problems)),
         "exclude": list(_names(given.get("exclude_modules"), words)),
         "init": _init(given.get("init_lora_weights", True), problems),

@@ -245,3 +245,9 @@ def test_the_names_are_pefts_and_what_is_named_is_there():
     }
     for here in {*FIELDS.values(), *CALLS.values()}:
         assert here.replace(":", "").replace(",", "").split("(")[0].split()[0] in known
+
+
+def test_biases_mean_here_what_they_mean_there():
+    config = peft.LoraConfig(target_modules=["q_proj"], bias="lora_only", lora_bias=True)
+    ours = hf_lora.LoRAConfig.from_peft(config)
+    assert (ours.bias, ours.lora_bias) == ("lora_only", True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import listing
+from hf_lora.files.biases import biases_beside
 from hf_lora.files.fingerprint import from_json
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.files.sampled_layers import sampled_layers
@@ -65,6 +66,9 @@ class Description:
     buffers: tuple[str, ...]
     """Names of the buffers of the base that the training moved."""
 
+    biases: tuple[str, ...]
+    """Names of the biases that were trained in modules of no adapted layer."""
+
     dropout: float
     rslora: bool
     header: dict[str, Any] | None
@@ -103,6 +107,7 @@ class Description:
             path, _, role = tensor.name.rpartition(".")
             moved = tensor.name in self.buffers
             cause = f"{role} that moved" if moved else f"{path or tensor.name} in full"
+            cause = "biases of other modules" if tensor.name in self.biases else cause
             cause = f"{cause}, {tensor.dtype}"
             sizes[cause] = sizes.get(cause, 0) + tensor.bytes
         if self.left_out_bytes:
@@ -158,6 +163,7 @@ def describe(
         trained_names=tuple(folder.trained_names if folder.own is None else folder.own.trained),
         trained=tuple(trained),
         buffers=() if folder.own is None else tuple(folder.own.buffers),
+        biases=tuple(biases_beside(others, folder.fields, folder.trained_names)),
         dropout=next(iter(folder.slots.values())).dropout,
         rslora=next(iter(folder.slots.values())).rslora,
         header=header,

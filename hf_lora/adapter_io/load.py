@@ -1,6 +1,7 @@
 """Loading adapters: every tensor of the file proven to fit, before the model is touched."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_lora.errors import (
     TargetError,
     listing,
 )
+from hf_lora.files.biases import trains_biases
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
@@ -85,8 +87,8 @@ def load_folder(
         _refill(registry, adapter, config, match, values)
     else:
         with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
-            ties = match.ties
-            attach(model, registry, adapter, config, match.slots, match.trained, dtypes, ties=ties)
+            where = match.slots, match.trained, dtypes, None, match.ties, match.biases
+            attach(model, registry, adapter, config, *where)
             registry.adapter(adapter).origin = match.folder.origin
             fill(registry, adapter, values)
     fill_buffers(model, registry, adapter, buffers)
@@ -105,6 +107,7 @@ def _has_room(
     return (
         set(registry.adapter(name).trained) == set(match.trained)
         and registry.adapter(name).ties == match.ties
+        and set(registry.adapter(name).biases) == set(match.biases)
         and tensors.keys() == values.keys()
         and all(
             shape_of(tensor) == values[place].shape and tensor.dtype == values[place].dtype
@@ -191,6 +194,8 @@ def _values_for(
             problems.append(f"{path}: the model has {here}, the file {there}")
     if set(adapter.trained) != set(match.trained):
         problems.append(f"trained in full: {adapter.trained}, in the file {match.trained}")
+    if set(adapter.biases) != set(match.biases):
+        problems.append(f"biases: {adapter.biases}, in the file {match.biases}")
     if dict(adapter.ties) != match.ties:
         here, there = (sorted(map(full_name, ties)) for ties in (adapter.ties, match.ties))
         problems.append(f"tied to other tensors: {here}, in the file {there}")
@@ -360,6 +365,8 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
         alpha=first.alpha,
         dropout=first.dropout,
         rslora=first.rslora,
+        bias=trains_biases(match.folder.fields) or "none",
+        lora_bias=any(slot.lora_bias for slot in match.slots.values()),
         overrides={_escape(path): fields for path, fields in by_path.items()},
         train=[_escape(path) for path in match.trained],
     )
@@ -381,4 +388,4 @@ def _escape(name: str) -> str:
 
 
 def _mathematics(slot: LayerConfig | None) -> tuple | None:
-    return slot and (slot.r, slot.alpha, slot.rslora, slot.parts)
+    return slot and (*dataclasses.astuple(dataclasses.replace(slot, dropout=0.0)),)

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_lora.adapter_io.base_on_disk import describe_changes
 from hf_lora.adapter_io.base_weights import vocabulary
+from hf_lora.adapter_io.biases import match_biases
 from hf_lora.adapter_io.loaded_base import LoadedBase
 from hf_lora.adapter_io.rename import Renaming, rename
 from hf_lora.adapter_io.tasks import BY_PEFT, HEADS
@@ -16,7 +17,6 @@ from hf_lora.compat.deepspeed import shape_of
 from hf_lora.errors import (
     AdapterMismatchError,
     BaseMismatchError,
-    UnsupportedAdapterError,
     listing,
 )
 from hf_lora.files.data import CONFIG_FILE, LayerTensors
@@ -53,6 +53,9 @@ class Match:
     buffers: list[Place]
     """Those of these that are buffers of the base, which a training has moved."""
 
+    biases: list[str]
+    """Paths of modules of no adapted layer whose bias was trained."""
+
     ties: Ties
     """What is read as the copy at another place, to that."""
 
@@ -79,7 +82,6 @@ def match_folder(
 
     Raises:
         AdapterMismatchError: Something does not fit; one line each.
-        UnsupportedAdapterError: Biases of the base were trained.
         BaseMismatchError: Everything fits, but the base's weights are others.
         StateError: A layer that it is for has no data.
     """
@@ -115,6 +117,7 @@ class _Matching:
         self.keys: dict[Place, str] = {}
         self.slots: dict[str, LayerConfig] = {}
         self.buffers: list[Place] = []
+        self.biases: list[str] = []
         self.ties: dict[Place, Place] = {}
 
     def run(self, check_base: bool) -> Match:
@@ -138,7 +141,16 @@ class _Matching:
         if check_base:
             self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
         self.told += self._random_parts(unfilled.needed, tops)
-        return Match(self.folder, self.slots, tops, self.keys, self.buffers, self.ties, self.told)
+        return Match(
+            self.folder,
+            self.slots,
+            tops,
+            self.keys,
+            self.buffers,
+            self.biases,
+            self.ties,
+            self.told,
+        )
 
     def _raise_problems(self) -> None:
         if self.problems:
@@ -238,7 +250,21 @@ class _Matching:
         ]
         own = inside - self.ties.keys()
         self.keys |= {place: key for place, key in found.items() if place in own}
-        return {place: key for place, key in found.items() if place not in inside}
+        rest = {place: key for place, key in found.items() if place not in inside}
+        lacks = self.missing == "zero"
+        biases, same = match_biases(
+            self.folder,
+            self.model,
+            self.slots,
+            tops,
+            rest,
+            self.keys,
+            self.problems,
+            may_lack=lacks,
+        )
+        self.keys |= biases
+        self.biases = [path for path, _ in biases]
+        return {place: key for place, key in rest.items() if place not in {*biases, *same}}
 
     def _check_fit(self, key: str, place: Place) -> None:
         tensor, file = self._base_tensor(place), self.folder.file
@@ -295,8 +321,6 @@ class _Matching:
 
     def _compare_copies(self, copies: dict[Place, str]) -> None:
         """Tell moved buffers from tensors that only repeat the base's own, which are left out."""
-        said = self.folder.fields.get("bias") or "none"
-        biases = [] if said == "none" else self._biases_without(copies, said)
         for place, key in copies.items():
             ((_, tensor),) = self.folder.file.read([key])
             equal = self.base.equals(place, tensor)
@@ -305,8 +329,6 @@ class _Matching:
                 self.buffers.append(place)
                 if self.folder.own is None:
                     self.told.append(f"{key} is a buffer of the base, and is the adapter's now")
-            elif not equal and place[1] == "bias" and said != "none":
-                biases.append(f"{key} is not the base's own")
             elif not equal:
                 self.problems.append(
                     f"{key}: neither a factor nor part of a module in modules_to_save, and not "
@@ -315,26 +337,6 @@ class _Matching:
                 )
             elif self.folder.own is None:
                 self.told.append(f"{key} only repeats the base's own weight and was left out")
-
-        if biases:
-            raise UnsupportedAdapterError(
-                listing(
-                    f"{self.folder.directory}: bias = {said!r} trained biases of the base, which "
-                    "hf_lora does not implement",
-                    biases,
-                )
-            )
-
-    def _biases_without(self, copies: dict[Place, str], said: str) -> list[str]:
-        """Return a line for each bias that was trained, as the file says, and is not in it."""
-        return [
-            f"{full} is not in the file"
-            for full, place in self.owned.items()
-            if place[1] == "bias"
-            and place not in copies
-            and place not in self.keys
-            and (said == "all" or place[0] in self.slots)
-        ]
 
     def _random_parts(self, unfilled: Iterable[str], tops: list[str]) -> list[str]:
         """Return a line for each part of a task's model that nobody fills."""
@@ -387,4 +389,6 @@ def _factor_fault(module: nn.Module | None, factors: LayerTensors) -> str | None
         return (
             f"the adapter has {', '.join(factors.keys)} there, which are for another kind of layer"
         )
-    return kind.lora_fit_fault(module, factors.shapes)
+    shapes = factors.shapes
+    own = {role: shape for role, shape in shapes.items() if role in kind.lora_layout.roles}
+    return kind.lora_fit_fault(module, own) or kind.lora_bias_fit_fault(module, shapes)

@@ -126,6 +126,7 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
             adapter,
             slots={at(below): slot for below, slot in adapter.slots.items()},
             trained=tuple(map(at, adapter.trained)),
+            biases=tuple(map(at, adapter.biases)),
             ties={
                 (at(path), role): (at(first), source)
                 for (path, role), (first, source) in adapter.ties.items()

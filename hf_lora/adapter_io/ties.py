@@ -73,15 +73,13 @@ def read_ties(
     modules = dict(model.named_modules())
     sound = {}
     for pair in pairs.items():
-        fault = _fault(modules, pair) or _difference(folder, found, pair)
+        fault = _fault(modules, pair) or difference(folder, found, pair)
         if fault:
             problems.append(fault)
         else:
             sound[pair[0]] = pair[1]
     if folder.own is None:
-        sound |= {
-            p: to for p, to in _within(model, tops) if not _difference(folder, found, (p, to))
-        }
+        sound |= {p: to for p, to in _within(model, tops) if not difference(folder, found, (p, to))}
     everything = [(path, role) for path, m in modules.items() for role in tensor_names(m)]
     ties = _one_step(sound, everything)
     for place, first in ties.items():
@@ -157,7 +155,7 @@ def _fault(modules: Mapping[str, nn.Module], pair: tuple[Place, Place]) -> str |
     return None
 
 
-def _difference(
+def difference(
     folder: AdapterFolder, found: Mapping[Place, str], pair: tuple[Place, Place]
 ) -> str | None:
     """Return a line if a file holds two places' tensors, and they are not the same."""

@@ -12,6 +12,8 @@ from hf_lora.file_merging.base import CheckpointBase
 from hf_lora.file_merging.pieces import Piece, Stack, as_stack
 from hf_lora.functional.low_rank import Product
 from hf_lora.kinds.table import layer_class
+from hf_lora.layers.names import LORA_BIAS
+from hf_lora.layers.roles import OWN_BIAS
 from hf_lora.layers.trained import tensor_names
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -114,7 +116,9 @@ class Updates:
             shapes = match.folder.file.shapes
             keys = {role: key for (at, role), key in match.keys.items() if at == path}
             blank = {r: torch.empty(shapes[key], device="meta") for r, key in keys.items()}
-            used |= {(path, role) for role in keys}
+            if LORA_BIAS in keys:
+                self.problems.append(f"{path}: B has a bias, which is merged in memory only")
+            used |= {(path, role) for role in keys if role != OWN_BIAS}
             for part, product in kind.lora_products(module, config, blank).items():
                 one, two, three = *product.left.shape[:2], product.right.shape[2]
                 self._add(_full(path, part), Update(number, path, part, True))

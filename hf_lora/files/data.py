@@ -7,7 +7,7 @@ import torch
 
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.roles import Layout, Shapes
+from hf_lora.layers.roles import OWN_BIAS, Layout, Shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -32,7 +32,8 @@ class LayerTensors:
         """Say whether they are of a layout: several may call theirs by the same names."""
         if layout is self.layout:
             return True
-        same = set(layout.roles) == set(self.shapes) and layout.fault(self.shapes) is None
+        factors = set(self.shapes) - {*self.layout.beside, OWN_BIAS}
+        same = set(layout.roles) == factors and layout.fault(self.shapes) is None
         return same and layout.rank(self.shapes) == self.rank
 
 

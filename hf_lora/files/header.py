@@ -49,6 +49,7 @@ _ENTRIES = {
 """What a reader of this version knows; else an entry is told and ignored, unless it is required."""
 
 _FEATURES: dict[str, Callable[[AdapterData], bool]] = {
+    "biases": lambda content: content.config.lora_bias or content.config.bias != "none",
     BUFFERS: lambda content: bool(content.buffers),
     "experts": lambda content: any(slot.parts for slot in content.slots.values()),
     "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
@@ -61,7 +62,8 @@ A reader that does not know one of them would compute something else, and has to
 """
 
 _CONFIG = {field.name for field in dataclasses.fields(LoRAConfig)}
-_SLOT = {"r": None, "alpha": None, "dropout": 0.0, "rslora": False, "parts": []}
+_SLOT = {"r": None, "alpha": None, "dropout": 0.0, "rslora": False, "parts": [],
+         "lora_bias": False, "bias": False}  # fmt: skip
 """The numbers of a slot, to what they are if the header does not say."""
 
 _MOST_SPECIAL = 20_000
@@ -190,7 +192,7 @@ def contradictions(
             continue
         problems += [
             f"{path}: {name} = {getattr(here, name)!r}, in the header {getattr(there, name)!r}"
-            for name in ("r", "alpha", "rslora", "parts")
+            for name in ("r", "alpha", "rslora", "parts", "lora_bias", "bias")
             if getattr(here, name) != getattr(there, name)
         ]
     then = own.fields.get("modules_to_save") or []
@@ -256,26 +258,26 @@ def _check_patterns(config: dict[str, Any], damaged: str) -> None:
 
 def _entry(slot: LayerConfig) -> dict[str, Any]:
     entry = dataclasses.asdict(slot)
-    if not slot.parts:
-        del entry["parts"]
+    for name in ("parts", "lora_bias", "bias"):
+        if not entry[name]:
+            del entry[name]
     return entry
 
 
 def _slot(entry: Any, damaged: str) -> LayerConfig:
     if not isinstance(entry, dict):
         raise AdapterFileError(damaged)
-    r, alpha, dropout, rslora, parts = (entry.get(name, default) for name, default in _SLOT.items())
+    r, alpha, dropout, rslora, parts, *biases = (entry.get(n, d) for n, d in _SLOT.items())
     sound = (
         isinstance(r, int)
         and all(is_number(value) for value in (r, alpha, dropout))
         and (r >= 1 and alpha > 0 and 0 <= dropout < 1)
-        and isinstance(rslora, bool)
+        and all(isinstance(flag, bool) for flag in (rslora, *biases))
         and isinstance(parts, list)
         and all(part in PARTS for part in parts)
         and len(set(parts)) == len(parts)
     )
     if not sound:
         raise AdapterFileError(damaged)
-    return LayerConfig(
-        r=r, alpha=float(alpha), dropout=float(dropout), rslora=rslora, parts=tuple(parts)
-    )
+    lora_bias, bias = biases
+    return LayerConfig(r, float(alpha), float(dropout), rslora, lora_bias, bias, tuple(parts))

@@ -8,6 +8,7 @@ from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.data import LayerTensors
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.kinds.table import layouts
+from hf_lora.layers.names import LORA_BIAS
 from hf_lora.layers.roles import Layout
 from hf_lora.text import show
 
@@ -19,11 +20,12 @@ _BEFORE = re.compile(rf"((?:(?:module|{'|'.join(_WRAPPERS)})\.)*){re.escape(PREF
 # A training's own state has the adapter's name in it, which PEFT takes off when it saves.
 _ADAPTER = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
 _TRAINED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<role>[^.]+)")
+_ON_B = re.compile(r"((?:.+\.)?)lora_B((?:\.[^.]+)?)\.bias")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
 # PEFT writes all that its wrapper of an embedding holds, beside the module trained in full itself
 _WRAPPER = re.compile(r"(?P<path>.+)\.(?P<part>modules_to_save|original_module)\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
-    r"\blora_magnitude_vector\b|\blora_[AB](?:\.[^.]+)?\.bias\b"
+    r"\blora_magnitude_vector\b|\blora_A(?:\.[^.]+)?\.bias\b"
     r"|\btrainable_tokens_delta\b|\bvera_|\bhada_|\blokr_|\bia3_"
 )
 
@@ -110,7 +112,8 @@ def sort_keys(file: TensorFile) -> SortedKeys:
 
 @functools.cache
 def _factor_pattern(known: tuple[Layout, ...]) -> re.Pattern[str]:
-    roles = "|".join(sorted({re.escape(role) for layout in known for role in layout.roles}))
+    every = {role for layout in known for role in (*layout.roles, *layout.beside)}
+    roles = "|".join(sorted(map(re.escape, every)))
     return re.compile(rf"(?:(?P<path>.+)\.)?(?P<role>{roles}){_ADAPTER}(?:\.weight)?")
 
 
@@ -123,20 +126,21 @@ def _plain_key(key: str, renamed: set[str]) -> str:
     bare = without_wrappers(plain)
     if bare != plain:
         renamed.update(f"{part}." for part in plain.split(".") if part in _WRAPPERS)
-    return bare
+    return _ON_B.sub(rf"\1{LORA_BIAS}\2", bare)
 
 
 def _layer_tensors(file: TensorFile, held: dict[str, str]) -> LayerTensors | str:
     """Return the tensors of one layer, role to key, as a record; or why they are none."""
     shapes = {role: file.shapes[key] for role, key in held.items()}
-    known = [each for each in layouts() if held.keys() <= set(each.roles)]
+    known = [each for each in layouts() if held.keys() <= {*each.roles, *each.beside}]
     if not known:
         return f"has {' and '.join(sorted(held))}, which are of different methods"
-    if len(held) < len(known[0].roles):
+    if not held.keys() >= {*known[0].roles}:
         return f"has {next(iter(held))} but not its partner"
     # factors of linear layers and of convolutions have the same names; their shapes tell
     layout = next((each for each in known if each.fault(shapes) is None), known[0])
-    shapes = {role: shapes[role] for role in layout.roles}
+    roles = [role for role in (*layout.roles, *layout.beside) if role in held]
+    shapes = {role: shapes[role] for role in roles}
     fault = layout.fault(shapes)
     if fault:
         return fault
@@ -144,7 +148,7 @@ def _layer_tensors(file: TensorFile, held: dict[str, str]) -> LayerTensors | str
         dtype = file.dtypes[key]
         if not dtype.is_floating_point or dtype.itemsize < 2:
             return f"has {role} of type {str(dtype).removeprefix('torch.')}"
-    return LayerTensors(layout, {role: held[role] for role in layout.roles}, shapes)
+    return LayerTensors(layout, {role: held[role] for role in roles}, shapes)
 
 
 def _with_base_layers(

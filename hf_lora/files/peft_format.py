@@ -19,7 +19,6 @@ from hf_lora.text import show
 
 # Fields that change the mathematics and that hf_lora does not implement, with the values for off.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -34,14 +33,14 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 # Starts that change the base's weights: the file then is no update of the base that it names.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
-# What may be said of the base's biases; that they were trained is believed if they are there.
+# What may be said of the base's biases.
 _BIASES = ("none", None, "all", "lora_only")
 # Fields that say nothing about the result, or that are read elsewhere.
 _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
@@ -72,7 +71,7 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
     }
     asked_for = {
         "base_model_name_or_path": content.base,
-        "bias": "none",
+        "bias": content.config.bias,
         "fan_in_fan_out": content.fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": _plain(alpha),
@@ -84,6 +83,7 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
         "alpha_pattern": _exceptions({name: slot.alpha for name, slot in slots.items()}, alpha),
         "auto_mapping": content.auto_mapping,
         WEIGHT_TYING: content.pefts_tie,
+        "lora_bias": content.config.lora_bias,
         # PEFT has none on parameters
         "lora_dropout": 0.0 if by_weight or stacked else content.config.dropout,
         "modules_to_save": content.trained_names,

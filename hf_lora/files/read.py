@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, listing
+from hf_lora.files.biases import biased_slots, with_biases
 from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.commit_note import noted_fields
 from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE, LayerTensors
@@ -134,13 +135,13 @@ def read_folder(directory: Path) -> AdapterFolder:
     if unknown:
         told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
     keys = sort_keys(file)
-    others = keys.others
+    factors, others = with_biases(keys.factors, keys.others, fields, file)
     named = weights_named(fields, source)
-    factors, parts = with_experts(keys.factors, named, str(weights))
+    factors, parts = with_experts(factors, named, str(weights))
     ties_embeddings = read_tying(fields, factors, source)
     patience = Budget(source)
     ranks = {path: held.rank for path, held in factors.items()}
-    slots = read_slots(fields, ranks, source, patience, parts)
+    slots = biased_slots(read_slots(fields, ranks, source, patience, parts), factors)
     trained_names = read_trained_names(fields, source)
     if own is not None:
         told += own.told

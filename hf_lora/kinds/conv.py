@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hf_lora.functional.low_rank import Product, product, update_norm
-from hf_lora.layers.factors import Factored
+from hf_lora.layers.biases import Biased, on_b_fault
 from hf_lora.layers.hosts import has_float_weight, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Patched
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
+from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B, LORA_BIAS
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.roles import Layout, Shapes
 from hf_lora.layers.tensor_parallel import to_local
@@ -34,7 +34,7 @@ def _fault(shapes: Shapes) -> str | None:
     fits = len(a) == len(b) and 3 <= len(a) <= 5 and set(b[2:]) == {1}
     if not fits or 0 in (*a, *b) or a[0] % b[1] or b[0] % (a[0] // b[1]):
         return f"has lora_A {a} and lora_B {b}, which do not fit together"
-    return None
+    return on_b_fault(shapes)
 
 
 def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
@@ -50,12 +50,13 @@ CONVOLUTION = Layout(
     fault=_fault,
     rank=lambda shapes: shapes[LORA_A][0],
     norm=_norm,
+    beside=(LORA_BIAS,),
     widths=lambda shapes: (shapes[LORA_A][1], shapes[LORA_B][0]),
 )
 """A (R, I, K...) and B (O, R / G, 1...) of a convolution."""
 
 
-class LoRAConv(Factored):
+class LoRAConv(Biased):
     """Mixin that adds low-rank updates to a convolution: ``y = host(x) + Σ s · B(A(x))``.
 
     A is a convolution with the host's kernel, stride, padding and dilation into R channels, B one
@@ -155,7 +156,11 @@ class LoRAConv(Factored):
             if config is not None:
                 x = F.dropout(input, config.dropout, self.training) if config.dropout else input
                 y = y + self._update(x, name, config.scaling * factor).to(y.dtype)
-        return y
+        return self.lora_with_biases(y)
+
+    def lora_as_output(self, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return a bias as it is added to an output, which has positions after the channels."""
+        return super().lora_as_output(bias, y).view(-1, *(1,) * len(self.kernel_size))  # type: ignore[arg-type]
 
     def _update(self, x: torch.Tensor, name: str, s: float) -> torch.Tensor:
         a, b = (to_local(factor) for factor in self.lora_pair(name))

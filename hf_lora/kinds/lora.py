@@ -9,11 +9,11 @@ from torch import nn
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.fused import Update
 from hf_lora.functional.low_rank import Product, delta_weight, product, update_norm
+from hf_lora.layers.biases import Biased, on_b_fault
 from hf_lora.layers.dispatch import computed, how_computed
-from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.names import LORA_A, LORA_B, factor_names
+from hf_lora.layers.names import LORA_A, LORA_B, LORA_BIAS, factor_names
 from hf_lora.layers.probe import (
     gradient_fault,
     host_class,
@@ -30,7 +30,7 @@ def _fault(shapes: Shapes) -> str | None:
     fits = len(a) == len(b) == 2 and a[0] == b[1]
     if not fits or 0 in (*a, *b):
         return f"has lora_A {a} and lora_B {b}, which do not fit together"
-    return None
+    return on_b_fault(shapes)
 
 
 def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
@@ -42,12 +42,13 @@ LOW_RANK = Layout(
     fault=_fault,
     rank=lambda shapes: shapes[LORA_A][0],
     norm=_norm,
+    beside=(LORA_BIAS,),
     widths=lambda shapes: (shapes[LORA_A][1], shapes[LORA_B][0]),
 )
 """A (r, in) and B (out, r) of a linear layer."""
 
 
-class LoRALayer(Factored):
+class LoRALayer(Biased):
     """Mixin that adds low-rank updates to a linear-like host: ``y = host(x) + Σ s · (x Aᵀ) Bᵀ``."""
 
     lora_layout = LOW_RANK

@@ -98,6 +98,9 @@ def _gated(call: Call) -> torch.Tensor:
         seen = F.dropout(x, slot.dropout, layer.training)
         update = low_rank(seen, *layer.lora_local(name), slot.scaling).to(y.dtype)
         y = y + torch.where(factor != 0, update * factor, 0.0)
+        if name in layer.lora_routing.biased:
+            bias = layer.lora_bias_of(name, y)
+            y = y if bias is None else y + torch.where(factor != 0, bias * factor, 0.0)
     return y
 
 
@@ -165,7 +168,8 @@ def computed(layer: "LoRALayer", args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if way.applies(call):
             y = way.compute(call)
             if y is not None:
-                return y
+                plain = way is GATED or not layer.lora_routing.biased
+                return y if plain else layer.lora_with_biases(y)
     raise AssertionError("the last way always can")
 
 

@@ -149,6 +149,8 @@ def _as_follower(
     """Return another layer of the group as it will be when its turn comes, or None."""
     if vars(other).get("lora_routing") is not leader.lora_routing or is_apart(other):
         return None
+    if not hasattr(other, "lora_updates"):  # one that is trained itself, beside adapted ones
+        return None
     updates = other.lora_updates()
     if not updates or draws_apart(other, (update.dropout for update in updates)):
         return None

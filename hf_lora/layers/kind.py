@@ -18,9 +18,9 @@ from hf_lora.layers.casting import sparing
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.meta import keep_values, refill
-from hf_lora.layers.names import HELD
+from hf_lora.layers.names import HELD, LORA_BIAS
 from hf_lora.layers.replaced import Replaced, Tensors
-from hf_lora.layers.roles import Layout, Role, Shapes
+from hf_lora.layers.roles import OWN_BIAS, Layout, Role, Shapes
 from hf_lora.layers.routing import Routing
 
 OWN_FIELDS = frozenset(
@@ -235,6 +235,21 @@ class Adaptable(Patched):
     def lora_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
         """Return role to shape of what an adapter of these numbers would have on a module."""
         raise NotImplementedError
+
+    @classmethod
+    def lora_bias_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
+        """Return the same of the biases that it would have, where layers of this kind have some."""
+        return {}
+
+    @classmethod
+    def lora_bias_fault(cls, host: nn.Module, config: LayerConfig) -> str | None:
+        """Return why a module cannot have the biases that are asked for, or None."""
+        return "there is no bias on B for layers of its kind" if config.lora_bias else None
+
+    @classmethod
+    def lora_bias_fit_fault(cls, host: nn.Module, shapes: Shapes) -> str | None:
+        """Return why biases in a file are for another kind of layer, or None."""
+        return "layers of its kind have no biases" if {LORA_BIAS, OWN_BIAS} & {*shapes} else None
 
     @classmethod
     def lora_fit_fault(cls, host: nn.Module, shapes: Shapes) -> str | None:

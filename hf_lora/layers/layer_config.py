@@ -14,6 +14,12 @@ class LayerConfig:
     dropout: float = 0.0
     rslora: bool = False
 
+    lora_bias: bool = False
+    """Whether B has a bias."""
+
+    bias: bool = False
+    """Whether the layer's own bias trains."""
+
     parts: tuple[str, ...] = ()
     """Which of the module's parameters are adapted, where it has several; else none is named."""
 

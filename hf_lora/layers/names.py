@@ -20,6 +20,7 @@ HELD = "lora_buffers"
 
 LORA_A = "lora_A"
 LORA_B = "lora_B"
+LORA_BIAS = "lora_bias"
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 

@@ -39,6 +39,10 @@ FACTOR_A = Group(0, "lora_A")
 FACTOR_B = Group(1, "lora_B", fast=True)
 IN_FULL = Group(2, "trained")
 IN_FULL_VECTORS = Group(3, "trained_no_decay", decays=False)
+BIAS_OF_B = Group(4, "lora_bias", fast=True, decays=False)
+
+OWN_BIAS = "bias"
+"""The role of an adapter's copy of a layer's own bias, and what that is called there."""
 
 
 class Role(NamedTuple):
@@ -78,6 +82,9 @@ class Layout:
     ending: str = ".weight"
     """What follows a role in the name of a tensor in a file."""
 
+    beside: tuple[str, ...] = ()
+    """Roles that a layer may have besides, or not."""
+
     widths: Callable[[Shapes], tuple[int, int]] | None = None
     """What a layer reads and gives for each row, (in, out), if that is what it does."""
 
@@ -85,7 +92,8 @@ class Layout:
         """Return for people what a layer turns into what: ``"64 -> 128"``."""
         if self.widths is not None:
             return "{} -> {}".format(*self.widths(shapes))
-        return ", ".join(" x ".join(map(str, shape)) for shape in shapes.values())
+        factors = (shapes[role] for role in self.roles if role in shapes)
+        return ", ".join(" x ".join(map(str, shape)) for shape in factors)
 
     def key(self, role: str) -> str:
         """Return the end of a tensor's name in a file that we write."""

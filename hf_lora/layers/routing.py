@@ -43,6 +43,9 @@ class Routing:
         self.factors: dict[str, tuple[str, str]] = {}
         """What each adapter's A and B are called on a layer."""
 
+        self.biased: dict[str, set[str]] = {}
+        """The adapters that have biases on low-rank layers, and the roles of these."""
+
         self.starts: dict[str, str] = {}
         """How each adapter's factors are drawn, should they have to be drawn anew."""
 
@@ -152,6 +155,7 @@ class Routing:
     def forget(self, name: str) -> None:
         """Drop whatever is kept under the name of an adapter that is taken off."""
         self.starts.pop(name, None)
+        self.biased.pop(name, None)
         self.factors.pop(name, None)
         self.names.discard(name)
         self.frozen.discard(name)

@@ -20,11 +20,11 @@ from hf_lora.compat.dtensor import full_tensor, gather_full, is_distributed, is_
 from hf_lora.compat.torch_modules import is_replica
 from hf_lora.compat.transformers import mark_filled
 from hf_lora.layers.choice import Weights
-from hf_lora.layers.hosts import SIXTEEN_BIT
+from hf_lora.layers.hosts import SIXTEEN_BIT, has_float_weight
 from hf_lora.layers.kind import Patched, added_names, parameter_of
 from hf_lora.layers.names import copy_kind, parameter_name
 from hf_lora.layers.replaced import Replaced, Tensors, in_place_of
-from hf_lora.layers.roles import IN_FULL, IN_FULL_VECTORS, Group, Role
+from hf_lora.layers.roles import IN_FULL, IN_FULL_VECTORS, OWN_BIAS, Group, Role
 from hf_lora.layers.statistics import training_if
 from hf_lora.layers.tensor_parallel import as_distributed, split_fault, split_of, to_local
 
@@ -91,13 +91,15 @@ class TrainedModule(Patched):
 
     def lora_clash(self, shares: Mapping[str, float], merged: Collection[str]) -> str | None:
         """Return why copies cannot be mixed so, or None."""
-        if len(shares) > 1 and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+        # what only their biases differ in adds up, as low-rank updates do
+        whole = any(self.lora_copied(name) != {OWN_BIAS} for name in shares)
+        if whole and len(shares) > 1 and not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
             return ""
         if len({name in merged for name in shares}) > 1:
             return "some of them merged, and some not"
         if self.lora_fresh and shares and sum(shares.values()) <= 0:
             return "it is fresh, and there is nothing to take it away from"
-        if any(factor != 1.0 for factor in shares.values()) and self.lora_counts():
+        if whole and any(factor != 1.0 for factor in shares.values()) and self.lora_counts():
             return f"it counts in {', '.join(self.lora_counts())}"
         return None
 
@@ -135,7 +137,7 @@ class TrainedModule(Patched):
     def lora_made_of(self, name: str, adapters: Weights) -> Hashable:
         """Return the copies that a tensor is a mixture of, and the base's if that is in it."""
         copies = tuple((id(copy), factor) for copy, factor in self.lora_read(name, adapters))
-        left = math.fsum(factor for _, factor in copies) != 1.0
+        left = math.fsum([factor for _, factor in copies]) != 1.0
         return (*copies, id(stored(self, name)) if left else None) if copies else None
 
     def lora_add_copy(
@@ -202,7 +204,7 @@ class TrainedModule(Patched):
         shares = tuple(pair for pair in live if pair[0] in copies and name in copies[pair[0]])
         if not self.lora_fresh:
             return shares
-        total = math.fsum(factor for _, factor in shares)
+        total = math.fsum([factor for _, factor in shares])
         return tuple((adapter, factor / total) for adapter, factor in shares)
 
     def lora_read(
@@ -219,6 +221,8 @@ class TrainedModule(Patched):
 
     def _trains(self, adapter: str) -> bool:
         copies = self.lora_copies[adapter].items()
+        if not self.lora_copies[adapter].keys() >= {*self.lora_counts()}:
+            return False  # a bias alone: the statistics stay the base's
         own = [stored(self, at) for name, at in copies if name not in self._buffers]
         # without a scale and a shift it moves as the rest of its adapter trains
         trains = [tensor.requires_grad for tensor in own]
@@ -294,7 +298,7 @@ def mixture(original: torch.Tensor, copies: Sequence[tuple[torch.Tensor, float]]
     """
     first = copies[0][0]
     wide = torch.promote_types(first.dtype, torch.float32)
-    left = 1.0 - math.fsum(factor for _, factor in copies)
+    left = 1.0 - math.fsum([factor for _, factor in copies])
     terms = [copy.to(wide) * factor for copy, factor in copies]
     if not math.isclose(left, 0.0, abs_tol=1e-6):
         terms.append(original.to(first.device, wide) * left)
@@ -354,9 +358,16 @@ def _reader(name: str) -> Any:
         one = len(copies) == 1 and copies[0][1] == 1.0
         tensor = copies[0][0] if one else mixture(original, copies)
         # a module computes in the type that it has; casting its input would cost far more
-        return tensor.to(original.dtype)
+        tensor = tensor.to(original.dtype)
+        # bitsandbytes writes another type into the bias that it reads
+        return tensor.view_as(tensor) if name == OWN_BIAS and _is_packed(self) else tensor
 
     return read
+
+
+def _is_packed(module: nn.Module) -> bool:
+    weight = parameter_of(module, "weight")
+    return weight is not None and not has_float_weight(module)
 
 
 def _writer(name: str) -> Any:

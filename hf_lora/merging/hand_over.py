@@ -12,11 +12,13 @@ from hf_lora.compat.dtensor import full_tensor, is_distributed
 from hf_lora.errors import TargetError, listing
 from hf_lora.files.keys import without_wrappers
 from hf_lora.kinds.lora import LoRALayer
+from hf_lora.layers.biases import Biased
 from hf_lora.layers.holding import held_now
 from hf_lora.layers.hosts import has_float_weight
 from hf_lora.layers.kind import Adaptable, added_names, parameter_of
 from hf_lora.layers.merge import with_updates
 from hf_lora.layers.quantized import float_weight
+from hf_lora.layers.roles import OWN_BIAS
 from hf_lora.layers.trained import TrainedModule
 
 Gather = Callable[[Sequence[torch.Tensor]], contextlib.AbstractContextManager[Any]]
@@ -68,7 +70,11 @@ def _value(module: nn.Module, name: str) -> torch.Tensor:
         if isinstance(module, LoRALayer) and module.lora_updates():
             parameter = with_updates(module, weight, module.lora_routing.now().live)
     elif _changes(module, name):
-        merged = module.lora_merged(module.lora_routing.now().live, None)
+        live = module.lora_routing.now().live
+        if name == OWN_BIAS and isinstance(module, Biased):
+            merged = module.lora_merged_bias(live, None)
+        else:
+            merged = module.lora_merged(live, None)
         parameter = merged.get(name, parameter)
     return full_tensor(parameter.detach())
 
@@ -103,6 +109,8 @@ def _linear_weight(module: nn.Module) -> torch.Tensor | None:
 def _fault(layer: Adaptable) -> str | None:
     if not isinstance(layer, LoRALayer):
         return layer.lora_merge_fault()
+    if fault := layer.lora_bias_merge_fault():
+        return fault
     weight = parameter_of(layer, "weight")
     if weight is None or (not is_distributed(weight) and has_float_weight(layer)):
         return layer.lora_merge_fault()
@@ -122,7 +130,8 @@ def _change(module: nn.Module, name: str) -> Any:
 
 def _changes(module: nn.Module, name: str) -> TypeGuard[Adaptable]:
     """Say whether a low-rank update changes a tensor, now."""
-    return _has_updates(module) and name in (module.lora_parts(module) or ("weight",))
+    biased = (OWN_BIAS,) if isinstance(module, Biased) and module.lora_routing.biased else ()
+    return _has_updates(module) and name in (*(module.lora_parts(module) or ("weight",)), *biased)
 
 
 def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:

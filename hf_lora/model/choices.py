@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_lora.errors import ConfigError, HfLoRAWarning, StateError, listing
 from hf_lora.layers.choice import STACK, Block, Weights, leave
+from hf_lora.layers.roles import OWN_BIAS
 from hf_lora.model.registry import Registry, registry_of, wrapped
 from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.targets import inside
@@ -197,6 +198,10 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
         clash = module.lora_clash(shares, inside)
         if clash is not None:
             clashes.append(f"{path}: {', '.join(shares)}" + (f" ({clash})" if clash else ""))
+    biased = {n for n, roles in registry.routing.biased.items() if OWN_BIAS in roles}
+    if biased & factors.keys() & inside.keys() and biased & factors.keys() - inside.keys():
+        names = ", ".join(sorted(biased & factors.keys()))
+        clashes.append(f"biases of the layers: {names} (some of them merged, and some not)")
     if registry.buffers.holding:
         clashes += registry.buffers.clashes(factors, inside)
     if clashes:

@@ -15,6 +15,7 @@ from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
 from hf_lora.kinds.table import kind_of, layer_class
+from hf_lora.layers.biases import bias_kinds
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Adaptable, Patched, patched_class
@@ -22,7 +23,7 @@ from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import check_adapter_name, copy_kind
 from hf_lora.layers.patched import restore_class, swap_class
 from hf_lora.layers.probe import host_class, is_packed
-from hf_lora.layers.roles import Ties
+from hf_lora.layers.roles import OWN_BIAS, Ties
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
 from hf_lora.layers.trained import TrainedModule, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import uncalled
@@ -105,7 +106,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         )
     tops = [item.path for item in plan.trained]
     follow = followers(plan.ties, tops)
-    check_present(model, [target.path for target in plan.targets], [*tops, *follow])
+    copied = [*tops, *follow, *plan.copied_biases]
+    check_present(model, [target.path for target in plan.targets], copied)
 
 
 def check_present(model: nn.Module, paths: list[str], trained: list[str]) -> None:
@@ -144,8 +146,7 @@ def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
         The same of layers that are no targets: they may lie above those that are, or not.
     """
     faults: dict[tuple, str | None] = {}
-    targeted = {target.path for target in plan.targets}
-    problems, told = [], []
+    problems, told, targeted = [], [], {target.path for target in plan.targets}
     for path, module in model.named_modules():
         asked = path in targeted
         kind = kind_of(module) if asked or is_packed(module) else None
@@ -201,8 +202,8 @@ def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> 
     slots = {target.path: target.slot for target in plan.targets}
     dtypes = {target.path: target.dtype for target in plan.targets}
     trained = [item.path for item in plan.trained]
-    init, ties = plan.config.init, plan.ties
-    adapter = attach(model, registry, name, plan.config, slots, trained, dtypes, init, ties)
+    init, ties, biases = plan.config.init, plan.ties, [item.path for item in plan.biases]
+    adapter = attach(model, registry, name, plan.config, slots, trained, dtypes, init, ties, biases)
     registry.buffers.note(model, registry)
     return adapter
 
@@ -217,12 +218,12 @@ def attach(
     dtypes: dict[str, torch.dtype] | None = None,
     init: str | None = None,
     ties: Ties = MappingProxyType({}),
+    biases: Iterable[str] = (),
 ) -> Adapter:
     """Give the modules at these paths the tensors of a new adapter.
 
     Args:
-        model: The wrapped model.
-        registry: Its registry.
+        model, registry: The wrapped model, and its registry.
         name: The new adapter's name.
         config: What the adapter is; kept with it and saved with it.
         slots: Path of each layer to adapt, to its numbers.
@@ -230,13 +231,15 @@ def attach(
         dtypes: Type of the factors for each path; by default chosen from the layer.
         init: How the factors start; None leaves them unfilled, for a load to fill.
         ties: What shall be read as the copy of another of these tensors.
+        biases: Paths of other modules of which the bias alone is trained.
     """
     modules = dict(model.named_modules())
     copied = _copied(modules, trained, ties)
-    conflicts = _conflicts(modules, registry, name, slots, copied)
-    if conflicts:
+    for path in biases:
+        copied.setdefault(path, (modules[path], {}))[1][OWN_BIAS] = None
+    if conflicts := _conflicts(modules, registry, name, slots, copied):
         raise TargetError(listing(f"The adapter {name!r} cannot be added", conflicts))
-    adapter = Adapter(name=name, config=config, slots={}, trained=tuple(trained), ties=ties)
+    adapter = Adapter(name, config, {}, tuple(trained), ties, tuple(biases))
     registry.adapters[name] = adapter
     try:
         # what is made in inference mode could never be trained
@@ -244,7 +247,9 @@ def attach(
             for path, slot in slots.items():
                 layer = _as_layer(modules[path], registry, path)
                 dtype = dtypes[path] if dtypes else adapter_dtype(layer)
-                layer.lora_add(name, slot, dtype=dtype, device=execution_device(layer), init=init)
+                device = execution_device(layer)
+                with present(layer) if slot.bias else contextlib.nullcontext():
+                    layer.lora_add(name, slot, dtype=dtype, device=device, init=init)
                 adapter.slots[path] = slot
                 adapter.places[path] = None
             for path, (module, names) in copied.items():
@@ -371,11 +376,12 @@ def _conflicts(
     silent = uncalled(modules)
     for path in slots:
         if path in registry.exclusive:
-            problems.append(f"{path} is trained in full by another adapter")
+            problems.append(f"{path} is trained in full by another adapter, or its bias is")
         if path in silent:
             problems.append(f"{path}: {silent[path]}")
         kind = kind_of(modules[path])
-        problems += _taken(path, modules[path], name, kind.lora_layout.roles if kind else ())
+        kinds = (*(kind.lora_layout.roles if kind else ()), *bias_kinds(slots[path]))
+        problems += _taken(path, modules[path], name, kinds)
     for path, (module, names) in copied.items():
         if path in slots or (path in registry.modules and path not in registry.exclusive):
             problems.append(f"{path} has a low-rank update from another adapter")

@@ -49,6 +49,9 @@ class Adapter:
     ties: Ties = dataclasses.field(default_factory=dict)
     """What is read as the copy of a tensor elsewhere, to where the adapter has that."""
 
+    biases: tuple[str, ...] = ()
+    """Paths of modules of no layer, of which the bias alone is trained."""
+
     places: dict[str, None] = dataclasses.field(default_factory=dict)
     """Paths of all modules that it has something on: the layers, then those below ``trained``."""
 
@@ -134,8 +137,7 @@ class Registry:
         """Return one name or several as a tuple of known adapters, each once, in order.
 
         Raises:
-            UnknownAdapterError: There is none of one of the names.
-            ConfigError: They are weighed, which has no meaning where this is called.
+            UnknownAdapterError, ConfigError: There is none of one of the names; they are weighed.
         """
         if isinstance(names, Mapping):
             raise ConfigError(f"Only names are wanted here, without factors, not {names!r}.")
@@ -232,9 +234,8 @@ class Registry:
         problems = []
         there = set(model.modules())
         for path, module in self.modules.items():
-            fault = None if module in there else "is no longer part of the model: it was replaced"
-            fault = fault or _misfit(module)
-            if fault:
+            gone = None if module in there else "is no longer part of the model: it was replaced"
+            if fault := gone or _misfit(module):
                 problems.append(f"{path or 'the model itself'} {fault}")
         copies = self.exclusive
         problems += [
@@ -335,8 +336,7 @@ def wrapped(model: nn.Module) -> tuple[nn.Module, Registry]:
     Raises:
         StateError: The model is not wrapped.
     """
-    found = find(model)
-    if found is None:
+    if (found := find(model)) is None:
         raise StateError(
             f"This {type(model).__name__} is not wrapped; call hf_lora.wrap(model, ...) or "
             "hf_lora.load(model, ...) first."

@@ -61,7 +61,8 @@ def _bring_back(
 ) -> None:
     if old.name in registry.adapters:
         remove_adapter(registry, old.name)
-    attach(model, registry, old.name, old.config, old.slots, list(old.trained), ties=old.ties)
+    where = list(old.trained), None, None, old.ties, old.biases
+    attach(model, registry, old.name, old.config, old.slots, *where)
     for path, module, role in list(registry.roles(old.name)):
         tensor = tensors[path, role.name]
         if isinstance(tensor, nn.Parameter):

@@ -30,6 +30,9 @@ class AdapterSummary:
     tied: tuple[str, ...]
     """Paths of the modules that are tied with those in ``trained``, and train with them."""
 
+    biases: int
+    """How many biases train beside A and B, and outside of ``trained``."""
+
     parameters: int
     bytes: int
     norms: dict[str, float]
@@ -71,6 +74,8 @@ class Summary:
             if adapter.trained:
                 tied = f", tied with {', '.join(adapter.tied)}" if adapter.tied else ""
                 lines.append(f"    in full: {', '.join(adapter.trained)}{tied}")
+            if adapter.biases:
+                lines.append(f"    biases: {adapter.biases}")
             if adapter.norms:
                 values = sorted(adapter.norms.values())
                 lines.append(
@@ -109,6 +114,8 @@ def summary(model: nn.Module) -> Summary:
                 layers=len(adapter.slots),
                 trained=adapter.trained,
                 tied=tuple(followers(adapter.ties, adapter.trained)),
+                biases=sum(s.bias + s.lora_bias for s in adapter.slots.values())
+                + len(adapter.biases),
                 parameters=sum(map(numel_of, tensors)),
                 bytes=sum(numel_of(tensor) * tensor.element_size() for tensor in tensors),
                 norms=_norms(registry, name),

@@ -58,6 +58,7 @@ def vllm_reasons(
     *,
     not_linear: Collection[str] = (),
     buffers: Collection[str] = (),
+    biases: Collection[str] = (),
 ) -> list[str]:
     """Return why vLLM cannot serve an adapter; nothing if it can.
 
@@ -68,6 +69,7 @@ def vllm_reasons(
         trained: Paths or names of the modules that are trained in full.
         not_linear: Those of the layers that are convolutions or embeddings.
         buffers: Names of buffers of the base that the training has moved.
+        biases: Paths of other modules whose bias is trained.
     """
     reasons = [] if slots else ["there is no adapted layer"]
     heads = {name.removesuffix("ForSequenceClassification") + "ForCausalLM" for name in classes}
@@ -90,6 +92,9 @@ def vllm_reasons(
         reasons.append(f"it refuses modules trained in full, here {_some(refused)}")
     if buffers:
         reasons.append(f"it refuses buffers that the training moved, here {_some(buffers)}")
+    biased = _biased(slots, biases)
+    if biased:
+        reasons.append(f"it refuses biases, here of {_some(biased)}")
     return reasons
 
 
@@ -108,11 +113,12 @@ def llama_cpp_reasons(
     tied: Collection[str] = (),
     not_linear: Collection[str] = (),
     buffers: Collection[str] = (),
+    biases: Collection[str] = (),
 ) -> list[str]:
     """Return why llama.cpp computes something else with an adapter, or refuses it.
 
     Args:
-        classes, slots, trained, buffers: As for :func:`vllm_reasons`.
+        classes, slots, trained, buffers, biases: As for :func:`vllm_reasons`.
         alpha: The one strength that it reads.
         tied: Those of the layers that share their weight with another module, or may do so.
         not_linear: As for :func:`vllm_reasons`.
@@ -137,9 +143,16 @@ def llama_cpp_reasons(
     if buffers:
         moved = _some(buffers)
         reasons.append(f"it drops or refuses buffers that the training moved, here {moved}")
+    biased = _biased(slots, biases)
+    if biased:
+        reasons.append(f"it drops or refuses biases, here of {_some(biased)}")
     if tied:
         reasons.append(f"it refuses layers that share a weight, here {_some(tied)}")
     return reasons
+
+
+def _biased(slots: Mapping[str, LayerConfig], others: Iterable[str]) -> list[str]:
+    return [*(path for path, slot in slots.items() if slot.bias or slot.lora_bias), *others]
 
 
 def _first(names: Iterable[str]) -> str:

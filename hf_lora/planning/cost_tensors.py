@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.quantized import stored_bytes
-from hf_lora.layers.roles import Place
+from hf_lora.layers.roles import OWN_BIAS, Place
 from hf_lora.layers.trained import tensor_names
 from hf_lora.planning.records import Plan
 
@@ -103,6 +103,10 @@ def _copies(model: nn.Module, plan: Plan, blocks: set[str]) -> Iterator[Piece]:
                 if tensor is not None and first not in seen:
                     seen.add(first)
                     yield _piece(below, name, tensor, blocks)
+    for item in plan.biases:
+        bias = parameter_of(model.get_submodule(item.path), OWN_BIAS)
+        assert bias is not None
+        yield _piece(item.path, OWN_BIAS, bias, blocks)
 
 
 def _blocks(model: nn.Module) -> Iterator[str]:

@@ -16,10 +16,11 @@ from hf_lora.layers.known_buffers import candidates
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
-from hf_lora.layers.roles import Place, Ties
+from hf_lora.layers.roles import OWN_BIAS, Place, Ties
 from hf_lora.layers.statistics import has_statistics
 from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import reader_of
+from hf_lora.planning.biases import bias_faults, has_bias, other_biases
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
 from hf_lora.planning.cost import per_rank
 from hf_lora.planning.parts import parts_of
@@ -55,12 +56,13 @@ def make_plan(
         for path in matches.trained
     )
     size = sum(map(numel, owners.tensors()))
+    biases = _biases(modules, config, targets, matches, owners, others, problems)
     problems += _conflicts(others, matches.chosen, matches.trained)
     problems += owners.faults(matches.ties, matches.trained, others.low_rank)
     classes = class_names(model)
     not_linear = [target.path for target in targets if target.layout is not LOW_RANK]
     slots = {target.path: target.slot for target in targets}
-    tops = [item.path for item in trained]
+    tops, others_biased = [item.path for item in trained], [item.path for item in biases]
     norms = tuple(_frozen_norms(modules, tops))
     plan = Plan(
         model=host_class(model).__name__,
@@ -73,7 +75,7 @@ def make_plan(
         warnings=tuple(_unseen(modules, matches.chosen)),
         missed=tuple(_missed(modules, matches, size)),
         notes=(*matches.notes, *_notes(modules, targets, matches)),
-        vllm=tuple(vllm_reasons(classes, slots, tops, not_linear=not_linear)),
+        vllm=tuple(vllm_reasons(classes, slots, tops, not_linear=not_linear, biases=others_biased)),
         llama_cpp=tuple(
             llama_cpp_reasons(
                 classes,
@@ -82,6 +84,7 @@ def make_plan(
                 alpha=common_alpha(slots.values()),
                 tied=[target.path for target in targets if target.tied_to],
                 not_linear=not_linear,
+                biases=others_biased,
             )
         ),
         base_parameters=size,
@@ -93,6 +96,7 @@ def make_plan(
         frozen_norms=norms,
         buffers=tuple(_buffers(model, {*tops, *norms})),
         ties=matches.ties,
+        biases=biases,
         tied_bytes=_tied_bytes(modules, config, matches),
     )
     if world == 1:
@@ -141,16 +145,19 @@ def _target(
     override = matches.overrides.get(path)
     fields |= config.overrides[override] if override is not None else {}
     parts = matches.parts.get(path, ())
-    slot = LayerConfig(**fields, rslora=config.rslora, parts=parts)
     kind = kind_of(module)
     assert kind is not None
-    fault = kind.lora_rank_fault(module, slot.r)
-    if fault:
-        problems.append(f"{path or 'the model itself'}: {fault}")
+    own = config.bias != "none" and bool(kind.lora_layout.beside) and has_bias(module)
+    slot = LayerConfig(
+        **fields, rslora=config.rslora, lora_bias=config.lora_bias, bias=own, parts=parts
+    )
+    for fault in (kind.lora_rank_fault(module, slot.r), kind.lora_bias_fault(module, slot)):
+        if fault:
+            problems.append(f"{path or 'the model itself'}: {fault}")
     return Target(
         path=path,
         host=host_class(module).__name__,
-        shapes=kind.lora_shapes(module, slot),
+        shapes=dict(kind.lora_shapes(module, slot)) | kind.lora_bias_shapes(module, slot),
         layout=kind.lora_layout,
         slot=slot,
         dtype=chosen_dtype(config) or adapter_dtype(module),
@@ -185,6 +192,31 @@ def _trained(
     )
 
 
+def _biases(
+    modules: Mapping[str, nn.Module],
+    config: LoRAConfig,
+    targets: Iterable[Target],
+    matches: Matches,
+    owners: Owners,
+    others: Adapted,
+    problems: list[str],
+) -> tuple[Trained, ...]:
+    """Return the modules of no adapted layer whose bias trains; what is wrong is a problem."""
+    own = [target.path for target in targets if target.slot.bias]
+    paths = []
+    if config.bias == "all":
+        paths = other_biases(modules, own, matches.trained, owners)
+    problems += bias_faults(modules, [*own, *paths], owners, {*others.low_rank} - {*own})
+    found = []
+    for path in paths:
+        bias = parameter_of(modules[path], OWN_BIAS)
+        assert bias is not None
+        size = numel(bias) * copy_dtype(bias, chosen_dtype(config)).itemsize
+        host = host_class(modules[path]).__name__
+        found.append(Trained(path, host, numel(bias), size, size, ()))
+    return tuple(found)
+
+
 def _tied_bytes(modules: Mapping[str, nn.Module], config: LoRAConfig, matches: Matches) -> int:
     """Return the size of what a file holds beside what trains: a tied tensor for each module."""
     wanted, ties = chosen_dtype(config), matches.ties
@@ -212,7 +244,7 @@ def _conflicts(others: Adapted, chosen: Iterable[str], trained: Iterable[str]) -
     """Yield what other adapters on the model rule out: no module is adapted and trained in full."""
     for path in chosen:
         if path in others.in_full:
-            yield f"{path} is trained in full by another adapter"
+            yield f"{path} is trained in full by another adapter, or its bias is"
     tops = set(trained)
     for path in others.low_rank:
         if inside(path, tops):

@@ -189,6 +189,9 @@ class Plan:
     """What is read as the copy of a tensor elsewhere, because the base ties the two: place of the
     one, as (path of the module, name of the tensor), to that of the copy."""
 
+    biases: tuple[Trained, ...] = ()
+    """Modules of no adapted layer, of which the bias alone trains."""
+
     tied_bytes: int = 0
     """Size of what a file holds beside what trains: that one tensor, for each of the modules."""
 
@@ -196,19 +199,29 @@ class Plan:
     """How many of the base's parameters are in layers that are neither adapted nor trained."""
 
     @property
+    def _everything(self) -> tuple[Target | Trained, ...]:
+        return (*self.targets, *self.trained, *self.biases)
+
+    @property
+    def copied_biases(self) -> list[str]:
+        """Paths of the modules of which the adapter has a copy of the bias alone."""
+        own = (target.path for target in self.targets if target.slot.bias)
+        return [*own, *(item.path for item in self.biases)]
+
+    @property
     def parameters(self) -> int:
         """Trainable numbers in all."""
-        return sum(item.parameters for item in (*self.targets, *self.trained))
+        return sum(item.parameters for item in self._everything)
 
     @property
     def weight_bytes(self) -> int:
         """Memory of the adapter's tensors."""
-        return sum(item.bytes for item in (*self.targets, *self.trained))
+        return sum(item.bytes for item in self._everything)
 
     @property
     def gradient_bytes(self) -> int:
         """Memory of their gradients."""
-        return sum(item.parameter_bytes for item in (*self.targets, *self.trained))
+        return sum(item.parameter_bytes for item in self._everything)
 
     @property
     def adam_bytes(self) -> int:
@@ -243,6 +256,9 @@ def _lines(plan: Plan) -> Iterable[str]:
         rows.append((*key, str(len(members)), f"{total:,}"))
     for item in plan.trained:
         rows.append((item.path, item.host, "in full", "", "", "", "1", f"{item.parameters:,}"))
+    if plan.biases:
+        total, count = sum(item.parameters for item in plan.biases), len(plan.biases)
+        rows.append(("bias", "others", "in full", "", "", "", str(count), f"{total:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     yield f"{plan.model}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)}"
     for row in rows:

@@ -160,7 +160,6 @@ class TestOtherMethods:
             (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3"),
             (peft.LoHaConfig(target_modules=["q_proj"], r=2), "LOHA"),
             (peft.LoraConfig(target_modules=["q_proj"], r=2, use_dora=True), "use_dora = True"),
-            (peft.LoraConfig(target_modules=["q_proj"], r=2, lora_bias=True), "lora_bias = True"),
             (
                 peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa"),
                 "init_lora_weights = 'pissa'",
@@ -178,21 +177,49 @@ class TestOtherMethods:
 
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
     def test_biases_of_the_base(self, tmp_path: Path, bias: Any):
-        """As PEFT saves them; and as they are in the base, which is then told and no harm."""
+        """As the JSON promises them: each is in the file, or a load says which is not."""
         config = peft.LoraConfig(target_modules=["q_proj"], r=2, bias=bias)
         model = peft.get_peft_model(tiny.Net(), config)
-        model.save_pretrained(tmp_path / "untrained")
-        with pytest.warns(hf_lora.HfLoRAWarning, match="only repeats the base's own"):
-            hf_lora.load(tiny.Net(), tmp_path / "untrained")
         tiny.scramble(model)
-        model.save_pretrained(tmp_path / "trained")
-        refuse(tmp_path / "trained", f"bias = '{bias}'", error=UnsupportedAdapterError)
+        model.save_pretrained(tmp_path)
         edit.change_tensors(
-            tmp_path / "trained",
-            lambda tensors: [tensors.pop(key) for key in list(tensors) if "bias" in key],
+            tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if "bias" in key]
         )
-        words = f"bias = '{bias}'", "layers.0.q_proj.bias is not in the file"
-        refuse(tmp_path / "trained", *words, error=UnsupportedAdapterError)
+        refuse(tmp_path, "layers.0.q_proj.bias was trained, and is not in the file")
+        loaded = hf_lora.load(tiny.Net(), tmp_path, missing="zero")
+        assert not any("bias" in name for name, p in loaded.named_parameters() if p.requires_grad)
+
+    def test_biases_that_the_configuration_does_not_mention(self, tmp_path: Path):
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, bias="all", lora_bias=True)
+        model = peft.get_peft_model(tiny.Net(), config)
+        tiny.scramble(model)
+        model.save_pretrained(tmp_path)
+        edit.change_config(tmp_path, lora_bias=False)
+        refuse(tmp_path, "layers.0.q_proj: lora_bias is False, and it has one")
+        edit.change_config(tmp_path, lora_bias=True, bias="none")
+        refuse(tmp_path, "neither a factor nor part of a module in modules_to_save")
+        edit.change_config(tmp_path, bias="lora_only")
+        refuse(tmp_path, "norm.bias: neither a factor nor part of a module in modules_to_save")
+        edit.change_config(tmp_path, bias="all", lora_bias="yes")
+        refuse(tmp_path, "lora_bias is 'yes', not true or false")
+        edit.change_config(tmp_path, bias="all", lora_bias=True)
+        edit.change_tensors(
+            tmp_path, lambda t: [t.pop(key) for key in list(t) if key.endswith("lora_B.bias")]
+        )
+        refuse(tmp_path, "layers.0.q_proj: lora_bias is True, and it has no bias on B")
+
+    def test_biases_of_other_sizes(self, tmp_path: Path):
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, bias="all", lora_bias=True)
+        peft.get_peft_model(tiny.Net(), config).save_pretrained(tmp_path)
+        key = "base_model.model.layers.0.q_proj."
+
+        def cut(name: str) -> Any:
+            return lambda t: t.update({key + name: t[key + name][:3].clone()})
+
+        edit.change_tensors(tmp_path, cut("base_layer.bias"))
+        refuse(tmp_path, "the adapter has a bias of shape (3,), the layer has one of shape (8,)")
+        edit.change_tensors(tmp_path, cut("lora_B.bias"))
+        refuse(tmp_path, "has a bias on B of shape (3,), which for this B would be (8,)")
 
     @pytest.mark.parametrize("value", ["some", True, ["all"], {}])
     def test_what_bias_never_says(self, pefts: Path, value: Any):

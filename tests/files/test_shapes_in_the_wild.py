@@ -163,6 +163,18 @@ def nothing_said(value: Any) -> Shape:
     return llama().say(target_modules=value).tell("no target_modules is named")
 
 
+@torch.no_grad()
+def biased(key: str, bias: str) -> Shape:
+    """With biases of the base's own, under PEFT's name for them or under that before 0.6."""
+    shape = of("bert")
+    shape.adapt(shape.layers("query")).say(target_modules=["query"], bias=bias)
+    for path in shape.layers("query"):
+        own = shape.random(32)
+        shape.tensors[f"{PREFIX}{path}.{key}"] = own
+        shape.twin.get_submodule(path).bias.copy_(own)  # type: ignore[union-attr, operator]
+    return shape
+
+
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
     r"(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|"
@@ -244,6 +256,8 @@ RIGHT: dict[str, Callable[[], Shape]] = {
     "fewer layers, and known": lambda: fewer(missing="zero"),
     "bias lora_only where there is none": lambda: llama(bias="lora_only"),
     "bias all where there is none": lambda: llama(bias="all"),
+    "biases": lambda: biased("base_layer.bias", "lora_only"),
+    "biases under old names": lambda: biased("bias", "lora_only"),
     "weights by name": by_weight,
     "Qwen2-VL of version 4": lambda: in_qwen_vl(
         "language", *QV, old="model.", new="model.language_model.", target=list(QV)
@@ -285,14 +299,6 @@ def more(key: str, *size: int, **fields: Any) -> Shape:
     return shape
 
 
-def biased(key: str, bias: str) -> Shape:
-    shape = of("bert")
-    shape.adapt(shape.layers("query")).say(target_modules=["query"], bias=bias)
-    for path in shape.layers("query"):
-        shape.tensors[f"{PREFIX}{path}.{key}"] = shape.random(32)
-    return shape
-
-
 REFUSED: dict[str, tuple[Callable[[], Shape], str]] = {
     "PiSSA": (lambda: llama(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "PiSSA, quick": (lambda: llama(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
@@ -305,15 +311,13 @@ REFUSED: dict[str, tuple[Callable[[], Shape], str]] = {
         lambda: more("model.embed_tokens.lora_embedding_A", R, 96),
         "model.embed_tokens has lora_embedding_A but not its partner",
     ),
-    "a bias of its own": (lambda: llama(lora_bias=True), "lora_bias = True"),
-    "a bias in the file": (lambda: more(f"{FIRST}.lora_B.bias", 32), "lora_B.bias"),
-    "biases": (lambda: biased("base_layer.bias", "lora_only"), "bias = 'lora_only'"),
-    "biases under old names": (lambda: biased("bias", "lora_only"), "bias = 'lora_only'"),
+    "a bias that was lost": (lambda: llama(lora_bias=True), "it has no bias on B"),
+    "a bias in the file": (lambda: more(f"{FIRST}.lora_B.bias", 32), "lora_bias is False"),
     "biases that were lost": (
         lambda: (
             of("bert").say(target_modules=["query"], bias="all").adapt(of("bert").layers("query"))
         ),
-        "query.bias is not in the file",
+        "query.bias was trained, and is not in the file",
     ),
     "replicated layers": (lambda: llama(layer_replication=[[0, 2]]), "layer_replication"),
     "experts' parameters": (

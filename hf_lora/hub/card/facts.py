@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_lora.adapter_io.tasks import BY_PEFT, class_by_name, task_by_name, task_of
 from hf_lora.adapter_io.tensors import moved_buffers
+from hf_lora.files.biases import biases_beside
 from hf_lora.files.read import AdapterFolder
 from hf_lora.kinds.lora import LOW_RANK
 from hf_lora.layers.layer_config import LayerConfig
@@ -57,6 +58,9 @@ class AdapterFacts:
     bytes: int
     buffers: tuple[str, ...] = ()
     """The buffers of the base that the training has moved."""
+
+    biases: tuple[str, ...] = ()
+    """Paths of modules of no adapted layer of which the bias alone was trained."""
 
     dtypes: tuple[str, ...] = ()
     """Types of its tensors, where they are known."""
@@ -138,6 +142,7 @@ def _adapter_facts(
         parameters=sum(tensor.numel() for tensor in held.values()),
         bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
         buffers=tuple(buffers),
+        biases=adapter.biases,
         dtypes=tuple(sorted({str(to).removeprefix("torch.") for to in saved})),
         not_linear=tuple(
             path for path in adapter.slots if registry.modules[path].lora_layout is not LOW_RANK
@@ -150,6 +155,7 @@ def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
     """Return the facts of an adapter in a folder."""
     ties = {} if folder.own is None else folder.own.ties
     again = {folder.others.get(name) for name in ties}
+    biases = biases_beside(folder.others, folder.fields, folder.trained_names)
     return AdapterFacts(
         name=name,
         slots=folder.slots,
@@ -160,6 +166,7 @@ def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
             path for path, held in folder.factors.items() if held.layout is not LOW_RANK
         ),
         buffers=tuple(folder.own.buffers) if folder.own else (),
+        biases=tuple(name.rpartition(".")[0] for name in biases),
         tied=tuple(path for path in folder.slots if path.endswith("lm_head")),
     )
 

@@ -71,6 +71,7 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             adapter.trained,
             not_linear=adapter.not_linear,
             buffers=adapter.buffers,
+            biases=adapter.biases,
         )
         llama_cpp = llama_cpp_reasons(
             model.classes,
@@ -80,6 +81,7 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             tied=adapter.tied,
             not_linear=adapter.not_linear,
             buffers=adapter.buffers,
+            biases=adapter.biases,
         )
         lines += [f"- {of}{line}." for line in served_by(vllm, llama_cpp, adapter.slots)]
     if not model.classes:
@@ -119,6 +121,14 @@ def _adapters(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
     return lines
 
 
+def _biases(adapter: AdapterFacts) -> str:
+    slots = adapter.slots.values()
+    own = sum(slot.bias for slot in slots) + len(adapter.biases)
+    on_b = sum(slot.lora_bias for slot in slots)
+    words = (f"{own} of the base", f"{on_b} on B")
+    return ", ".join(text for text, count in zip(words, (own, on_b), strict=True) if count)
+
+
 def _facts(adapter: AdapterFacts) -> dict[str, str]:
     slots = adapter.slots
     dropouts = {slot.dropout for slot in slots.values()}
@@ -129,6 +139,7 @@ def _facts(adapter: AdapterFacts) -> dict[str, str]:
         "Updates scaled by": _spread(slots, lambda slot: slot.scaling),
         "Dropout in training": _spread(slots, lambda slot: slot.dropout) if any(dropouts) else "",
         "Trained in full": ", ".join(f"`{name}`" for name in adapter.trained),
+        "Biases": _biases(adapter),
         "Buffers that moved": _tails_of(adapter.buffers),
         "Parameters": f"{adapter.parameters:,}",
         "Size": ", ".join([size(adapter.bytes), *adapter.dtypes]),
