@@ -16,7 +16,7 @@ from hf_lora.cli.output import execute, working
 from hf_lora.version import __version__
 
 app = typer.Typer(
-    help="LoRA for Hugging Face models: plan, train, look at, merge, push and pull adapters.",
+    help="LoRA for Hugging Face models: plan, train, try, look at, merge, push and pull adapters.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -181,6 +181,121 @@ def merge(
             dry_run=dry_run,
             check_base=check_base,
             trust_remote_code=trust_remote_code,
+        ),
+        as_json=as_json,
+    )
+
+
+Dtype = Annotated[str, typer.Option(help="Type to load the base in; auto: as it is stored.")]
+OtherBase = Annotated[
+    str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
+]
+Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0: always the likeliest token. Above: sampled.")
+]
+
+
+@app.command()
+def generate(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or its id on the Hub.")],
+    prompt: Annotated[
+        Patterns,
+        typer.Option("--prompt", "-p", help="Repeatable; else a line each on standard input."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the base's answer without the adapter, too.")
+    ] = False,
+    max_new_tokens: Most = 128,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    base: OtherBase = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a model with an adapter continue prompts."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.use").generate(
+            adapter,
+            prompt or [],
+            chat=chat,
+            compare=compare,
+            most=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            base=base,
+            revision=revision,
+            subfolder=subfolder,
+            dtype=dtype,
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or its id on the Hub.")],
+    data: Annotated[
+        str, typer.Argument(help="A .jsonl, .json, .csv, .parquet or .txt file, or a data set.")
+    ],
+    form: Annotated[
+        str | None, typer.Option(help="text, completion or chat; else told from the columns.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Cut rows to so many tokens.")] = (
+        None
+    ),
+    base: OtherBase = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure loss and accuracy on data, with an adapter and without it."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.use").evaluate(
+            adapter,
+            data,
+            form=form,
+            split=split,
+            batch_size=batch_size,
+            max_length=max_length,
+            base=base,
+            revision=revision,
+            subfolder=subfolder,
+            dtype=dtype,
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
+def chat(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapter folders or ids: several answer side by side.")
+    ],
+    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,
+    max_new_tokens: Most = 512,
+    temperature: Temperature = 0.0,
+    base: OtherBase = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Talk with a model and its adapter; /base switches the adapter off, /help shows the rest."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.use").chat(
+            adapters,
+            system=system,
+            most=max_new_tokens,
+            temperature=temperature,
+            base=base,
+            dtype=dtype,
         ),
         as_json=as_json,
     )

@@ -16,7 +16,7 @@ from hf_lora.errors import ConfigError
 from hf_lora.recipes.recipe import Base
 
 # Asked on a terminal otherwise, in the middle of a command; code from the Hub is not run.
-_SAFE = {"trust_remote_code": False}
+SAFE = {"trust_remote_code": False}
 
 
 def load_config(base: Base) -> Any:
@@ -25,8 +25,8 @@ def load_config(base: Base) -> Any:
     Raises:
         ConfigError: transformers cannot; its words are in the message.
     """
-    with _explained(base.model, "configuration"):
-        return AutoConfig.from_pretrained(base.model, **_where(base), **_SAFE)
+    with explained(base.model, "configuration"):
+        return AutoConfig.from_pretrained(base.model, **_where(base), **SAFE)
 
 
 def check_writes_text(config: Any) -> None:
@@ -56,8 +56,8 @@ def load_tokenizer(base: Base) -> Any:
         ConfigError: transformers cannot; its words are in the message.
     """
     where = {} if base.tokenizer else _where(base)
-    with _explained(base.tokenizer or base.model, "tokenizer"):
-        return AutoTokenizer.from_pretrained(base.tokenizer or base.model, **where, **_SAFE)
+    with explained(base.tokenizer or base.model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(base.tokenizer or base.model, **where, **SAFE)
 
 
 def load_model(base: Base) -> Any:
@@ -67,7 +67,7 @@ def load_model(base: Base) -> Any:
         ConfigError: transformers cannot; its words are in the message.
     """
     options: dict[str, Any] = {"dtype": base.dtype}
-    with _explained(base.model, "model"):
+    with explained(base.model, "model"):
         if base.load_in_4bit or base.load_in_8bit:
             options["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=base.load_in_4bit,
@@ -76,7 +76,7 @@ def load_model(base: Base) -> Any:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=_compute_dtype(base),
             )
-        return AutoModelForCausalLM.from_pretrained(base.model, **_where(base), **options, **_SAFE)
+        return AutoModelForCausalLM.from_pretrained(base.model, **_where(base), **options, **SAFE)
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -90,11 +90,11 @@ def skeleton(config: Any) -> nn.Module:
     dtype = config.dtype or torch.float32
     named = [getattr(transformers, name, None) for name in config.architectures or ()]
     if named and named[0] is not None and _has_plain_weights(config):
-        with _explained(config.name_or_path, "model"):
+        with explained(config.name_or_path, "model"):
             return named[0].from_pretrained(
-                config.name_or_path, config=config, dtype=dtype, device_map="meta", **_SAFE
+                config.name_or_path, config=config, dtype=dtype, device_map="meta", **SAFE
             )
-    with _explained(config.name_or_path, "model"), torch.device("meta"):
+    with explained(config.name_or_path, "model"), torch.device("meta"):
         if named and named[0] is not None:
             return named[0](config).to(dtype)
         try:
@@ -120,7 +120,8 @@ def _where(base: Base) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _explained(name: str, what: str) -> Iterator[None]:
+def explained(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a file that it cannot load into one ConfigError."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:

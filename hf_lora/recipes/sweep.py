@@ -16,6 +16,7 @@ from hf_lora.api import unwrap, wrap
 from hf_lora.errors import GradientError
 from hf_lora.recipes.callback import TrainingBars
 from hf_lora.recipes.dataset import Examples, collate
+from hf_lora.recipes.history import History, write_history
 from hf_lora.recipes.recipe import Recipe
 from hf_lora.recipes.record import CHECKPOINTS, Record, Run
 from hf_lora.recipes.trainer_arguments import arguments, learning_rates
@@ -46,11 +47,12 @@ def run_sweep(
         if len(rates) > 1:
             folder = folder / f"lr-{rate:g}"
         with _wrapped(model, recipe):
-            done = _train(model, recipe, rate, folder, examples, bars)
+            done, history = _train(model, recipe, rate, folder, examples, bars)
             if done.beats(best):
                 best = done
                 if not done.diverged:
                     save(model, recipe.output)
+                    write_history(recipe.output, history)
             record.add(done)
     assert best is not None
     if best.diverged:
@@ -80,7 +82,7 @@ def _wrapped(model: Any, recipe: Recipe) -> Iterator[None]:
 
 def _train(
     model: Any, recipe: Recipe, rate: float, folder: Path, examples: Examples, bars: Progress
-) -> Run:
+) -> tuple[Run, History]:
     start = time.monotonic()
     trainer = Trainer(
         model=model,
@@ -101,7 +103,7 @@ def _train(
         diverged = not _is_finite(model)
         if not diverged or len(learning_rates(recipe.trainer)) == 1:
             raise
-    return Run(
+    done = Run(
         learning_rate=rate,
         steps=trainer.state.global_step,
         train_loss=train_loss,
@@ -109,6 +111,7 @@ def _train(
         seconds=round(time.monotonic() - start, 2),
         diverged=diverged,
     )
+    return done, trainer.state.log_history
 
 
 def _is_finite(model: Any) -> bool:

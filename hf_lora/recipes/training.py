@@ -33,9 +33,12 @@ def train_recipe(
     recipe = read_recipe(source, settings, output)
     record = Record(recipe, resume=resume)
     with bars() as progress:
-        examples = _examples(recipe, progress)
+        tokenizer = _tokenizer(recipe)
+        examples = _examples(recipe, tokenizer, progress)
         model = load_model(recipe.base)
         best = run_sweep(model, recipe, examples, record, progress)
+    # with its chat template, as it was in training, whatever becomes of the base's
+    tokenizer.save_pretrained(recipe.output)
     training = _training(recipe, best, examples)
     record.finish(training)
     return Trained(
@@ -49,11 +52,14 @@ def train_recipe(
     )
 
 
-def _examples(recipe: Recipe, progress: Progress) -> Examples:
+def _tokenizer(recipe: Recipe) -> Any:
+    check_writes_text(load_config(recipe.base))
+    return load_tokenizer(recipe.base)
+
+
+def _examples(recipe: Recipe, tokenizer: Any, progress: Progress) -> Examples:
     task = progress.add_task("reading the data", total=None)
     config = load_config(recipe.base)
-    check_writes_text(config)
-    tokenizer = load_tokenizer(recipe.base)
     examples = load_examples(
         recipe.data,
         tokenizer,

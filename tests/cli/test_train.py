@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import hf_lora
 from hf_lora.recipes.base_model import check_writes_text, load_config, load_tokenizer
 from hf_lora.recipes.dataset import collate, load_examples
 from hf_lora.recipes.file import read_recipe
+from hf_lora.recipes.history import read_history
 from hf_lora.recipes.recipe import Base
 from tests.tiny_base import EXAMPLES, Run
 
@@ -142,6 +144,30 @@ def test_the_loss_falls_and_the_adapter_loads(
     assert adapted < 0.5 * before
     table = said.stdout.splitlines()[1].split()
     assert float(table[3]) == pytest.approx(float(adapted), rel=0.05)
+
+
+def test_what_is_of_use_lies_beside_the_adapter(
+    run: Run, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    told = run("train", recipe()).stdout
+    out = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    bases = load_tokenizer(read_recipe(recipe()).base)
+    assert tokenizer.chat_template == bases.chat_template is not None
+    assert tokenizer("rank")["input_ids"] == bases("rank")["input_ids"]
+    losses = [row["loss"] for row in read_history(out) if "loss" in row]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{out} (" in told
+    assert "the tokenizer, loss.png, history.json, training.json beside it" in told
+    commands = [line.split()[:2] for line in told.split("next:\n")[1].splitlines()]
+    assert commands == [["hf-lora", name] for name in ("generate", "chat", "eval", "merge", "push")]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run("train", recipe(output="plain"))
+    assert (tmp_path / "plain" / "history.json").is_file()
+    assert not (tmp_path / "plain" / "loss.png").exists()
 
 
 def test_what_trainer_evaluated_last_is_not_evaluated_again(

@@ -1,12 +1,15 @@
 """``hf-lora train``: an adapter from a recipe."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from hf_lora.cli.output import Result, plain
 from hf_lora.files.data import WEIGHTS_FILE
 from hf_lora.planning.records import size
-from hf_lora.recipes.record import CHECKPOINTS, RECORD_FILE, Trained
+from hf_lora.recipes.history import HISTORY_FILE, PICTURE
+from hf_lora.recipes.opened import TOKENIZER_FILE
+from hf_lora.recipes.record import RECORD_FILE, Trained
 from hf_lora.recipes.train import train
 
 
@@ -52,7 +55,26 @@ def _text(trained: Trained) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     folder, weight = trained.adapter, size((trained.adapter / WEIGHTS_FILE).stat().st_size)
-    lines.append(f"adapter: {folder} ({weight}; {CHECKPOINTS}/ and {RECORD_FILE} beside it)")
+    lines.append(f"adapter: {folder} ({weight}; {', '.join(_beside(folder))} beside it)")
     if trained.pushed is not None:
         lines.append(f"pushed: {trained.pushed}")
+    lines += ["", "next:", *(f"  hf-lora {words}" for words in _next(folder))]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _beside(folder: Path) -> list[str]:
+    """Return what else there is, in the order in which it is of use."""
+    names = [TOKENIZER_FILE, PICTURE, HISTORY_FILE, RECORD_FILE]
+    return ["the tokenizer" if n == TOKENIZER_FILE else n for n in names if (folder / n).exists()]
+
+
+def _next(folder: Path) -> list[str]:
+    """Return commands that somebody with a fresh adapter may want."""
+    named = shlex.quote(str(folder))
+    return [
+        f'generate {named} --compare --prompt "..."',
+        f"chat {named}",
+        f"eval {named} DATA",
+        f"merge {named} --output merged",
+        f"push {named} USER/NAME",
+    ]
