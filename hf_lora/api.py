@@ -12,6 +12,7 @@ from hf_lora.adapter_io.collective import share_folder
 from hf_lora.adapter_io.labels import label_arguments
 from hf_lora.adapter_io.load import load_folder
 from hf_lora.adapter_io.match import MISSING
+from hf_lora.adapter_io.token_rows import make_room
 from hf_lora.adapter_io.vocabulary import fit_vocabulary
 from hf_lora.compat.torch_checkpoint import keep_functions_of_deepspeed
 from hf_lora.config import LoRAConfig
@@ -43,6 +44,7 @@ def wrap(
     *,
     config: LoRAConfig | PeftConfig | None = None,
     adapter: str = DEFAULT,
+    tokenizer: Any = None,
     **fields: Any,
 ) -> Model:
     """Patch LoRA into a model, in place, and freeze everything else.
@@ -60,8 +62,9 @@ def wrap(
         config: All of it in one object, instead of ``targets`` and ``fields``: a
             :class:`LoRAConfig`, or PEFT's ``LoraConfig`` (see :meth:`LoRAConfig.from_peft`).
         adapter: The adapter's name: letters, digits, ``_`` and ``-``.
+        tokenizer: What knows the tokens that ``train_rows`` names; numbers of rows need none.
         **fields: Fields of :class:`LoRAConfig`: ``r, alpha, dropout, rslora, init, overrides, bias,
-            exclude, train, dtype``.
+            exclude, train, train_rows, dtype``.
 
     Returns:
         The same model.
@@ -81,7 +84,7 @@ def wrap(
     """
     inner = core_of(model) or model
     with Transaction(inner) as change:
-        patch(inner, as_config(targets, config, fields), adapter)
+        patch(inner, as_config(targets, config, fields, tokenizer), adapter)
         _hook(inner)
         change.commit()
     return model
@@ -113,6 +116,7 @@ def plan(
     *,
     config: LoRAConfig | PeftConfig | None = None,
     world: int = 1,
+    tokenizer: Any = None,
     **fields: Any,
 ) -> Plan:
     """Find out what :func:`wrap` would do, without doing it.
@@ -124,6 +128,7 @@ def plan(
         targets, config, **fields: As for :func:`wrap`.
         world: Among how many processes the training is to be shared. ``plan.per_rank`` then says
             what each keeps and sends, in bytes, for each way to share it (DDP, FSDP2, ...).
+        tokenizer: As for :func:`wrap`.
 
     Returns:
         A :class:`Plan`: ``print(plan)`` is a table, ``plan.targets`` are records, ``plan.problems``
@@ -134,7 +139,8 @@ def plan(
     """
     if not isinstance(world, int) or isinstance(world, bool) or world < 1:
         raise ConfigError(f"world is a number of processes, 1 or more, not {world!r}")
-    inner, config = core_of(model) or model, as_config(targets, config, fields)
+    inner = core_of(model) or model
+    config = as_config(targets, config, fields, tokenizer)
     found = find(inner)
     return make_plan(inner, config, world, found[1].adapted() if found else None)
 
@@ -288,6 +294,7 @@ def from_pretrained(
     model_kwargs |= label_arguments(content, model_kwargs)
     model, why = load_base(content, asked, model_class, model_kwargs)
     fit_vocabulary(model, content)
+    make_room(model, content)
     try:
         return load(model, folder, trainable=trainable, check_base=check_base, missing=missing)
     except BaseMismatchError:

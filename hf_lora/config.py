@@ -5,7 +5,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,6 +84,11 @@ class LoRAConfig:
 
     lora_bias: bool = False
     """Whether B has a bias of its own, scaled as the update is. It starts at zero."""
+    train_rows: Mapping[str, Sequence[int | str]] = dataclasses.field(default_factory=dict)
+    """Pattern of embeddings or output heads to the numbers of the rows that train and are saved
+    with the adapter, and nothing else of them: new tokens, for instance. Tokens may stand for
+    numbers where a tokenizer is given with the configuration. Modules that are tied have the rows
+    together. With ``targets=()`` nothing else trains."""
 
     dtype: str | None = None
     """Data type of the adapter's tensors. None: float32 on a 16-bit or quantized base, where small
@@ -97,11 +102,15 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         """Bring every field to one plain form, so that equal meanings are equal, and check it."""
         problems: list[str] = []
+        empty = not isinstance(self.targets, str) and self.targets in ((), [], set(), frozenset())
+        if empty and not self.train_rows:
+            problems.append("targets: empty; name at least one layer to adapt")
         numbers_given = {name: getattr(self, name) for name in OVERRIDABLE}
         normal = {
             "targets": _targets(self.targets, problems),
             "exclude": _patterns("exclude", self.exclude, problems),
             "train": None if self.train is None else _patterns("train", self.train, problems),
+            "train_rows": _train_rows(self.train_rows, problems),
             **_numbers("", numbers_given, problems),
             "overrides": _overrides(self.overrides, problems),
             # torch.bfloat16 and "torch.bfloat16" mean what "bfloat16" means
@@ -158,6 +167,7 @@ class LoRAConfig:
         """Return every field as plain data that JSON and YAML can hold."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["overrides"] = {k: dict(v) for k, v in self.overrides.items()}
+        fields["train_rows"] = {k: list(v) for k, v in self.train_rows.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
@@ -230,8 +240,6 @@ def _patterns(name: str, value: Any, problems: list[str]) -> tuple[str, ...]:
     if not isinstance(items, (list, tuple, set, frozenset)):
         problems.append(f"{name}: {value!r} is neither a pattern nor a list of patterns")
         return ()
-    if not items and name == "targets":
-        problems.append("targets: empty; name at least one layer to adapt")
     good = []
     for item in items:
         fault = _pattern_fault(item)
@@ -275,6 +283,34 @@ def _overrides(value: Any, problems: list[str]) -> dict[str, dict[str, Any]]:
         known = {name: fields[name] for name in OVERRIDABLE if name in fields}
         checked[pattern] = _numbers(f"{label}.", known, problems)
     return checked
+
+
+def _train_rows(value: Any, problems: list[str]) -> dict[str, tuple[int | str, ...]]:
+    """Return patterns to numbers, in ascending order and each once, and then tokens."""
+    if not isinstance(value, Mapping):
+        problems.append(f"train_rows: {value!r} is not a mapping of pattern to rows or tokens")
+        return {}
+    checked: dict[str, tuple[int | str, ...]] = {}
+    for pattern, given in value.items():
+        fault = _pattern_fault(pattern)
+        if fault:
+            problems.append(f"train_rows: {pattern!r} {fault}")
+            continue
+        rows: list[Any] = [given]
+        if not isinstance(given, (str, bytes, Mapping)) and isinstance(given, Iterable):
+            rows = given.tolist() if hasattr(given, "tolist") else list(given)  # type: ignore[attr-defined]
+        ids = {int(row) for row in rows if _is_row(row)}
+        tokens = dict.fromkeys(row for row in rows if isinstance(row, str) and row)
+        wrong = [r for r in rows if not _is_row(r) and not (isinstance(r, str) and r)]
+        if wrong or not rows:
+            what = f"{wrong[0]!r} is neither a number of a row nor a token" if wrong else "no rows"
+            problems.append(f"train_rows[{pattern!r}]: {what}")
+        checked[pattern] = (*sorted(ids), *tokens)
+    return checked
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _numbers(label: str, fields: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

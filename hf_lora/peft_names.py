@@ -30,6 +30,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "lora_dropout": "dropout",
         "use_rslora": "rslora",
         "modules_to_save": "train",
+        "trainable_token_indices": "train_rows",
         "init_lora_weights": "init",
         "rank_pattern": "overrides",
         "alpha_pattern": "overrides",
@@ -104,8 +105,9 @@ _OF_NO_EFFECT = {
 _READ = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_to_transform",
     "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
-    "target_modules", "target_parameters", "use_rslora",
+    "target_modules", "target_parameters", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
+_NO_TARGET = "dummy-target-modules"
 _LITERAL = re.compile(r"[\w.-]+")
 
 
@@ -163,9 +165,21 @@ def translate(config: PeftConfig | Mapping[str, Any], words: Collection[str]) ->
     if given.get("modules_to_save"):
         # PEFT takes every module whose name ends so, not only the whole dotted tail
         fields["train"] = [f".*{re.escape(name)}" for name in given["modules_to_save"]]
+    if given.get("trainable_token_indices"):
+        fields["train_rows"] = _rows(given["trainable_token_indices"], problems)
     if problems:
         raise ConfigError(listing("This configuration of PEFT's cannot be used here", problems))
     return fields
+
+
+def _rows(said: Any, problems: list[str]) -> dict[str, Any]:
+    if not isinstance(said, Mapping):
+        problems.append(
+            f"trainable_token_indices = {show(said)}: a list is for the model's input embeddings; "
+            "name them, as in {'embed_tokens': [...]}"
+        )
+        return {}
+    return {f".*{re.escape(name)}": rows for name, rows in said.items()}
 
 
 def _init(said: Any, problems: list[str]) -> str:
@@ -197,6 +211,8 @@ def _targets(
     modules, parameters = given.get("target_modules"), given.get("target_parameters")
     if isinstance(modules, str) and modules.lower() == "all-linear":
         yield "all-linear"
+    elif modules == _NO_TARGET:  # nothing but rows
+        return
     elif modules and not isinstance(modules, str) and (where := _index(given)):
         for name in map(re.escape, sorted(modules)):
             yield f"^{name}|^(?={where})(?:.*\\.)?{name}"

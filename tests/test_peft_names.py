@@ -251,3 +251,21 @@ def test_biases_mean_here_what_they_mean_there():
     config = peft.LoraConfig(target_modules=["q_proj"], bias="lora_only", lora_bias=True)
     ours = hf_lora.LoRAConfig.from_peft(config)
     assert (ours.bias, ours.lora_bias) == ("lora_only", True)
+
+
+def test_rows_are_trained_in_the_modules_that_peft_takes():
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"head": [1, 2]})
+    theirs = {
+        name.removeprefix("base_model.model.")
+        for name, module in peft.get_peft_model(Stack(), config).named_modules()
+        if hasattr(module, "token_adapter")
+    }
+    found = hf_lora.plan(Stack(), config).rows
+    assert {rows.path for rows in found} == theirs == {"head", "pre_head"}
+    assert {rows.ids for rows in found} == {(1, 2)}
+    alone = {"target_modules": "dummy-target-modules", "trainable_token_indices": {"head": [1]}}
+    assert LoRAConfig.from_peft(peft.LoraConfig(**alone)).targets == ()
+    with pytest.raises(ConfigError, match="is for the model's input embeddings"):
+        LoRAConfig.from_peft(
+            peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1])
+        )

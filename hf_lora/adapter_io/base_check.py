@@ -1,7 +1,8 @@
 """Is this the base that an adapter was trained on? Fingerprints taken of models, and compared."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from hf_lora.adapter_io.base_weights import BaseTensor, BaseTensors
@@ -16,13 +17,19 @@ from hf_lora.files.fingerprint import (
     from_json,
     positions,
     to_json,
+    without_rows,
 )
 from hf_lora.files.keys import without_wrappers
 from hf_lora.targets import inside
 
+Rows = Mapping[str, Collection[int]]
+"""Name of a tensor to those of its rows of which an adapter has its own."""
+
+NO_ROWS: Rows = MappingProxyType({})
+
 
 def take_fingerprint(
-    base: BaseTensors, trained: Collection[str], moved: Collection[str] = ()
+    base: BaseTensors, trained: Collection[str], moved: Collection[str] = (), rows: Rows = NO_ROWS
 ) -> dict[str, Any]:
     """Return the fingerprint of a base, as the header holds it.
 
@@ -31,6 +38,7 @@ def take_fingerprint(
         trained: Paths of the modules that an adapter trains in full: their tensors, and those that
             are tied to them, are the adapter's own.
         moved: Names of buffers that the training has moved in the base itself.
+        rows: What an adapter has rows of; what the base has there is not sampled.
     """
     left_out = {
         base.ties.get(name, name)
@@ -40,6 +48,10 @@ def take_fingerprint(
     kept = {name: held for name, held in base.tensors.items() if name not in left_out}
     still = {name: held for name, held in kept.items() if name not in moved}
     values = base.read({name: positions(held.shape) for name, held in still.items()})
+    for name, ids in rows.items():
+        first = base.ties.get(name, name)
+        if first in values:
+            values[first] = without_rows(values[first], kept[first].shape, ids)
     samples = {
         name: Sample(held.shape, values.get(name), held.quantized) for name, held in kept.items()
     }
@@ -48,7 +60,11 @@ def take_fingerprint(
 
 
 def base_differences(
-    content: dict[str, Any], base: BaseTensors, names: Renaming, others: Collection[str]
+    content: dict[str, Any],
+    base: BaseTensors,
+    names: Renaming,
+    others: Collection[str],
+    rows: Rows = NO_ROWS,
 ) -> list[str]:
     """Return a line for each thing in which a base is not the one of a fingerprint.
 
@@ -60,6 +76,7 @@ def base_differences(
         names: How the file's names become the model's.
         others: Paths of modules, and names of tensors, that are no part of the base: the adapter
             brings them, or they were never loaded and are random.
+        rows: What the adapter brings rows of.
 
     Raises:
         StateError: Tensors to compare have no data.
@@ -67,13 +84,20 @@ def base_differences(
     found = from_json(content)
     if found is None:
         return _layer_differences(content, base, names)
-    return _Comparison(found, base, names, others).lines()
+    return _Comparison(found, base, names, others, rows).lines()
 
 
 class _Comparison:
     def __init__(
-        self, then: Fingerprint, base: BaseTensors, names: Renaming, others: Collection[str]
+        self,
+        then: Fingerprint,
+        base: BaseTensors,
+        names: Renaming,
+        others: Collection[str],
+        rows: Rows,
     ):
+        self.rows = {without_wrappers(name): ids for name, ids in rows.items()}
+        self.rows |= {base.ties[n]: ids for n, ids in self.rows.items() if n in base.ties}
         self.then = then
         self.base = base
         self.names = names
@@ -144,6 +168,9 @@ class _Comparison:
         now = self.base.read({name: at[name] for name in sorted(at)})
         for name, values in now.items():
             then, quantized = recorded[name]
+            if name in self.rows:
+                shape = next(sample.shape for other, sample, _ in self.pairs if other == name)
+                then, values = (without_rows(t, shape, self.rows[name]) for t in (then, values))
             fault = difference(then, values, quantized)
             if fault:
                 self.lines_found.append(f"{name}: {fault}")

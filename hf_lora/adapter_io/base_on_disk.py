@@ -6,7 +6,7 @@ alone: whoever opens the adapter by the name of its base gets another model.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 from torch import nn
 
+from hf_lora.adapter_io.base_check import NO_ROWS, Rows
 from hf_lora.errors import AdapterFileError
-from hf_lora.files.fingerprint import Sample, difference, from_json, positions
+from hf_lora.files.fingerprint import Sample, difference, from_json, positions, without_rows
 from hf_lora.files.safetensors_io import TensorFile
 
 _WEIGHTS = "model.safetensors"
@@ -24,7 +25,11 @@ _MOST_NAMES = 20
 
 
 def base_changes(
-    model: nn.Module, name: str | None, fingerprint: Mapping[str, Any], merged: tuple[str, ...]
+    model: nn.Module,
+    name: str | None,
+    fingerprint: Mapping[str, Any],
+    merged: tuple[str, ...],
+    rows: Rows = NO_ROWS,
 ) -> dict[str, Any]:
     """Return in what a base is known to differ from the one that it names; empty if in nothing.
 
@@ -36,6 +41,7 @@ def base_changes(
         name: Folder or Hub id of its base.
         fingerprint: That of the base in memory, as the header holds it.
         merged: Names of the adapters that were merged into it for good.
+        rows: What the adapter has rows of, and the fingerprint not.
 
     Returns:
         ``merged``, the names; ``tensors``, those that are others, and ``more``, how many besides;
@@ -47,7 +53,7 @@ def base_changes(
     files = _files(model, name)
     if then is None or not files:
         return found
-    changed, tokens = [], None
+    changed, tokens, own = [], None, _of_tied(rows, then.ties)
     for key, sample in then.samples.items():
         file = next((files[each] for each in _names(key, model) if each in files), None)
         known = next((each for each in _names(key, model) if each in files), None)
@@ -56,9 +62,11 @@ def base_changes(
         shape = file.shapes[known]
         if shape != sample.shape:
             vocabulary = (then.vocabulary,) == sample.shape[:1] and shape[1:] == sample.shape[1:]
-            tokens = [shape[0], then.vocabulary] if vocabulary else tokens
+            added = range(shape[0], sample.shape[0]) if vocabulary else ()
+            if vocabulary and not {*added} <= {*own.get(key, ())}:
+                tokens = [shape[0], then.vocabulary]
             changed += [] if vocabulary else [key]
-        elif _differs(file, known, sample):
+        elif _differs(file, known, sample, own.get(key, ())):
             changed.append(key)
     if changed:
         found["tensors"] = changed[:_MOST_NAMES]
@@ -86,10 +94,15 @@ def describe_changes(changes: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _differs(file: TensorFile, name: str, sample: Sample) -> bool:
+def _of_tied(rows: Rows, ties: Mapping[str, str]) -> dict[str, Collection[int]]:
+    """Return rows under the name, too, under which a fingerprint has a tied tensor."""
+    return {**rows, **{ties[name]: ids for name, ids in rows.items() if name in ties}}
+
+
+def _differs(file: TensorFile, name: str, sample: Sample, rows: Collection[int]) -> bool:
     if sample.values is None or file.dtypes[name].itemsize < 2:
         return False
-    there = file.pick(name, positions(sample.shape))
+    there = without_rows(file.pick(name, positions(sample.shape)), sample.shape, rows)
     return difference(there, sample.values, sample.quantized) is not None
 
 

@@ -63,6 +63,9 @@ class Description:
     trained: tuple[TrainedFacts, ...]
     """Their tensors, and the buffers that the training moved."""
 
+    rows: tuple[TrainedFacts, ...]
+    """The rows of modules that were trained, under the paths of these."""
+
     buffers: tuple[str, ...]
     """Names of the buffers of the base that the training moved."""
 
@@ -88,7 +91,7 @@ class Description:
     def parameters(self) -> int:
         """Numbers in all tensors."""
         return sum(layer.parameters for layer in self.layers) + sum(
-            math.prod(tensor.shape) for tensor in self.trained
+            math.prod(tensor.shape) for tensor in (*self.trained, *self.rows)
         )
 
     @property
@@ -109,6 +112,9 @@ class Description:
             cause = f"{role} that moved" if moved else f"{path or tensor.name} in full"
             cause = "biases of other modules" if tensor.name in self.biases else cause
             cause = f"{cause}, {tensor.dtype}"
+            sizes[cause] = sizes.get(cause, 0) + tensor.bytes
+        for tensor in self.rows:
+            cause = f"{tensor.shape[0]} rows of {tensor.name}, {tensor.dtype}"
             sizes[cause] = sizes.get(cause, 0) + tensor.bytes
         if self.left_out_bytes:
             sizes["left out, as the base has it"] = self.left_out_bytes
@@ -138,18 +144,20 @@ def describe(
     folder = read_folder(directory)
     broken: list[str] = []
     others = _others(folder)
-    total = len(folder.factors) + len(others)
+    rows = {path: each.key for path, each in folder.rows.items()}
+    total = len(folder.factors) + len(others) + len(rows)
     layers = []
     for path in folder.factors:
         layers.append(_layer(folder, path, broken))
         progress(len(layers), total)
-    trained = []
-    for name, key in others.items():
+    trained: list[TrainedFacts] = []
+    for name, key in (*others.items(), *rows.items()):
         ((_, tensor),) = folder.file.read([key])
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             broken.append(key)
         trained.append(TrainedFacts(name, tuple(tensor.shape), _name(tensor.dtype), tensor.nbytes))
         progress(len(layers) + len(trained), total)
+    first = next(iter(folder.slots.values()), None)
     header = folder.header and {
         "format": folder.header["format"],
         "fingerprint": _fingerprint(folder.header.get("fingerprint")),
@@ -161,11 +169,12 @@ def describe(
         task=folder.fields.get("task_type"),
         layers=tuple(layers),
         trained_names=tuple(folder.trained_names if folder.own is None else folder.own.trained),
-        trained=tuple(trained),
+        trained=tuple(trained[: len(others)]),
+        rows=tuple(trained[len(others) :]),
         buffers=() if folder.own is None else tuple(folder.own.buffers),
         biases=tuple(biases_beside(others, folder.fields, folder.trained_names)),
-        dropout=next(iter(folder.slots.values())).dropout,
-        rslora=next(iter(folder.slots.values())).rslora,
+        dropout=first.dropout if first else 0.0,
+        rslora=first.rslora if first else False,
         header=header,
         config=folder.config,
         not_finite=tuple(broken),
@@ -183,6 +192,7 @@ def _others(folder: AdapterFolder) -> dict[str, str]:
 def _left_out(folder: AdapterFolder) -> int:
     """Return the bytes of tensors that stand in a file and are not read."""
     read = {key for held in folder.factors.values() for key in held.keys.values()}
+    read |= {each.key for each in folder.rows.values()}
     rest = folder.file.shapes.keys() - read - {*_others(folder).values()}
     return sum(
         math.prod(folder.file.shapes[key]) * folder.file.dtypes[key].itemsize for key in rest
@@ -239,10 +249,11 @@ def _lines(facts: Description) -> Iterable[str]:
     ranks = ", ".join(f"{value}" for value in sorted({layer.r for layer in facts.layers}))
     alphas = ", ".join(f"{value:g}" for value in sorted({layer.alpha for layer in facts.layers}))
     rule = "alpha / sqrt(r)" if facts.rslora else "alpha / r"
-    yield (
-        f"{len(facts.layers)} layers, rank {ranks}, alpha {alphas}, scaled by {rule}, "
-        f"dropout {facts.dropout:g}; {facts.parameters:,} parameters"
-    )
+    numbers = f"rank {ranks}, alpha {alphas}, scaled by {rule}, dropout {facts.dropout:g}"
+    layers = f"{len(facts.layers)} layers, {numbers}" if facts.layers else "no layers"
+    yield f"{layers}; {facts.parameters:,} parameters"
+    for rows in facts.rows:
+        yield f"trained rows: {rows.shape[0]} of {rows.name}"
     if facts.trained_names:
         yield f"trained in full: {', '.join(facts.trained_names)}"
     if facts.buffers:
@@ -271,6 +282,8 @@ def _about_the_base(facts: Description) -> str:
 
 
 def _norms(facts: Description) -> Iterable[str]:
+    if not facts.layers:
+        return
     rows = [("layer", "r", "in -> out", "norm of the update")]
     most = max((layer.norm for layer in facts.layers if math.isfinite(layer.norm)), default=0.0)
     for layer in facts.layers:

@@ -32,9 +32,11 @@ from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Place
+from hf_lora.layers.token_rows import ROWS
 from hf_lora.layers.trained import copy_dtype, own_tensors
 from hf_lora.model.adapters import check_new_name, set_trainable
-from hf_lora.model.patch import attach, check_no_engine
+from hf_lora.model.checks import check_no_engine
+from hf_lora.model.patch import attach
 from hf_lora.model.registry import Registry, check_fresh, create, find
 from hf_lora.model.replacing import check_replaceable, replaced
 from hf_lora.model.transaction import Transaction
@@ -87,7 +89,7 @@ def load_folder(
         _refill(registry, adapter, config, match, values)
     else:
         with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
-            where = match.slots, match.trained, dtypes, None, match.ties, match.biases
+            where = match.slots, match.trained, dtypes, None, match.ties, match.biases, match.rows
             attach(model, registry, adapter, config, *where)
             registry.adapter(adapter).origin = match.folder.origin
             fill(registry, adapter, values)
@@ -108,6 +110,7 @@ def _has_room(
         set(registry.adapter(name).trained) == set(match.trained)
         and registry.adapter(name).ties == match.ties
         and set(registry.adapter(name).biases) == set(match.biases)
+        and dict(registry.adapter(name).rows) == match.rows
         and tensors.keys() == values.keys()
         and all(
             shape_of(tensor) == values[place].shape and tensor.dtype == values[place].dtype
@@ -196,6 +199,9 @@ def _values_for(
         problems.append(f"trained in full: {adapter.trained}, in the file {match.trained}")
     if set(adapter.biases) != set(match.biases):
         problems.append(f"biases: {adapter.biases}, in the file {match.biases}")
+    if dict(adapter.rows) != match.rows:
+        counts = ({p: len(r.ids) for p, r in of.rows.items()} for of in (adapter, match))
+        problems.append("rows: the model has {}, the file {}, or others".format(*counts))
     if dict(adapter.ties) != match.ties:
         here, there = (sorted(map(full_name, ties)) for ties in (adapter.ties, match.ties))
         problems.append(f"tied to other tensors: {here}, in the file {there}")
@@ -338,8 +344,9 @@ def _place_dtypes(
         if path in dtypes:
             found[path, role] = dtypes[path]
         else:
-            tensors = dict(own_tensors(model.get_submodule(path), (role,)))
-            found[path, role] = copy_dtype(tensors[role], wanted)
+            name = "weight" if role == ROWS else role
+            tensors = dict(own_tensors(model.get_submodule(path), (name,)))
+            found[path, role] = copy_dtype(tensors[name], wanted)
     return found
 
 
@@ -350,7 +357,7 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
     paths = [path for path, _ in model.named_modules()]
     stacks = [f"{path}.{part}" for path, slot in match.slots.items() for part in slot.parts]
     layers = [path for path, slot in match.slots.items() if not slot.parts]
-    first = next(iter(match.slots.values()))
+    first = next(iter(match.slots.values()), LayerConfig(r=LoRAConfig.r, alpha=LoRAConfig.alpha))
     by_path = {
         path: {"r": slot.r, "alpha": slot.alpha}
         for path, slot in match.slots.items()
@@ -369,6 +376,7 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
         lora_bias=any(slot.lora_bias for slot in match.slots.values()),
         overrides={_escape(path): fields for path, fields in by_path.items()},
         train=[_escape(path) for path in match.trained],
+        train_rows={_escape(p): rows.ids for p, rows in match.rows.items() if rows.of is None},
     )
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.adapter_io.base_check import base_differences
+from hf_lora.adapter_io.base_check import NO_ROWS, Rows, base_differences
 from hf_lora.adapter_io.base_weights import BaseTensors
 from hf_lora.adapter_io.rename import Renaming
 from hf_lora.compat.accelerate import present
 from hf_lora.compat.dtensor import full_tensor
 from hf_lora.layers.roles import Place
 from hf_lora.layers.trained import own_tensors
-from hf_lora.model.patch import check_present
+from hf_lora.model.checks import check_present
 from hf_lora.planning.heads import output_head
 from hf_lora.planning.unfilled import Unfilled, find_unfilled
 
@@ -45,7 +45,11 @@ class LoadedBase:
         return find_unfilled(self.model, output_head(self.model))
 
     def differences(
-        self, fingerprint: dict[str, Any], names: Renaming, others: Collection[str]
+        self,
+        fingerprint: dict[str, Any],
+        names: Renaming,
+        others: Collection[str],
+        rows: Rows = NO_ROWS,
     ) -> list[str]:
         """Return a line for each thing in which it is not the base of a fingerprint.
 
@@ -53,9 +57,10 @@ class LoadedBase:
             fingerprint: As the header holds it.
             names: How the file's names become the model's.
             others: Paths of modules, and names of tensors, that are no part of the base.
+            rows: Names of tensors to those of their rows that are no part of it either.
         """
         base = BaseTensors(self.model, together=True)
-        return base_differences(fingerprint, base, names, others)
+        return base_differences(fingerprint, base, names, others, rows)
 
 
 def same_values(tensor: torch.Tensor, base: torch.Tensor) -> bool:

@@ -9,17 +9,19 @@ from torch import nn
 from hf_lora.adapter_io.base_on_disk import describe_changes
 from hf_lora.adapter_io.base_weights import vocabulary
 from hf_lora.adapter_io.biases import match_biases
+from hf_lora.adapter_io.fitting import factor_fault
 from hf_lora.adapter_io.loaded_base import LoadedBase
 from hf_lora.adapter_io.rename import Renaming, rename
 from hf_lora.adapter_io.tasks import BY_PEFT, HEADS
 from hf_lora.adapter_io.ties import read_ties
+from hf_lora.adapter_io.token_rows import match_rows
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.errors import (
     AdapterMismatchError,
     BaseMismatchError,
     listing,
 )
-from hf_lora.files.data import CONFIG_FILE, LayerTensors
+from hf_lora.files.data import CONFIG_FILE
 from hf_lora.files.header import BASE_CHANGED
 from hf_lora.files.patterns import endings, parents
 from hf_lora.files.peft_targets import (
@@ -33,10 +35,12 @@ from hf_lora.kinds.lora import LOW_RANK
 from hf_lora.kinds.table import host_fault, kind_of
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Layout, Place, Ties
+from hf_lora.layers.token_rows import ROWS, TokenRows
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import uncalled
 from hf_lora.model.places import adapted_twice
 from hf_lora.planning.heads import beside_backbone, output_head
+from hf_lora.planning.token_rows import row_conflicts
 from hf_lora.text import show
 
 
@@ -55,6 +59,9 @@ class Match:
 
     biases: list[str]
     """Paths of modules of no adapted layer whose bias was trained."""
+
+    rows: dict[str, TokenRows]
+    """Path of each module of which some rows are trained, to these."""
 
     ties: Ties
     """What is read as the copy at another place, to that."""
@@ -103,11 +110,14 @@ class _Matching:
             for role in tensor_names(module)
         }
         self.names: Renaming = rename(
-            folder.factors, folder.others, self.modules.keys() | self.owned.keys(), model
+            [*folder.factors, *folder.rows],
+            folder.others,
+            self.modules.keys() | self.owned.keys(),
+            model,
         )
         self.problems: list[str] = []
         self.advice = ""
-        self.told = [self.names.way.words] if self.names.way.words else []
+        self.told = [*filter(None, [self.names.way.words])]
         self.told += [f"{part!r} in the names was taken off" for part in folder.renamed]
         self.told += [
             f"{key} is what the base has there, and was left out"
@@ -118,12 +128,16 @@ class _Matching:
         self.slots: dict[str, LayerConfig] = {}
         self.buffers: list[Place] = []
         self.biases: list[str] = []
+        self.rows: dict[str, TokenRows] = {}
         self.ties: dict[Place, Place] = {}
 
     def run(self, check_base: bool) -> Match:
         self._match_factors()
         tops = self._trained_tops()
         copies = self._match_others(set(tops))
+        self.rows, keys = match_rows(self.folder, self.model, self.names, self.problems)
+        self.problems += row_conflicts(self.rows, {*tops, *self.slots}, (), ())
+        self.keys |= {(path, ROWS): key for path, key in keys.items()}
         if self.folder.own is None:
             self.problems += [
                 f"{line}; PEFT gives the adapter to the first place alone, hf_lora to all of them"
@@ -133,7 +147,7 @@ class _Matching:
             self._compare_with_targets(set(tops))
         self._raise_problems()
         paths = dict.fromkeys(path for path, _ in (*self.keys, *copies, *self.ties))
-        repeated = [path for path in paths if path not in self.slots]
+        repeated = [path for path in (*paths, *self.rows) if path not in self.slots]
         self.base.check_present(list(self.slots), repeated)
         self._compare_copies(copies)
         self._raise_problems()
@@ -141,16 +155,8 @@ class _Matching:
         if check_base:
             self._compare_with_fingerprint([*tops, *unfilled.needed, *unfilled.other])
         self.told += self._random_parts(unfilled.needed, tops)
-        return Match(
-            self.folder,
-            self.slots,
-            tops,
-            self.keys,
-            self.buffers,
-            self.biases,
-            self.ties,
-            self.told,
-        )
+        found = (self.slots, tops, self.keys, self.buffers, self.biases, self.rows, self.ties)
+        return Match(self.folder, *found, self.told)
 
     def _raise_problems(self) -> None:
         if self.problems:
@@ -171,7 +177,7 @@ class _Matching:
         deaf = uncalled(self.modules)
         for name, factors in self.folder.factors.items():
             path = self.names.module(name)
-            fault = deaf.get(path) or _factor_fault(self.modules.get(path), factors)
+            fault = deaf.get(path) or factor_fault(self.modules.get(path), factors)
             if path in self.slots:
                 fault = "named twice"
             if fault:
@@ -352,7 +358,8 @@ class _Matching:
         fingerprint = self.folder.header and self.folder.header.get("fingerprint")
         if not isinstance(fingerprint, dict):
             return
-        found = self.base.differences(fingerprint, self.names, others)
+        rows = {".".join(filter(None, (p, "weight"))): r.ids for p, r in self.rows.items()}
+        found = self.base.differences(fingerprint, self.names, others, rows)
         if found:
             base = self.folder.base or "another model"
             changed = (self.folder.header or {}).get(BASE_CHANGED)
@@ -377,18 +384,3 @@ class _Matching:
 
 def _is_inside(path: str, tops: Iterable[str]) -> bool:
     return path in tops or any(above in tops for above in parents(path))
-
-
-def _factor_fault(module: nn.Module | None, factors: LayerTensors) -> str | None:
-    if module is None:
-        return "the model has no such module"
-    kind, fault = kind_of(module), host_fault(module)
-    if fault or kind is None:
-        return fault
-    if not factors.may_be(kind.lora_layout):
-        return (
-            f"the adapter has {', '.join(factors.keys)} there, which are for another kind of layer"
-        )
-    shapes = factors.shapes
-    own = {role: shape for role, shape in shapes.items() if role in kind.lora_layout.roles}
-    return kind.lora_fit_fault(module, own) or kind.lora_bias_fit_fault(module, shapes)

@@ -89,7 +89,8 @@ def check_rest_frozen(model: nn.Module, registry: Registry) -> None:
         raise StateError(
             listing(
                 f"A part of this {type(model).__name__} is wrapped, and these outside of it share "
-                "a tensor of a module that is trained in full, and go on with the base's",
+                "a tensor of a module that is trained in full, or in some rows, and go on with the "
+                "base's",
                 (f"{path} is tied with {other}" for path, other in apart.items()),
                 "Wrap the whole model instead.",
             )
@@ -115,6 +116,9 @@ def _tied_across(model: nn.Module, registry: Registry) -> Iterator[tuple[str, st
         for places in groups(owners.ties(adapter.trained)):
             own = next(path for path, _ in places if inside(path, adapter.trained))
             yield from ((path, own) for path, _ in places if not inside(path, part))
+        for path in adapter.rows:
+            others = owners.others([(path, "weight")], path)
+            yield from ((other, path) for other in others if not inside(other, part))
 
 
 def _seen_from_above(registry: Registry, path: str) -> Registry:
@@ -127,6 +131,10 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
             slots={at(below): slot for below, slot in adapter.slots.items()},
             trained=tuple(map(at, adapter.trained)),
             biases=tuple(map(at, adapter.biases)),
+            rows={
+                at(below): dataclasses.replace(rows, of=None if rows.of is None else at(rows.of))
+                for below, rows in adapter.rows.items()
+            },
             ties={
                 (at(path), role): (at(first), source)
                 for (path, role), (first, source) in adapter.ties.items()
@@ -141,6 +149,7 @@ def _seen_from_above(registry: Registry, path: str) -> Registry:
         adapters=adapters,
         modules={at(below): module for below, module in registry.modules.items()},
         exclusive={at(below): module for below, module in registry.exclusive.items()},
+        rows={at(below): module for below, module in registry.rows.items()},
         base_flags={at(below): flag for below, flag in registry.base_flags.items()},
         part=(path, registry),
     )

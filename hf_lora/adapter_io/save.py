@@ -27,6 +27,7 @@ from hf_lora.adapter_io.tensors import (
     tensors_of,
 )
 from hf_lora.adapter_io.ties import peft_would_tie
+from hf_lora.adapter_io.token_rows import names_for_peft
 from hf_lora.compat.accelerate import present
 from hf_lora.compat.dtensor import gather_full, has_distributed_parameters, reshard
 from hf_lora.config import DTYPES
@@ -35,10 +36,13 @@ from hf_lora.files.data import AdapterData
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
+from hf_lora.kinds.token_rows import KEY
 from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.token_rows import TokenRows
 from hf_lora.layers.trained import own_tensors, tensor_names
+from hf_lora.model.adapter import Adapter
 from hf_lora.model.places import adapted_twice
-from hf_lora.model.registry import Adapter, Registry, wrapped
+from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.unfrozen import adopt_unfrozen
 from hf_lora.planning.ties import followers
 from hf_lora.targets import shortest_names
@@ -177,6 +181,7 @@ def collect(
             f"them (first: {twice[0]}). Target the layer alone."
         )
     _check_places(model, adapter)
+    rows = _rows(adapter)
     trained = sorted(map(without_wrappers, adapter.trained))
     follow = map(without_wrappers, followers(adapter.ties, adapter.trained))
     ends = {*trained, *follow}  # one of them may be a part of another
@@ -196,6 +201,8 @@ def collect(
     saved = {key: as_saved(key, tensor, dtype) for key, tensor in tensors.items()}
     check_finite(name, saved, dtype)
     saved |= {key: saved[first] for key, first in ties.items()}
+    row_names = names_for_peft(model, rows) if rows else ()
+    saved |= {key_of(n, KEY): saved[key_of(rows[n].of or n, KEY)] for n in row_names}
     by_weight = taken_for_experts(model, slots)
     stacked = [path for path, slot in slots.items() if slot.parts]
     if (by_weight or stacked) and adapter.config.dropout:
@@ -207,7 +214,8 @@ def collect(
             stacklevel=3,
         )
     left = registry.buffers.left
-    fingerprint = take_fingerprint(BaseTensors(model, together=together), trained, left)
+    ids = {".".join(filter(None, (path, "weight"))): own.ids for path, own in rows.items()}
+    fingerprint = take_fingerprint(BaseTensors(model, together=together), trained, left, ids)
     purpose = _purpose(model, adapter.origin, base, trained_names)
     return AdapterData(
         config=adapter.config,
@@ -219,13 +227,23 @@ def collect(
         trained_names=trained_names,
         **purpose,
         buffers=tuple(buffers),
+        rows=rows,
+        row_names=row_names,
         ties={key.removeprefix(PREFIX): to.removeprefix(PREFIX) for key, to in ties.items()},
         pefts_tie=peft_would_tie(model, adapter.ties, adapter.trained, trained_names),
         fan_in_fan_out=any(registry.modules[path].fan_in_fan_out for path in adapter.slots),
         labels=labels_of(model, copies),
         fingerprint=fingerprint,
-        base_changed=_base_changed(model, registry, purpose["base"], fingerprint),
+        base_changed=_base_changed(model, registry, purpose["base"], fingerprint, ids),
     )
+
+
+def _rows(adapter: Adapter) -> dict[str, TokenRows]:
+    """Return an adapter's rows under the names that files have for modules."""
+    return {
+        without_wrappers(path): TokenRows(rows.ids, rows.of and without_wrappers(rows.of))
+        for path, rows in sorted(adapter.rows.items())
+    }
 
 
 def _buffers(registry: Registry, name: str) -> dict[str, torch.Tensor]:
@@ -273,12 +291,17 @@ def _purpose(
 
 
 def _base_changed(
-    model: nn.Module, registry: Registry, base: str | None, fingerprint: Mapping[str, Any]
+    model: nn.Module,
+    registry: Registry,
+    base: str | None,
+    fingerprint: Mapping[str, Any],
+    rows: Mapping[str, Collection[int]],
 ) -> dict[str, Any]:
     """Return, and warn of, what makes the base in memory another than the one that is named."""
     if not is_main_process():
         return {}
-    changes = base_changes(model, base_name(model), fingerprint, registry.merged_before)
+    merged = registry.merged_before
+    changes = base_changes(model, base_name(model), fingerprint, merged, rows)
     if changes:
         warnings.warn(
             listing(
@@ -296,7 +319,7 @@ def _base_changed(
 
 def _check_places(model: nn.Module, adapter: Adapter) -> None:
     """Raise SaveError if PEFT would read the file as something else: modules in several places."""
-    twice = adapted_twice(model, adapter.slots, adapter.trained)
+    twice = adapted_twice(model, [*adapter.slots, *adapter.rows], adapter.trained)
     if twice:
         raise SaveError(
             listing(

@@ -37,10 +37,10 @@ def peft_would_tie(
     """
     # inside of one trained module PEFT keeps by itself what is tied
     apart = [{p for p, _ in places} for places in groups(ties) if not _in_one(places, trained)]
-    meant = _tied_by_peft(model)
+    meant = tied_by_peft(model)
     return (
         bool(meant)
-        and apart == [{_embeddings(model), *meant}]
+        and apart == [{input_embeddings(model), *meant}]
         and all(_is_plain_linear(model.get_submodule(path)) for path in meant)
         and names_embeddings(names)
     )
@@ -89,9 +89,9 @@ def read_ties(
     return ties
 
 
-def _tied_by_peft(model: nn.Module) -> set[str]:
+def tied_by_peft(model: nn.Module) -> set[str]:
     """Return the paths of the modules that PEFT takes to be tied to the input embeddings."""
-    source = _embeddings(model)
+    source = input_embeddings(model)
     said = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
     if source is None or said is False or not hasattr(model, "_tied_weights_keys"):
         return set()
@@ -109,7 +109,7 @@ def _tied_by_peft(model: nn.Module) -> set[str]:
     return {path for path in found - {source} if f"{path}.weight" in candidates}
 
 
-def _embeddings(model: nn.Module) -> str | None:
+def input_embeddings(model: nn.Module) -> str | None:
     """Return the path of a model's input embeddings."""
     found = embedding(model, "get_input_embeddings")
     return next((path for path, module in model.named_modules() if module is found), None)
@@ -123,8 +123,8 @@ def _asked_of_peft(
     PEFT leaves the names of what is tied out of its files, and then does not see itself that
     embeddings of another name are meant. But their tensors are there.
     """
-    source = _embeddings(model)
-    tied = {path: (path, "weight") for path in _tied_by_peft(model)}
+    source = input_embeddings(model)
+    tied = {path: (path, "weight") for path in tied_by_peft(model)}
     heeded = names_embeddings(folder.trained_names) or any(
         place in found and not inside(path, tops) for path, place in tied.items()
     )

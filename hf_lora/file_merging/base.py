@@ -7,12 +7,13 @@ import torch
 import transformers
 from torch import nn
 
-from hf_lora.adapter_io.base_check import base_differences
+from hf_lora.adapter_io.base_check import NO_ROWS, Rows, base_differences
 from hf_lora.adapter_io.base_loading import choose_class
 from hf_lora.adapter_io.base_weights import BaseTensors
 from hf_lora.adapter_io.labels import label_arguments
 from hf_lora.adapter_io.loaded_base import LoadedBase, same_values
 from hf_lora.adapter_io.rename import Renaming
+from hf_lora.adapter_io.token_rows import make_room
 from hf_lora.adapter_io.vocabulary import fit_vocabulary
 from hf_lora.compat.checkpoint_names import converted
 from hf_lora.compat.transformers import mark_filled
@@ -21,6 +22,9 @@ from hf_lora.file_merging.boxes import Box, Traced
 from hf_lora.file_merging.checkpoint import Checkpoint
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.roles import Place
+
+Asked = tuple[dict[str, Any], Renaming, Collection[str], Rows]
+"""A fingerprint, how names become the model's, and what is no part of the base."""
 
 
 def model_without_data(
@@ -45,6 +49,7 @@ def model_without_data(
         else:
             model = loader(config)
     fit_vocabulary(model, adapter)
+    make_room(model, adapter)
     return model.eval()
 
 
@@ -63,7 +68,7 @@ class CheckpointBase(LoadedBase):
         self.grown: dict[Place, torch.Tensor] = {}
         """Rows that an adapter's file has of a tensor of which the checkpoint has fewer."""
 
-        self.asked: list[tuple[dict[str, Any], Renaming, Collection[str]]] = []
+        self.asked: list[Asked] = []
         """What was compared where the checkpoint is not here yet, to be compared when it is."""
 
         known = dict(model.named_parameters(remove_duplicate=False))
@@ -92,24 +97,26 @@ class CheckpointBase(LoadedBase):
         return stored.shape == tensor.shape and same_values(tensor, stored)
 
     def differences(
-        self, fingerprint: dict[str, Any], names: Renaming, others: Collection[str]
+        self,
+        fingerprint: dict[str, Any],
+        names: Renaming,
+        others: Collection[str],
+        rows: Rows = NO_ROWS,
     ) -> list[str]:
         """Return a line for each thing in which it is not the base of a fingerprint.
 
         Numbers that are not here yet are compared by :meth:`number_differences`.
         """
-        self.asked.append((fingerprint, names, others))
+        self.asked.append((fingerprint, names, others, rows))
         return self._differences(self.asked[-1], self.checkpoint.at_hand)
 
     def number_differences(self, shard: str) -> list[str]:
         """Return the same for all that was asked, of the numbers in one file that has come."""
         return [line for each in self.asked for line in self._differences(each, {shard})]
 
-    def _differences(
-        self, asked: tuple[dict[str, Any], Renaming, Collection[str]], shards: Collection[str]
-    ) -> list[str]:
-        fingerprint, names, others = asked
-        return base_differences(fingerprint, _Stored(self, shards), names, others)
+    def _differences(self, asked: "Asked", shards: Collection[str]) -> list[str]:
+        fingerprint, names, others, rows = asked
+        return base_differences(fingerprint, _Stored(self, shards), names, others, rows)
 
     def read(self, name: str) -> torch.Tensor | None:
         """Return all of a tensor of the model; None if the checkpoint does not have all of it."""

@@ -135,6 +135,8 @@ class _Planning:
 
     def _clash(self, name: str, updates: tuple[Update, ...]) -> str | None:
         """Return why adapters cannot be mixed here, or None."""
+        if any(update.rows is not None for update in updates):
+            return self._clash_of_rows(name, updates)
         copies = tuple(update for update in updates if not update.adds)
         if len(copies) < 2 or math.isclose(self._share(copies), 1.0, abs_tol=1e-6):
             return None
@@ -143,6 +145,18 @@ class _Planning:
             f"{name} is trained in full by {who}, of which only a mean can be made: factors that "
             "add up to 1"
         )
+
+    def _clash_of_rows(self, name: str, updates: tuple[Update, ...]) -> str | None:
+        who = ", ".join(self.updates.adapters[update.adapter].name for update in updates)
+        if any(update.rows is None for update in updates):
+            return f"{name} has trained rows and another update as well, from {who}"
+        for row, having in _by_row(updates).items():
+            if len(having) > 1 and not math.isclose(self._share(having), 1.0, abs_tol=1e-6):
+                return (
+                    f"row {row} of {name} is trained by {who}, of which only a mean can be made: "
+                    "factors that add up to 1"
+                )
+        return None
 
     def _note(self, name: str, updates: tuple[Update, ...]) -> None:
         if not updates:
@@ -161,7 +175,8 @@ class _Planning:
             seen = self.updates.seen(name)
             try:
                 for piece in pieces(box, shape, stored, seen):
-                    self.parts.setdefault(box.source, []).append(Part(piece, updates, seen))
+                    parts = _parts(piece, updates, seen)
+                    self.parts.setdefault(box.source, []).extend(parts)
             except NoRectangleError as error:
                 self.problems.append(f"{name}: {error}")
             self.views[box.source] = as_rows(stored, seen)
@@ -172,6 +187,9 @@ class _Planning:
         """Note a tensor that an adapter has with another number of rows than the checkpoint."""
         source = self._whole(name)
         replaced = len(updates) == 1 and not updates[0].adds and self._share(updates) == 1.0
+        if updates[0].rows is not None:  # all that the checkpoint lacks?
+            lacking = range(self.base.tensors[name].shape[0], shape[0])
+            replaced = replaced and {*lacking} <= {*updates[0].rows}
         if source is None or not replaced:
             there = tuple(self.base.tensors[name].shape)
             self.problems.append(f"{name} has shape {there} in the checkpoint, the adapter {shape}")
@@ -180,14 +198,16 @@ class _Planning:
         view, seen = as_rows(shape), as_stack(shape)
         self.views[source] = view
         piece = Piece(0, (0, view[0]), (0, view[1]), 0, 0)
-        self.parts.setdefault(source, []).append(Part(piece, updates, seen))
+        self.parts.setdefault(source, []).extend(_parts(piece, updates, seen))
 
     def _add(self, name: str, stored: list[str], updates: tuple[Update, ...]) -> None:
         """Note a tensor that the checkpoint does not have under its own name."""
         source = self._whole(stored[0]) if stored else None
         if stored and source is None:
             self.problems.append(f"{name} is tied to {stored[0]}, which is stored in parts")
-        elif not stored and (any(u.adds for u in updates) or self._share(updates) <= 0):
+        elif not stored and (
+            any(u.adds or u.rows is not None for u in updates) or self._share(updates) <= 0
+        ):
             why = self.base.faults.get(name, "the checkpoint has no such tensor")
             self.problems.append(f"{name}: {why}")
         else:
@@ -234,13 +254,38 @@ class _Planning:
         else:
             dtype = _usual(self.base) if tensor.is_floating_point() else tensor.dtype
         boxes = Traced.of(name, shape).boxes
-        found = [Part(p, updates, seen) for box in boxes for p in pieces(box, shape, shape, seen)]
-        parts = tuple(found) if updates else ()
+        found = (p for box in boxes for p in pieces(box, shape, shape, seen))
+        parts = tuple(part for p in found for part in _parts(p, updates, seen)) if updates else ()
         return Entry(name, self._type(dtype), shape, source, as_rows(shape, seen), parts)
 
     def _type(self, dtype: torch.dtype) -> torch.dtype:
         wide = dtype.is_floating_point and dtype.itemsize > 1
         return self.dtype if self.dtype is not None and wide else dtype
+
+
+def _parts(piece: Piece, updates: tuple[Update, ...], seen: Stack) -> Iterator[Part]:
+    """Yield what is done to a rectangle, or to those of its rows to which anything is."""
+    if all(update.rows is None for update in updates):
+        yield Part(piece, updates, seen)
+        return
+    for row, having in _by_row(updates).items():
+        if piece.rows[0] <= row < piece.rows[1]:
+            down, right = (0, row - piece.rows[0]) if piece.turned else (row - piece.rows[0], 0)
+            one = dataclasses.replace(
+                piece,
+                rows=(row, row + 1),
+                at_row=piece.at_row + down,
+                at_column=piece.at_column + right,
+            )
+            yield Part(one, having, seen)
+
+
+def _by_row(updates: tuple[Update, ...]) -> dict[int, tuple[Update, ...]]:
+    found: dict[int, tuple[Update, ...]] = {}
+    for update in updates:
+        for row in update.rows or ():
+            found[row] = (*found.get(row, ()), update)
+    return dict(sorted(found.items()))
 
 
 def _usual(base: CheckpointBase) -> torch.dtype:

@@ -14,6 +14,7 @@ from hf_lora.functional.low_rank import Product
 from hf_lora.kinds.table import layer_class
 from hf_lora.layers.names import LORA_BIAS
 from hf_lora.layers.roles import OWN_BIAS
+from hf_lora.layers.token_rows import ROWS
 from hf_lora.layers.trained import tensor_names
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -50,6 +51,9 @@ class Update:
 
     values: str | None = None
     """The key of that copy in the adapter's file; None where the base has grown by it."""
+
+    rows: tuple[int, ...] | None = None
+    """Those of the tensor's rows that the copy has, in its order; None if it has all."""
 
 
 class Updates:
@@ -92,6 +96,9 @@ class Updates:
         columns = slice(*piece.columns)
 
         def numbers(first: int, last: int) -> torch.Tensor:
+            if update.rows is not None:  # one at a time
+                first = update.rows.index(first)
+                last = first + 1
             begin, end = ((piece.matrix * height + row) * width for row in (first, last))
             if update.values is None:
                 flat = self.base.grown[update.path, update.part].reshape(-1)[begin:end]
@@ -136,6 +143,12 @@ class Updates:
                     self._add(name, Update(number, *first, False, key))
                 elif (path, role) in self.base.grown and name not in self._of:
                     self._add(name, Update(number, path, role, False))
+        for path, rows in match.rows.items():
+            owner = path if rows.of is None else rows.of
+            key = match.keys[owner, ROWS]
+            used.add((owner, ROWS))
+            name = _full(path, "weight")
+            self._add(name, Update(number, owner, "weight", False, key, rows.ids))
         self.problems += [
             f"{path}: the adapter has a {role}, of which file-to-file merging knows nothing"
             for path, role in sorted(match.keys.keys() - used)

@@ -1,6 +1,7 @@
 """What an adapter folder holds, as one record that does not know any model."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import OWN_BIAS, Layout, Shapes
+from hf_lora.layers.token_rows import TokenRows
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -89,6 +91,12 @@ class AdapterData:
     ties: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name of a tensor to that of another, where the adapter has one for both. The file holds it
     under each name."""
+
+    rows: Mapping[str, TokenRows] = dataclasses.field(default_factory=dict)
+    """Path of each module of which some rows are trained, to these."""
+
+    row_names: tuple[str, ...] = ()
+    """Those of these paths for which PEFT reads rows; what it ties by itself is left out."""
 
     pefts_tie: bool = False
     """Whether PEFT, if asked, ties the same; if not, it reads a tensor for each module."""

@@ -14,7 +14,7 @@ import base64
 import binascii
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +74,22 @@ def positions(shape: tuple[int, ...]) -> range:
     if count and step >= 2 * width:
         step -= (step - (round(0.618 * width) | 1)) % width
     return range(0, min(count, _VALUES * step), step)
+
+
+def without_rows(
+    values: torch.Tensor, shape: tuple[int, ...], rows: Collection[int]
+) -> torch.Tensor:
+    """Return sampled numbers with zero for those that are in some rows of the tensor.
+
+    Args:
+        values: The first of the numbers at :func:`positions`.
+        shape: The tensor's.
+        rows: Numbers of rows, which an adapter has of its own.
+    """
+    width, there = max(math.prod(shape[1:]), 1), set(rows)
+    at = positions(shape)[: len(values)]
+    keep = torch.tensor([position // width not in there for position in at], dtype=torch.bool)
+    return torch.where(keep, values, torch.zeros_like(values))
 
 
 def to_json(

@@ -14,8 +14,10 @@ from hf_lora.files.labels import LABELS
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.peft_format import WEIGHT_TYING
 from hf_lora.files.safe_json import is_number, parse_json
+from hf_lora.files.token_rows import from_header, to_header
 from hf_lora.kinds.experts import PARTS
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.token_rows import TokenRows
 from hf_lora.text import show, some
 from hf_lora.version import __version__
 
@@ -30,6 +32,9 @@ BASE_CHANGED = "base_changed"
 BUFFERS = "buffers"
 """The entry that names the buffers which the training has moved, and which the file holds."""
 
+ROWS = "rows"
+"""The entry for rows of modules that are trained, and for what shares them."""
+
 TIES = "ties"
 """The entry for tensors of which the adapter has one for several names."""
 
@@ -42,6 +47,7 @@ _ENTRIES = {
     "format",
     LABELS,
     "requires",
+    ROWS,
     "slots",
     TIES,
     "trained",
@@ -52,6 +58,7 @@ _FEATURES: dict[str, Callable[[AdapterData], bool]] = {
     "biases": lambda content: content.config.lora_bias or content.config.bias != "none",
     BUFFERS: lambda content: bool(content.buffers),
     "experts": lambda content: any(slot.parts for slot in content.slots.values()),
+    ROWS: lambda content: bool(content.rows),
     "rslora": lambda content: any(slot.rslora for slot in content.slots.values()),
     TIES: lambda content: bool(content.ties),
     "trained": lambda content: bool(content.trained),
@@ -82,6 +89,7 @@ class OwnHeader:
     slots: dict[str, LayerConfig]
     trained: list[str]
     buffers: list[str]
+    rows: dict[str, TokenRows]
     ties: dict[str, str]
     """Name of a tensor to that of the one that it is."""
 
@@ -109,6 +117,8 @@ def make_header(content: AdapterData, fields: Mapping[str, Any]) -> str:
         entries[BUFFERS] = sorted(content.buffers)
     if content.labels is not None:
         entries[LABELS] = content.labels
+    if content.rows:
+        entries[ROWS] = to_header(content.rows)
     if content.ties:
         entries[TIES] = content.ties
     return json.dumps(entries)
@@ -138,13 +148,14 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
     _check_required(raw.get("requires", []), path, damaged)
     fields, config, slots = (raw.get(name) for name in (ADAPTER_CONFIG, "config", "slots"))
     trained = raw.get("trained", [])
-    if not isinstance(fields, dict) or not isinstance(slots, dict) or not slots:
+    rows = from_header(raw.get(ROWS, {}))
+    if not isinstance(fields, dict) or not isinstance(slots, dict) or not (slots or rows):
         raise AdapterFileError(damaged)
     buffers, ties = raw.get(BUFFERS, []), raw.get(TIES, {})
     for names in (trained, buffers):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise AdapterFileError(damaged)
-    if not isinstance(config, dict) or not _are_ties(ties):
+    if not isinstance(config, dict) or not _are_ties(ties) or rows is None:
         raise AdapterFileError(damaged)
     _check_patterns(config, damaged)
     known = {name: value for name, value in config.items() if name in _CONFIG}
@@ -162,6 +173,7 @@ def read_header(metadata: Mapping[str, str], path: Path) -> OwnHeader | None:
         slots=numbers,
         trained=trained,
         buffers=buffers,
+        rows=rows,
         ties=ties,
         raw=raw,
         told=_unknown(raw, config, slots),

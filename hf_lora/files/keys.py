@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import re
 
+import torch
+
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.data import LayerTensors
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.kinds.table import layouts
+from hf_lora.kinds.token_rows import KEY
 from hf_lora.layers.names import LORA_BIAS
 from hf_lora.layers.roles import Layout
 from hf_lora.text import show
@@ -22,11 +25,13 @@ _ADAPTER = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
 _TRAINED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<role>[^.]+)")
 _ON_B = re.compile(r"((?:.+\.)?)lora_B((?:\.[^.]+)?)\.bias")
 _BASE_LAYER = re.compile(r"(?P<path>.+)\.base_layer\.(?P<role>[^.]+)")
+_ROWS = re.compile(rf"(?:(?P<path>.+)\.)?{re.escape(KEY)}(?:\.(?P<adapter>[^.]+))?")
+_BELOW_ROWS = re.compile(r"(?P<path>.+)\.token_adapter\.base_layer\.(?P<role>[^.]+)")
 # PEFT writes all that its wrapper of an embedding holds, beside the module trained in full itself
 _WRAPPER = re.compile(r"(?P<path>.+)\.(?P<part>modules_to_save|original_module)\.(?P<role>[^.]+)")
 _FOREIGN = re.compile(
     r"\blora_magnitude_vector\b|\blora_A(?:\.[^.]+)?\.bias\b"
-    r"|\btrainable_tokens_delta\b|\bvera_|\bhada_|\blokr_|\bia3_"
+    r"|\bvera_|\bhada_|\blokr_|\bia3_"
 )
 
 
@@ -47,6 +52,9 @@ class SortedKeys:
     others: dict[str, str]
     """Name of every other tensor to its key; the base's own weight of an adapted layer is under
     its plain name."""
+
+    rows: dict[str, str]
+    """Path of each module of which some rows are trained, to their key."""
 
     originals: dict[str, str]
     """Name of a tensor of a module trained in full to the key of what the base has there."""
@@ -71,18 +79,22 @@ def sort_keys(file: TensorFile) -> SortedKeys:
     problems: list[str] = []
     pairs: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
+    rows: dict[str, str] = {}
     renamed: set[str] = set()
     adapters: set[str] = set()
     for key in file.shapes:
         plain = _plain_key(key, renamed)
-        found = factor.fullmatch(plain)
-        held = found or _TRAINED.fullmatch(plain)
+        found, row = factor.fullmatch(plain), _ROWS.fullmatch(plain)
+        held = found or row or _TRAINED.fullmatch(plain)
         if held is not None and held["adapter"] is not None:
             adapters.add(held["adapter"])
-        if held is not None and found is None:
-            plain = f"{held['path']}.{held['role']}"
-        place, name = (others, plain) if found is None else (
-            pairs.setdefault(found["path"] or "", {}), found["role"])  # fmt: skip
+        if found is not None:
+            place, name = pairs.setdefault(found["path"] or "", {}), found["role"]
+        elif row is not None:
+            place, name = rows, row["path"] or ""
+        else:
+            inner = held or _BELOW_ROWS.fullmatch(plain)
+            place, name = others, f"{inner['path']}.{inner['role']}" if inner else plain
         if name in place:
             problems.append(f"{key} and {place[name]} are the same tensor twice")
         place[name] = key
@@ -103,11 +115,16 @@ def sort_keys(file: TensorFile) -> SortedKeys:
         else:
             factors[path] = found
     others, originals = _without_wrapper(_with_base_layers(others, factors, problems))
-    if not pairs:
+    problems += [
+        f"{key} has shape {file.shapes[key]} and type {file.dtypes[key]}, and is no rows"
+        for key in rows.values()
+        if len(file.shapes[key]) != 2 or 0 in file.shapes[key] or not _is_wide(file.dtypes[key])
+    ]
+    if not pairs and not rows:
         problems.append(f"there is no {' and no '.join(layouts()[0].roles)} in it")
     if problems:
         raise AdapterFileError(listing(f"{file.path} is not a sound adapter", problems))
-    return SortedKeys(factors, others, originals, sorted(renamed))
+    return SortedKeys(factors, others, rows, originals, sorted(renamed))
 
 
 @functools.cache
@@ -146,9 +163,13 @@ def _layer_tensors(file: TensorFile, held: dict[str, str]) -> LayerTensors | str
         return fault
     for role, key in held.items():
         dtype = file.dtypes[key]
-        if not dtype.is_floating_point or dtype.itemsize < 2:
+        if not _is_wide(dtype):
             return f"has {role} of type {str(dtype).removeprefix('torch.')}"
     return LayerTensors(layout, {role: held[role] for role in roles}, shapes)
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _with_base_layers(

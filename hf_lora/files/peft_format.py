@@ -13,6 +13,8 @@ from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.data import AdapterData
 from hf_lora.files.patterns import SPECIAL, PatternMap, TailIndex, tails
 from hf_lora.files.safe_json import is_number
+from hf_lora.files.token_rows import FIELD, NO_TARGET
+from hf_lora.files.token_rows import to_peft as rows_to_peft
 from hf_lora.kinds.experts import PARTS
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show
@@ -23,7 +25,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "alora_invocation_tokens": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "arrow_config": (None, {}),
     "velora_config": (None, {}),
@@ -42,7 +43,7 @@ _KNOWN = {
     "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", FIELD, "use_rslora",
 }  # fmt: skip
 # The names by which PEFT knows embeddings, and that it ties on request.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -60,8 +61,8 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
     What is at its default is left out: PEFT before 0.9 stops at the first field that it does not
     know. The exceptions are in all of its versions, and readers fail without them.
     """
-    r = _most_common(slot.r for slot in content.slots.values())
-    alpha = _most_common(slot.alpha for slot in content.slots.values())
+    r = _most_common((slot.r for slot in content.slots.values()), content.config.r)
+    alpha = _most_common((slot.alpha for slot in content.slots.values()), content.config.alpha)
     by_weight = set(content.by_weight)
     stacked = [f"{path}.{part}" for path, slot in content.slots.items() for part in slot.parts]
     slots = {
@@ -77,7 +78,7 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
         "lora_alpha": _plain(alpha),
         "peft_type": "LORA",
         "r": r,
-        "target_modules": content.target_names,
+        "target_modules": content.target_names if content.slots else NO_TARGET,
     }
     different = {
         "alpha_pattern": _exceptions({name: slot.alpha for name, slot in slots.items()}, alpha),
@@ -91,6 +92,7 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
         "revision": content.revision,
         "target_parameters": [*(f"{path}.weight" for path in content.by_weight), *stacked],
         "task_type": content.task,
+        FIELD: rows_to_peft(content.rows, content.row_names),
         "use_rslora": content.config.rslora,
     }
     return asked_for | {name: value for name, value in different.items() if value}
@@ -289,9 +291,9 @@ def _by_longest_tail(named: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((named[tail] for tail in tails(path) if tail in named), default)
 
 
-def _most_common(values: Iterable[Any]) -> Any:
+def _most_common(values: Iterable[Any], default: Any) -> Any:
     counts = collections.Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value))
+    return min(counts, key=lambda value: (-counts[value], value), default=default)
 
 
 def _plain(value: float) -> int | float:

@@ -26,6 +26,7 @@ from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.files.set_note import mixture
 from hf_lora.files.stacked_experts import with_experts
+from hf_lora.files.token_rows import FileRows, differences, read_rows
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import some
 
@@ -48,6 +49,13 @@ class AdapterFolder:
     slots: dict[str, LayerConfig]
     others: dict[str, str]
     """Every other tensor: path of a parameter, as the file names it, to its key."""
+
+    rows: dict[str, FileRows]
+    """Path of each module of which some rows are trained, as the file names it, to these."""
+
+    tied_rows: dict[str, tuple[int, ...]]
+    """Names in the configuration for which there are no rows in the file, to the rows that it says;
+    they are right where PEFT ties their module to one that has them."""
 
     originals: dict[str, str]
     """The same for what the base had in modules trained in full, where the file has that, too."""
@@ -143,9 +151,11 @@ def read_folder(directory: Path) -> AdapterFolder:
     ranks = {path: held.rank for path, held in factors.items()}
     slots = biased_slots(read_slots(fields, ranks, source, patience, parts), factors)
     trained_names = read_trained_names(fields, source)
+    rows, tied_rows = read_rows(fields, keys.rows, file.shapes, source)
     if own is not None:
         told += own.told
         problems = contradictions(own, fields, slots, trained_names)
+        problems += differences(own.rows, rows)
         problems += [f"{name} has no tensor" for name in own.buffers if name not in others]
         if problems:
             raise AdapterFileError(
@@ -162,6 +172,8 @@ def read_folder(directory: Path) -> AdapterFolder:
         factors=factors,
         slots=slots,
         others=others,
+        rows=rows,
+        tied_rows=tied_rows,
         originals=keys.originals,
         trained_names=trained_names,
         ties_embeddings=ties_embeddings,

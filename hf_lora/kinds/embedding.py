@@ -66,6 +66,30 @@ def _as(scale: Any, rows: torch.Tensor) -> Any:
     return scale.to(rows.device, rows.dtype) if isinstance(scale, torch.Tensor) else scale
 
 
+def embedding_fault(host: nn.Embedding, added: Sequence[str]) -> str | None:
+    """Return why an embedding cannot be given tensors that change what it looks up, or None.
+
+    Args:
+        host: The embedding, patched or not.
+        added: What the tensors would be called.
+    """
+    name = type(host).__name__
+    if host.max_norm is not None:
+        return f"this {name} renormalizes its rows in place (max_norm), which moves the base"
+    if host.sparse:
+        return f"the gradients of this {name} are sparse, which those of an adapter are not"
+    kind: Any = host_class(host)
+    if kind.forward is not nn.Embedding.forward and not _scales(kind, host):
+        return f"{name} has a forward of its own, which may do more than look rows up"
+    if not isinstance(host, Patched) and not has_float_weight(host):
+        return f"the weight of this {name} is not there yet, or packed or quantized"
+    if has_foreign_forward(host):
+        return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
+    if not isinstance(host, Patched) and taken_names(host, DEFAULT, added):
+        return f"{name} has a {added[0]} already: another library's adapter is on it"
+    return None
+
+
 class LoRAEmbedding(Factored):
     """Mixin that adds low-rank updates to an embedding: ``y += s · A[:, ids]ᵀ Bᵀ``.
 
@@ -87,21 +111,7 @@ class LoRAEmbedding(Factored):
     def lora_fault(cls, host: nn.Module) -> str | None:
         """Return why an embedding cannot be adapted, or None."""
         assert isinstance(host, nn.Embedding)
-        name = type(host).__name__
-        if host.max_norm is not None:
-            return f"this {name} renormalizes its rows in place (max_norm), which moves the base"
-        if host.sparse:
-            return f"the gradients of this {name} are sparse, which a low-rank update's are not"
-        kind: Any = host_class(host)
-        if kind.forward is not nn.Embedding.forward and not _scales(kind, host):
-            return f"{name} has a forward of its own, which may do more than look rows up"
-        if not isinstance(host, Patched) and not has_float_weight(host):
-            return f"the weight of this {name} is not there yet, or packed or quantized"
-        if has_foreign_forward(host):
-            return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
-        if not isinstance(host, Patched) and taken_names(host, DEFAULT, (A, B)):
-            return f"{name} has a {A} already: another library's adapter is on it"
-        return None
+        return embedding_fault(host, (A, B))
 
     @classmethod
     def lora_rank_fault(cls, host: nn.Module, r: int) -> str | None:

@@ -24,8 +24,11 @@ from hf_lora.layers.roles import OWN_BIAS, Layout, Role, Shapes
 from hf_lora.layers.routing import Routing
 
 OWN_FIELDS = frozenset(
-    {"lora_routing", "lora_slots", "lora_copies", "lora_tied", "lora_fresh", COMPUTES_LOCALLY}
-)
+    {
+        "lora_routing", "lora_slots", "lora_copies", "lora_tied", "lora_fresh", "lora_token_rows",
+        COMPUTES_LOCALLY,
+    }
+)  # fmt: skip
 """What we keep in a patched module's ``__dict__``; all else there is the host's, by any name."""
 
 

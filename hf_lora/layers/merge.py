@@ -8,7 +8,7 @@ from hf_lora.compat.dtensor import full_tensor, is_distributed, is_sharded
 from hf_lora.compat.offload_stores import entry_of
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.hosts import has_float_weight
-from hf_lora.layers.kind import parameter_of
+from hf_lora.layers.kind import Patched, parameter_of
 from hf_lora.layers.replaced import Tensors, in_place_of
 from hf_lora.layers.tensor_parallel import split_of
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_lora.layers.factors import Factored
 
 
-def weight_fault(layer: "Factored") -> str | None:
+def weight_fault(layer: Patched) -> str | None:
     """Return why nothing can be put into this layer's weight, or None."""
     name = layer.lora_host.__name__
     weight, split = parameter_of(layer, "weight"), split_of(layer)
@@ -60,7 +60,7 @@ def with_updates(layer: "Factored", weight: torch.Tensor, adapters: Weights) -> 
     return total.to(weight.dtype)
 
 
-def not_finite(layer: "Factored", merged: Tensors) -> str | None:
+def not_finite(layer: Patched, merged: Tensors) -> str | None:
     """Return what is wrong with a merged weight that the base's was not already, or None."""
     before, after = layer._parameters["weight"], merged["weight"]
     assert before is not None

@@ -12,6 +12,7 @@ from hf_lora.compat.dtensor import full_tensor, is_distributed
 from hf_lora.errors import TargetError, listing
 from hf_lora.files.keys import without_wrappers
 from hf_lora.kinds.lora import LoRALayer
+from hf_lora.kinds.token_rows import TrainedRows
 from hf_lora.layers.biases import Biased
 from hf_lora.layers.holding import held_now
 from hf_lora.layers.hosts import has_float_weight
@@ -84,6 +85,8 @@ def _check(model: nn.Module) -> None:
     first: dict[int, tuple[str, Any]] = {}
     for path, module in model.named_modules():
         fault = _fault(module) if _has_updates(module) else None
+        if isinstance(module, TrainedRows) and _has_rows(module):
+            fault = module.lora_merge_fault()
         problems += [f"{path}: {fault}"] if fault else []
         for name, parameter in module._parameters.items():
             if parameter is None or name in added_names(module):
@@ -123,13 +126,15 @@ def _fault(layer: Adaptable) -> str | None:
 
 def _change(module: nn.Module, name: str) -> Any:
     """Return what tells a tensor from the base's: the copies in its place, or the layer itself."""
-    if _is_trained(module, name):
+    if _is_trained(module, name) or (isinstance(module, TrainedRows) and name == "weight"):
         return module.lora_made_of(name, module.lora_routing.now().live)
     return id(module) if _changes(module, name) else None
 
 
-def _changes(module: nn.Module, name: str) -> TypeGuard[Adaptable]:
-    """Say whether a low-rank update changes a tensor, now."""
+def _changes(module: nn.Module, name: str) -> TypeGuard[Adaptable | TrainedRows]:
+    """Say whether an update or rows of an adapter change a tensor, now."""
+    if isinstance(module, TrainedRows):
+        return name == "weight" and _has_rows(module)
     biased = (OWN_BIAS,) if isinstance(module, Biased) and module.lora_routing.biased else ()
     return _has_updates(module) and name in (*(module.lora_parts(module) or ("weight",)), *biased)
 
@@ -144,7 +149,11 @@ def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:
 
 
 def _is_of_other_kind(module: nn.Module) -> bool:
-    return isinstance(module, Adaptable) and not isinstance(module, LoRALayer)
+    return isinstance(module, Adaptable | TrainedRows) and not isinstance(module, LoRALayer)
+
+
+def _has_rows(module: TrainedRows) -> bool:
+    return any(name in module.lora_token_rows for name, _ in module.lora_routing.now().live)
 
 
 def _has_updates(module: nn.Module) -> TypeGuard[Adaptable]:

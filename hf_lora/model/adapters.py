@@ -13,18 +13,14 @@ from torch import nn
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError
 from hf_lora.layers.names import check_adapter_name
-from hf_lora.model.patch import (
-    attach_plan,
-    check_gradients,
-    check_plan,
-    remove_adapter,
-    warn_of_plan,
-)
+from hf_lora.model.checks import check_gradients, check_plan, warn_of_plan
+from hf_lora.model.patch import attach_plan, remove_adapter
 from hf_lora.model.registry import Registry, registry_of, wrapped
 from hf_lora.model.replacing import check_replaceable, replaced
 from hf_lora.model.transaction import Transaction
 from hf_lora.peft_names import PeftConfig, is_peft_config
 from hf_lora.planning.make import make_plan
+from hf_lora.planning.tokens import with_row_numbers
 
 
 def adapters(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -44,6 +40,7 @@ def add_adapter(
     config: LoRAConfig | PeftConfig | None = None,
     trainable: bool = True,
     replace: bool = False,
+    tokenizer: Any = None,
     **fields: Any,
 ) -> nn.Module:
     """Add another adapter to a wrapped model; it is not active until :func:`activate` says so.
@@ -56,6 +53,7 @@ def add_adapter(
         trainable: Whether its tensors require gradients.
         replace: Whether to put it in the place of an adapter of that name, in use where that was.
             An optimizer that was made before holds the old one's tensors.
+        tokenizer: What knows the tokens that ``train_rows`` names.
         **fields: Fields of :class:`hf_lora.LoRAConfig`.
 
     Returns:
@@ -66,7 +64,7 @@ def add_adapter(
         ConfigError, TargetError: As for :func:`hf_lora.wrap`.
     """
     with Transaction(model) as change:
-        add(model, name, as_config(targets, config, fields), trainable, replace)
+        add(model, name, as_config(targets, config, fields, tokenizer), trainable, replace)
         change.commit()
     return model
 
@@ -151,13 +149,15 @@ def as_config(
     targets: str | Iterable[str] | LoRAConfig | PeftConfig | None,
     config: LoRAConfig | PeftConfig | None,
     fields: dict[str, Any],
+    tokenizer: Any = None,
 ) -> LoRAConfig:
-    """Return the configuration that a call's arguments stand for.
+    """Return the configuration that a call's arguments stand for, with numbers for tokens.
 
     Args:
         targets: Patterns; or a whole configuration by position, as people write it.
         config: A whole configuration.
         fields: Fields of one.
+        tokenizer: What knows the tokens that it names.
 
     Raises:
         ConfigError: Several of them are given, or a field is wrong.
@@ -168,17 +168,17 @@ def as_config(
         config, targets = targets, None
     from_fields = fields if targets is None else {"targets": targets, **fields}
     if config is None:
-        return LoRAConfig.from_dict(from_fields)
+        return with_row_numbers(LoRAConfig.from_dict(from_fields), tokenizer)
     if from_fields:
         given = ", ".join(from_fields)
         raise ConfigError(f"Give either config=LoRAConfig(...) or its fields, not both ({given}).")
     if is_peft_config(config):
-        return LoRAConfig.from_peft(config)
+        return with_row_numbers(LoRAConfig.from_peft(config), tokenizer)
     if not isinstance(config, LoRAConfig):
         raise ConfigError(
             f"config is {config!r}, not a LoRAConfig; see LoRAConfig.from_dict and from_peft."
         )
-    return config
+    return with_row_numbers(config, tokenizer)
 
 
 def set_trainable(

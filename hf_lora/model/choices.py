@@ -193,7 +193,7 @@ def check_compatible(registry: Registry, chosen: Weights, merged: Weights = ()) 
     clashes = []
     factors = dict(chosen) | dict(merged)
     inside = dict(merged)
-    for path, module in registry.exclusive.items():
+    for path, module in (*registry.exclusive.items(), *registry.rows.items()):
         shares = {name: factors[name] for name in module.lora_adapters() if name in factors}
         clash = module.lora_clash(shares, inside)
         if clash is not None:

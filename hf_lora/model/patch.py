@@ -1,34 +1,34 @@
 """Patching a model in place, and giving it back as it was."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from hf_lora.compat.accelerate import execution_device, is_on_meta, offloads_below, present
+from hf_lora.compat.accelerate import execution_device, present
 from hf_lora.compat.bitsandbytes import keep_gradients, restore_packing
-from hf_lora.compat.deepspeed import have_engine
 from hf_lora.compat.dtensor import has_distributed_parameters
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
+from hf_lora.errors import TargetError, listing
 from hf_lora.kinds.table import kind_of, layer_class
+from hf_lora.kinds.token_rows import TrainedRows, rows_class
 from hf_lora.layers.biases import bias_kinds
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
-from hf_lora.layers.kind import Adaptable, Patched, patched_class
+from hf_lora.layers.kind import Adaptable, Patched, parameter_of, patched_class
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import check_adapter_name, copy_kind
 from hf_lora.layers.patched import restore_class, swap_class
-from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.roles import OWN_BIAS, Ties
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
-from hf_lora.layers.trained import TrainedModule, parts_with_tensors, tensor_names
+from hf_lora.layers.token_rows import INDEX, ROWS, TokenRows
+from hf_lora.layers.trained import TrainedModule, copy_dtype, parts_with_tensors, tensor_names
 from hf_lora.layers.uncalled import uncalled
+from hf_lora.model.adapter import Adapter
+from hf_lora.model.checks import check_gradients, check_no_engine, check_plan, warn_of_plan
 from hf_lora.model.registry import (
-    Adapter,
     Registry,
     check_fresh,
     create,
@@ -39,9 +39,7 @@ from hf_lora.model.replicas import spread
 from hf_lora.model.watch import Places
 from hf_lora.planning.make import make_plan
 from hf_lora.planning.records import Plan
-from hf_lora.planning.ties import followers
-from hf_lora.planning.tree import SWITCHED_OFF
-from hf_lora.targets import inside
+from hf_lora.planning.token_rows import Rows, row_conflicts
 
 
 def patch(model: nn.Module, config: LoRAConfig, name: str) -> Registry:
@@ -94,104 +92,6 @@ def _restore_base(model: nn.Module) -> None:
         parameter.requires_grad = not flag
 
 
-def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise one error for everything that forbids executing ``plan`` on ``model``."""
-    if plan.problems:
-        raise TargetError(
-            listing(
-                f"This {plan.model} cannot be wrapped so",
-                plan.problems,
-                "See print(hf_lora.plan(model, ...)) and model.named_modules().",
-            )
-        )
-    tops = [item.path for item in plan.trained]
-    follow = followers(plan.ties, tops)
-    copied = [*tops, *follow, *plan.copied_biases]
-    check_present(model, [target.path for target in plan.targets], copied)
-
-
-def check_present(model: nn.Module, paths: list[str], trained: list[str]) -> None:
-    """Raise StateError if modules cannot be adapted where accelerate, or nobody, has their data.
-
-    Args:
-        model: The model.
-        paths: Layers that are to get factors. They may be on the meta device, to be loaded later.
-        trained: Modules that are to be trained in full: copies of what they have.
-    """
-    modules = dict(model.named_modules())
-    whole = {path for path, module in modules.items() if offloads_below(module)}
-    tops = [path for top in trained for path, _ in parts_with_tensors(modules[top], top)]
-    below = [*paths, *tops]
-    fetched = [path for path in below if inside(path, whole) or ("" in whole)]
-    if fetched:
-        raise StateError(
-            f"{len(fetched)} targeted modules are offloaded by accelerate together with a module "
-            f"above them (first: {fetched[0]}), which leaves no room for an adapter; dispatch the "
-            "model without preload_module_classes."
-        )
-    meta = [path for path in tops if is_on_meta(modules[path])]
-    if meta:
-        raise StateError(
-            f"{len(meta)} modules to train in full are on the meta device (first: {meta[0]}), so "
-            "that there is nothing to begin from; load the weights first, then wrap."
-        )
-
-
-def check_gradients(model: nn.Module, plan: Plan) -> list[str]:
-    """Raise TargetError if a targeted layer's backward gives its input no gradient.
-
-    Layers with an ordinary weight are known to; of the others one of each kind is tried.
-
-    Returns:
-        The same of layers that are no targets: they may lie above those that are, or not.
-    """
-    faults: dict[tuple, str | None] = {}
-    problems, told, targeted = [], [], {target.path for target in plan.targets}
-    for path, module in model.named_modules():
-        asked = path in targeted
-        kind = kind_of(module) if asked or is_packed(module) else None
-        key = kind and kind.lora_probe_key(module)
-        if kind is None or key is None:
-            continue
-        same = (asked, kind, *key)
-        if same not in faults:
-            faults[same] = kind.lora_gradient_fault(module, certain=not asked)
-        if faults[same]:
-            line = f"{path or 'the model itself'} ({host_class(module).__name__}): {faults[same]}"
-            (problems if asked else told).append(line)
-    if problems:
-        raise TargetError(listing("These layers cannot be trained through", problems))
-    return told
-
-
-def warn_of_plan(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
-    """Warn of what is not wrong, but may make a training useless."""
-    unfilled = [f"{p}: {why}" for p, why in plan.unfilled.items() if why != SWITCHED_OFF]
-    for headline, lines, advice in (
-        ("Updates of these layers may not be seen", plan.warnings, ""),
-        ("The targets mean more of this model than gets an update", plan.missed, ""),
-        ("Nothing below these layers, which are no targets, would train", untrainable, ""),
-        (
-            "The base's checkpoint does not hold these, and they neither train nor are saved with "
-            "the adapter",
-            unfilled,
-            "Where the outputs need them, name their modules in train=[...]; train=() says that "
-            "they are as they should be.",
-        ),
-    ):
-        if lines:
-            warnings.warn(listing(headline, lines, advice), HfLoRAWarning, stacklevel + 1)
-
-
-def check_no_engine(model: nn.Module) -> None:
-    """Raise StateError if an optimizer of DeepSpeed's has been made: new adapters are not in it."""
-    if have_engine(model.parameters()):
-        raise StateError(
-            "DeepSpeed has been set up with this model, and would never train an adapter that is "
-            "added now. Add it before deepspeed.initialize, accelerator.prepare or train()."
-        )
-
-
 def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> Adapter:
     """Execute a checked plan: new factors, started as the configuration says.
 
@@ -203,7 +103,8 @@ def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> 
     dtypes = {target.path: target.dtype for target in plan.targets}
     trained = [item.path for item in plan.trained]
     init, ties, biases = plan.config.init, plan.ties, [item.path for item in plan.biases]
-    adapter = attach(model, registry, name, plan.config, slots, trained, dtypes, init, ties, biases)
+    where = slots, trained, dtypes, init, ties, biases, plan.all_rows
+    adapter = attach(model, registry, name, plan.config, *where)
     registry.buffers.note(model, registry)
     return adapter
 
@@ -219,6 +120,7 @@ def attach(
     init: str | None = None,
     ties: Ties = MappingProxyType({}),
     biases: Iterable[str] = (),
+    rows: Rows = MappingProxyType({}),
 ) -> Adapter:
     """Give the modules at these paths the tensors of a new adapter.
 
@@ -232,14 +134,18 @@ def attach(
         init: How the factors start; None leaves them unfilled, for a load to fill.
         ties: What shall be read as the copy of another of these tensors.
         biases: Paths of other modules of which the bias alone is trained.
+        rows: Path of each module of which some rows are to train, to these.
     """
     modules = dict(model.named_modules())
     copied = _copied(modules, trained, ties)
     for path in biases:
         copied.setdefault(path, (modules[path], {}))[1][OWN_BIAS] = None
-    if conflicts := _conflicts(modules, registry, name, slots, copied):
+    conflicts = _conflicts(modules, registry, name, slots, copied)
+    conflicts += row_faults(modules, registry, name, rows)
+    conflicts += [f"{path} has rows and trained tensors" for path in copied.keys() & rows.keys()]
+    if conflicts:
         raise TargetError(listing(f"The adapter {name!r} cannot be added", conflicts))
-    adapter = Adapter(name, config, {}, tuple(trained), ties, tuple(biases))
+    adapter = Adapter(name, config, {}, tuple(trained), ties, tuple(biases), rows)
     registry.adapters[name] = adapter
     try:
         # what is made in inference mode could never be trained
@@ -254,6 +160,8 @@ def attach(
                 adapter.places[path] = None
             for path, (module, names) in copied.items():
                 train_module(registry, name, path, module, names)
+            for path, own in rows.items():
+                _train_rows(registry, name, path, modules[path], own)
             registry.retie(name)
             keep_still(registry, modules)
             registry.buffers.reclass()
@@ -298,6 +206,7 @@ def remove_adapter(registry: Registry, name: str) -> None:
             module.lora_remove(name)
         if not module.lora_adapters():
             registry.exclusive.pop(path, None)
+            registry.rows.pop(path, None)
             restore_class(registry.modules.pop(path))
             keep_still(registry, {path: module})
     registry.buffers.reclass()
@@ -334,6 +243,23 @@ def _as_trained(module: nn.Module, registry: Registry, path: str) -> TrainedModu
     assert isinstance(module, TrainedModule)
     registry.modules[path] = registry.exclusive[path] = module
     return module
+
+
+def _train_rows(
+    registry: Registry, name: str, path: str, module: nn.Module, rows: TokenRows
+) -> None:
+    """Give an adapter rows of a module, as they are there."""
+    if not isinstance(module, TrainedRows):
+        _swap(module, registry, path, rows_class)
+        module.__dict__["lora_token_rows"] = {}
+    assert isinstance(module, TrainedRows)
+    registry.modules[path] = registry.rows[path] = module
+    weight = parameter_of(module, "weight")
+    assert weight is not None
+    with present(module):
+        dtype = copy_dtype(weight, chosen_dtype(registry.adapter(name).config))
+        module.lora_add_rows(name, rows, dtype)
+    registry.adapter(name).places[path] = None
 
 
 def _swap(
@@ -375,6 +301,8 @@ def _conflicts(
     problems = []
     silent = uncalled(modules)
     for path in slots:
+        if path in registry.rows:
+            problems.append(f"rows of {path} are trained by another adapter")
         if path in registry.exclusive:
             problems.append(f"{path} is trained in full by another adapter, or its bias is")
         if path in silent:
@@ -384,7 +312,8 @@ def _conflicts(
         problems += _taken(path, modules[path], name, kinds)
     for path, (module, names) in copied.items():
         if path in slots or (path in registry.modules and path not in registry.exclusive):
-            problems.append(f"{path} has a low-rank update from another adapter")
+            what = "trained rows" if path in registry.rows else "a low-rank update"
+            problems.append(f"{path} has {what} from another adapter")
             continue
         if any(original.module is module for original in registry.originals):
             problems.append(f"{path} holds merged values, and not the base's; unmerge first")
@@ -398,3 +327,17 @@ def _taken(path: str, module: nn.Module, name: str, kinds: Iterable[str]) -> lis
     return [
         f"{path} has something called {taken} already" for taken in taken_names(module, name, kinds)
     ]
+
+
+def row_faults(
+    modules: Mapping[str, nn.Module], registry: Registry, name: str, rows: Rows
+) -> list[str]:
+    """Return why modules cannot be given rows of another adapter, a line each."""
+    low_rank, in_full = registry.adapted().low_rank, registry.exclusive.keys()
+    problems = [*row_conflicts(rows, (), low_rank, in_full)]
+    for path in rows:
+        module = modules[path]
+        if any(original.module is module for original in registry.originals):
+            problems.append(f"{path} holds merged values, and not the base's; unmerge first")
+        problems += _taken(path, module, name, (ROWS, *INDEX))
+    return problems

@@ -10,20 +10,20 @@ from torch import nn
 from hf_lora.compat.deepspeed import is_engine, is_partitioned
 from hf_lora.compat.dtensor import is_sharded
 from hf_lora.compat.fsdp1 import check_no_fsdp1
-from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, StateError, UnknownAdapterError, listing
+from hf_lora.kinds.token_rows import TrainedRows
 from hf_lora.layers.input_groups import unwatch
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Patched
-from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.patched import is_ours
 from hf_lora.layers.replaced import Replaced
-from hf_lora.layers.roles import Role, Ties
+from hf_lora.layers.roles import Role
 from hf_lora.layers.routing import Routing
 from hf_lora.layers.statistics import FrozenNorm
 from hf_lora.layers.trained import TrainedModule
 from hf_lora.model import watch
+from hf_lora.model.adapter import Adapter
 from hf_lora.model.adopted import Adopted
 from hf_lora.model.buffers import Buffers
 from hf_lora.model.by_path import ModulesByPath
@@ -32,34 +32,6 @@ from hf_lora.planning.records import Adapted
 
 _WRAPPERS = ("module", "_orig_mod")
 _OUTSIDE = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-@dataclasses.dataclass
-class Adapter:
-    """One adapter on a model."""
-
-    name: str
-    config: LoRAConfig
-    slots: dict[str, LayerConfig]
-    """Path of each adapted layer to its numbers, in the model's order."""
-
-    trained: tuple[str, ...]
-    """Paths of the modules that are trained in full, each with everything below it."""
-
-    ties: Ties = dataclasses.field(default_factory=dict)
-    """What is read as the copy of a tensor elsewhere, to where the adapter has that."""
-
-    biases: tuple[str, ...] = ()
-    """Paths of modules of no layer, of which the bias alone is trained."""
-
-    places: dict[str, None] = dataclasses.field(default_factory=dict)
-    """Paths of all modules that it has something on: the layers, then those below ``trained``."""
-
-    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the file that it was loaded from says of base, task and class, to be saved again."""
-
-    training: Any = None
-    """What is known of its last training here, for the model card."""
 
 
 @dataclasses.dataclass
@@ -73,6 +45,9 @@ class Registry:
 
     exclusive: dict[str, TrainedModule] = dataclasses.field(default_factory=dict)
     """Those of them on which adapters are not simply added up: modules trained in full."""
+
+    rows: dict[str, TrainedRows] = dataclasses.field(default_factory=dict)
+    """Those of which adapters train some rows."""
 
     norms: dict[str, FrozenNorm] = dataclasses.field(default_factory=dict)
     """The normalizations whose running statistics are kept still."""
@@ -171,15 +146,18 @@ class Registry:
 
     def adapted(self) -> Adapted:
         """Return where on the model its adapters are."""
-        low_rank = self.modules.keys() - self.exclusive.keys()
+        full, rows = self.exclusive.keys(), self.rows.keys()
         stood = {id(original.module): original.tensors for original in self.originals}
-        return Adapted(low_rank=low_rank, in_full=self.exclusive.keys(), stood=stood)
+        return Adapted(self.modules.keys() - full - rows, full, rows, stood)
 
     def retie(self, name: str) -> None:
         """Have what is tied read an adapter's one copy, also where something gave each its own."""
         for (path, role), (top, source) in self.adapter(name).ties.items():
             copy = self.exclusive[top].lora_copy(name)[source]
             self.exclusive[path].lora_share_copy(name, role, copy)
+        for path, rows in self.adapter(name).rows.items():
+            if rows.of is not None:
+                self.rows[path].lora_share_rows(name, self.rows[rows.of].lora_rows_of(name))
 
     def all_parameters(self) -> dict[int, str]:
         """Return id to adapter for every tensor of every adapter: what is LoRA's, by identity."""
@@ -243,6 +221,13 @@ class Registry:
             for name, adapter in self.adapters.items()
             for (path, role), (top, source) in adapter.ties.items()
             if copies[path].lora_copy(name)[role] is not copies[top].lora_copy(name)[source]
+        ]
+        problems += [
+            f"{path} has rows of its own of what is tied with {rows.of}"
+            for name, adapter in self.adapters.items()
+            for path, rows in adapter.rows.items()
+            if rows.of is not None
+            and self.rows[path].lora_rows_of(name) is not self.rows[rows.of].lora_rows_of(name)
         ]
         if problems:
             raise StateError(

@@ -8,9 +8,10 @@ from torch import nn
 
 from hf_lora.errors import StateError
 from hf_lora.layers.roles import Place
+from hf_lora.model.adapter import Adapter
 from hf_lora.model.choices import check_compatible
 from hf_lora.model.patch import attach, remove_adapter
-from hf_lora.model.registry import Adapter, Registry
+from hf_lora.model.registry import Registry
 
 
 def check_replaceable(registry: Registry, name: str) -> None:
@@ -61,7 +62,7 @@ def _bring_back(
 ) -> None:
     if old.name in registry.adapters:
         remove_adapter(registry, old.name)
-    where = list(old.trained), None, None, old.ties, old.biases
+    where = list(old.trained), None, None, old.ties, old.biases, old.rows
     attach(model, registry, old.name, old.config, old.slots, *where)
     for path, module, role in list(registry.roles(old.name)):
         tensor = tensors[path, role.name]

@@ -9,6 +9,7 @@ from torch import nn
 from hf_lora.compat.deepspeed import numel_of
 from hf_lora.compat.dtensor import gather_full
 from hf_lora.layers.dispatch import WAYS
+from hf_lora.layers.token_rows import ROWS
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.planning.records import size
 from hf_lora.planning.ties import followers
@@ -32,11 +33,14 @@ class AdapterSummary:
 
     biases: int
     """How many biases train beside A and B, and outside of ``trained``."""
+    rows: dict[str, int]
+    """Path of each module of which some rows are trained, to how many; also of tied ones."""
 
     parameters: int
     bytes: int
     norms: dict[str, float]
-    """Path of each layer to the Frobenius norm of its update ``s · B A``."""
+    """Path of each layer to the Frobenius norm of its update ``s · B A``, or of what rows of it are
+    away from the base's."""
 
     @property
     def dead(self) -> list[str]:
@@ -76,6 +80,9 @@ class Summary:
                 lines.append(f"    in full: {', '.join(adapter.trained)}{tied}")
             if adapter.biases:
                 lines.append(f"    biases: {adapter.biases}")
+            if adapter.rows:
+                counts = ", ".join(f"{count} of {path}" for path, count in adapter.rows.items())
+                lines.append(f"    rows: {counts}")
             if adapter.norms:
                 values = sorted(adapter.norms.values())
                 lines.append(
@@ -116,6 +123,7 @@ def summary(model: nn.Module) -> Summary:
                 tied=tuple(followers(adapter.ties, adapter.trained)),
                 biases=sum(s.bias + s.lora_bias for s in adapter.slots.values())
                 + len(adapter.biases),
+                rows={path: len(own.ids) for path, own in adapter.rows.items()},
                 parameters=sum(map(numel_of, tensors)),
                 bytes=sum(numel_of(tensor) * tensor.element_size() for tensor in tensors),
                 norms=_norms(registry, name),
@@ -129,14 +137,22 @@ def summary(model: nn.Module) -> Summary:
     return Summary(type(inner).__name__, base, tuple(found), computed, sharing.traced)
 
 
+@torch.no_grad()
 def _norms(registry: Registry, name: str) -> dict[str, float]:
     """Return path to the norm of one adapter's update, for each layer that has one."""
     slots = registry.adapter(name).slots
     whole: dict[str, dict[str, torch.Tensor]] = {path: {} for path in slots}
-    held = {(path, role): t for path, _, role, t in registry.tensors(name) if path in slots}
+    rows = {path for path, own in registry.adapter(name).rows.items() if own.of is None}
+    held = {(p, role): t for p, _, role, t in registry.tensors(name) if p in slots or p in rows}
     for (path, role), tensor in gather_full(held).items():
-        whole[path][role] = tensor
-    return {
+        whole.setdefault(path, {})[role] = tensor
+    stood = {id(original.module): original.read("weight") for original in registry.originals}
+    steps = {
+        path: (whole[path][ROWS] - module.lora_old(name, stood.get(id(module)))).double().norm()
+        for path, module in registry.rows.items()
+        if path in rows
+    }
+    return {path: float(step) for path, step in steps.items()} | {
         path: registry.modules[path].lora_layout.norm(whole[path], slot)
         for path, slot in slots.items()
     }

@@ -25,7 +25,7 @@ _TIED = "tie_word_embeddings"
 _CONTAINERS = (dict, set, list)
 _OF_A_PART = (
     "_parameters", "_buffers", "_non_persistent_buffers_set",
-    "lora_slots", "lora_copies", "lora_tied",
+    "lora_slots", "lora_copies", "lora_tied", "lora_token_rows",
 )  # fmt: skip
 """What holds other things than before where a module inside of a model changes."""
 

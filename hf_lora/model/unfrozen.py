@@ -13,6 +13,7 @@ from torch import nn
 from hf_lora.compat.accelerate import is_offloaded
 from hf_lora.compat.dtensor import is_distributed
 from hf_lora.errors import StateError, listing
+from hf_lora.kinds.token_rows import TrainedRows
 from hf_lora.layers.holding import held_by
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.trained import (
@@ -110,6 +111,8 @@ def _fault(path: str, module: nn.Module, parameter: nn.Parameter) -> str | None:
     for part in module.modules():
         if isinstance(part, Adaptable):
             return "its layer has a low-rank update" if part is module else "so has a layer in it"
+        if isinstance(part, TrainedRows):
+            return "some rows of it are trained"
         if is_offloaded(part):
             return "accelerate keeps its values elsewhere between calls"
         fault = train_fault(part)

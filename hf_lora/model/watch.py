@@ -23,9 +23,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from hf_lora.compat.torch_modules import is_replica, remove_pre_hooks, remove_state_hooks
 from hf_lora.errors import HfLoRAWarning, StateError, listing
 from hf_lora.kinds.table import kind_of
-from hf_lora.layers.kind import Adaptable, Patched
+from hf_lora.layers.kind import Patched
 from hf_lora.layers.names import REGISTRY
 from hf_lora.layers.statistics import FrozenNorm
+from hf_lora.layers.trained import TrainedModule
 from hf_lora.planning.heads import output_head
 
 if TYPE_CHECKING:
@@ -210,13 +211,14 @@ def _asked_for(registry: "Registry", way: tuple[Any, ...]) -> dict[str, nn.Modul
     return {
         path: head
         for path, head in registry.places.heads.items()
-        if isinstance(head, Adaptable)
-        and (names := used & head.lora_slots.keys())
+        if isinstance(head, Patched)
+        and not isinstance(head, TrainedModule)
+        and (names := used & set(head.lora_adapters()))
         and not (registry.gradients_checked and _trains(head, names))
     }
 
 
-def _trains(head: Adaptable, names: Iterable[str]) -> bool:
+def _trains(head: Patched, names: Iterable[str]) -> bool:
     """Say whether gradients would show that the head is not heard."""
     held = (tensor for name in names for tensor in head.lora_tensors(name).values())
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
@@ -230,7 +232,8 @@ def _listen(
     before: Places | None,
 ) -> None:
     """Find out in the forward that is about to begin which of these layers are called."""
-    called, hooks = _called({*heads.values(), *(layer for _, layer in fused.values())})
+    layers = {*heads.values(), *(layer for _, layer in fused.values())}
+    called, hooks = _called(layers, torch.is_grad_enabled())
 
     def end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for hook in (*hooks, last):
@@ -253,10 +256,8 @@ def _listen(
     last = model.register_forward_hook(end, always_call=True)
 
 
-def _called(layers: Iterable[nn.Module]) -> tuple[set[nn.Module], list[Any]]:
+def _called(layers: Iterable[nn.Module], trains: bool) -> tuple[set[nn.Module], list[Any]]:
     called: set[nn.Module] = set()
-
-    trains = torch.is_grad_enabled()
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled() or not trains:  # what a step generates is not its loss
@@ -266,17 +267,20 @@ def _called(layers: Iterable[nn.Module]) -> tuple[set[nn.Module], list[Any]]:
 
 
 @contextlib.contextmanager
-def heads_heard(model: nn.Module, registry: "Registry", way: str) -> Iterator[None]:
+def heads_heard(
+    model: nn.Module, registry: "Registry", way: str, *, trains: bool
+) -> Iterator[None]:
     """Tell if an adapted output head has no part in what is computed inside the ``with`` block.
 
     Args:
         model: A wrapped model.
         registry: Its registry.
         way: What is computed; asked once for each choice of adapters.
+        trains: Whether a loss is, of which what runs without gradients is no part.
     """
     look_at_places(model, registry)
     heads = _asked_for(registry, (way, model.training))
-    called, hooks = _called(heads.values())
+    called, hooks = _called(heads.values(), trains)
     try:
         yield
     finally:

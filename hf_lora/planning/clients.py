@@ -59,6 +59,7 @@ def vllm_reasons(
     not_linear: Collection[str] = (),
     buffers: Collection[str] = (),
     biases: Collection[str] = (),
+    rows: Collection[str] = (),
 ) -> list[str]:
     """Return why vLLM cannot serve an adapter; nothing if it can.
 
@@ -70,6 +71,7 @@ def vllm_reasons(
         not_linear: Those of the layers that are convolutions or embeddings.
         buffers: Names of buffers of the base that the training has moved.
         biases: Paths of other modules whose bias is trained.
+        rows: Paths of the modules of which some rows are trained.
     """
     reasons = [] if slots else ["there is no adapted layer"]
     heads = {name.removesuffix("ForSequenceClassification") + "ForCausalLM" for name in classes}
@@ -95,6 +97,8 @@ def vllm_reasons(
     biased = _biased(slots, biases)
     if biased:
         reasons.append(f"it refuses biases, here of {_some(biased)}")
+    if rows:
+        reasons.append(f"it refuses trained rows of embeddings, here {_some(rows)}")
     return reasons
 
 
@@ -114,11 +118,12 @@ def llama_cpp_reasons(
     not_linear: Collection[str] = (),
     buffers: Collection[str] = (),
     biases: Collection[str] = (),
+    rows: Collection[str] = (),
 ) -> list[str]:
     """Return why llama.cpp computes something else with an adapter, or refuses it.
 
     Args:
-        classes, slots, trained, buffers, biases: As for :func:`vllm_reasons`.
+        classes, slots, trained, buffers, biases, rows: As for :func:`vllm_reasons`.
         alpha: The one strength that it reads.
         tied: Those of the layers that share their weight with another module, or may do so.
         not_linear: As for :func:`vllm_reasons`.
@@ -146,6 +151,8 @@ def llama_cpp_reasons(
     biased = _biased(slots, biases)
     if biased:
         reasons.append(f"it drops or refuses biases, here of {_some(biased)}")
+    if rows:
+        reasons.append(f"it refuses trained rows of embeddings, here {_some(rows)}")
     if tied:
         reasons.append(f"it refuses layers that share a weight, here {_some(tied)}")
     return reasons

@@ -39,6 +39,8 @@ def fault(model: nn.Module, plan: Plan, tensors: Pieces, world: int) -> str | No
         return "the base is quantized"
     if plan.trained:
         return f"modules that are trained in full are not counted, here {plan.trained[0].path}"
+    if plan.rows:
+        return f"rows that are trained are not counted, here of {plan.rows[0].path}"
     try:
         heads = _heads(model)
     except ValueError:  # transformers finds several

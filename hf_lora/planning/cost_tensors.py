@@ -12,6 +12,7 @@ from hf_lora.compat.deepspeed import shape_of
 from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.quantized import stored_bytes
 from hf_lora.layers.roles import OWN_BIAS, Place
+from hf_lora.layers.token_rows import ROWS
 from hf_lora.layers.trained import tensor_names
 from hf_lora.planning.records import Plan
 
@@ -75,7 +76,7 @@ def pieces(model: nn.Module, plan: Plan, base: Iterable[tuple[str, torch.Tensor]
     split = ((*name.rpartition("."), tensor) for name, tensor in base)
     return Pieces(
         base=tuple(_piece(path, name, tensor, blocks) for path, _, name, tensor in split),
-        learning=(*_factors(plan, blocks), *_copies(model, plan, blocks)),
+        learning=(*_factors(plan, blocks), *_copies(model, plan, blocks), *_rows(plan, blocks)),
         buffers=sum(item.bytes - item.parameter_bytes for item in plan.trained),
     )
 
@@ -91,6 +92,12 @@ def _factors(plan: Plan, blocks: set[str]) -> Iterator[Piece]:
         for name, shape in target.shapes.items():
             size = math.prod(shape) * target.dtype.itemsize
             yield Piece(target.path, name, shape, size, block, added=True)
+
+
+def _rows(plan: Plan, blocks: set[str]) -> Iterator[Piece]:
+    for item in plan.rows:
+        shape = len(item.ids), item.width
+        yield Piece(item.path, ROWS, shape, item.bytes, _block(item.path, blocks), added=True)
 
 
 def _copies(model: nn.Module, plan: Plan, blocks: set[str]) -> Iterator[Piece]:

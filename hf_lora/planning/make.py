@@ -28,6 +28,7 @@ from hf_lora.planning.records import Adapted, Plan, Target, Trained, left_out_li
 from hf_lora.planning.stacked import Stack, stacks
 from hf_lora.planning.targets import NOTHING, Matches, match
 from hf_lora.planning.ties import Owners, followers, notes
+from hf_lora.planning.token_rows import row_conflicts, row_targets
 from hf_lora.targets import inside
 
 
@@ -58,6 +59,13 @@ def make_plan(
     size = sum(map(numel, owners.tensors()))
     biases = _biases(modules, config, targets, matches, owners, others, problems)
     problems += _conflicts(others, matches.chosen, matches.trained)
+    full = {*matches.trained, *followers(matches.ties, matches.trained)}
+    problems += row_conflicts(matches.rows, full, others.low_rank, others.in_full)
+    problems += [
+        f"train_rows: the bias of {item.path} is trained, and a module has its rows or its bias"
+        for item in biases
+        if item.path in matches.rows
+    ]
     problems += owners.faults(matches.ties, matches.trained, others.low_rank)
     classes = class_names(model)
     not_linear = [target.path for target in targets if target.layout is not LOW_RANK]
@@ -69,13 +77,23 @@ def make_plan(
         config=config,
         targets=targets,
         trained=trained,
+        rows=tuple(row_targets(modules, config, matches.rows)),
         matches=matches.counts,
         left_out=matches.left_out,
         problems=tuple(problems),
-        warnings=tuple(_unseen(modules, matches.chosen)),
+        warnings=tuple(_unseen(modules, [*matches.chosen, *matches.rows])),
         missed=tuple(_missed(modules, matches, size)),
         notes=(*matches.notes, *_notes(modules, targets, matches)),
-        vllm=tuple(vllm_reasons(classes, slots, tops, not_linear=not_linear, biases=others_biased)),
+        vllm=tuple(
+            vllm_reasons(
+                classes,
+                slots,
+                tops,
+                not_linear=not_linear,
+                biases=others_biased,
+                rows=matches.rows,
+            )
+        ),
         llama_cpp=tuple(
             llama_cpp_reasons(
                 classes,
@@ -85,6 +103,7 @@ def make_plan(
                 tied=[target.path for target in targets if target.tied_to],
                 not_linear=not_linear,
                 biases=others_biased,
+                rows=matches.rows,
             )
         ),
         base_parameters=size,
@@ -245,7 +264,12 @@ def _conflicts(others: Adapted, chosen: Iterable[str], trained: Iterable[str]) -
     for path in chosen:
         if path in others.in_full:
             yield f"{path} is trained in full by another adapter, or its bias is"
+        if path in others.rows:
+            yield f"rows of {path} are trained by another adapter"
     tops = set(trained)
+    yield from (
+        f"rows of {p} are trained by another adapter" for p in others.rows if inside(p, tops)
+    )
     for path in others.low_rank:
         if inside(path, tops):
             yield f"{path} has a low-rank update from another adapter"
@@ -301,6 +325,9 @@ def _notes(
         if item.tied_to:
             yield f"{item.path} shares its weight with {', '.join(item.tied_to)}; merging unties it"
     yield from notes(matches.ties, matches.trained)
+    for path, rows in matches.rows.items():
+        if rows.of is not None:
+            yield f"{path} shares its weight with {rows.of}: the rows train in both"
     trained = set(matches.trained)
     stacked = [
         stack

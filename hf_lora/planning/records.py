@@ -13,15 +13,18 @@ import torch
 from hf_lora.config import WORDS, LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Layout, Shapes, Ties
+from hf_lora.layers.token_rows import TokenRows
 from hf_lora.planning.clients import vllm_rank
+from hf_lora.planning.token_rows import RowTarget
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """Where on a model adapters are: paths of low-rank updates, and of modules trained in full."""
+    """Where on a model adapters are: paths of low-rank updates, of what trains in full, of rows."""
 
     low_rank: Collection[str] = ()
     in_full: Collection[str] = ()
+    rows: Collection[str] = ()
     stood: Mapping[int, Mapping[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
     """Of each module that a merge has changed, by its id, what stood there before."""
 
@@ -192,6 +195,9 @@ class Plan:
     biases: tuple[Trained, ...] = ()
     """Modules of no adapted layer, of which the bias alone trains."""
 
+    rows: tuple[RowTarget, ...] = ()
+    """The modules of which some rows train."""
+
     tied_bytes: int = 0
     """Size of what a file holds beside what trains: that one tensor, for each of the modules."""
 
@@ -199,8 +205,8 @@ class Plan:
     """How many of the base's parameters are in layers that are neither adapted nor trained."""
 
     @property
-    def _everything(self) -> tuple[Target | Trained, ...]:
-        return (*self.targets, *self.trained, *self.biases)
+    def _everything(self) -> tuple[Target | Trained | RowTarget, ...]:
+        return (*self.targets, *self.trained, *self.biases, *self.rows)
 
     @property
     def copied_biases(self) -> list[str]:
@@ -212,6 +218,15 @@ class Plan:
     def parameters(self) -> int:
         """Trainable numbers in all."""
         return sum(item.parameters for item in self._everything)
+
+    @property
+    def all_rows(self) -> dict[str, TokenRows]:
+        """Path of each module in which rows train, also of tied ones, to these."""
+        found = {}
+        for item in self.rows:
+            found[item.path] = TokenRows(item.ids)
+            found |= {path: TokenRows(item.ids, item.path) for path in item.tied_to}
+        return found
 
     @property
     def weight_bytes(self) -> int:
@@ -259,6 +274,9 @@ def _lines(plan: Plan) -> Iterable[str]:
     if plan.biases:
         total, count = sum(item.parameters for item in plan.biases), len(plan.biases)
         rows.append(("bias", "others", "in full", "", "", "", str(count), f"{total:,}"))
+    for item in plan.rows:
+        what = f"{len(item.ids)} rows of {item.width}"
+        rows.append((item.path, item.host, what, "", "", "", "1", f"{item.parameters:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     yield f"{plan.model}: {plan.base_parameters:,} parameters, {size(plan.base_bytes)}"
     for row in rows:

@@ -7,8 +7,10 @@ from torch import nn
 from hf_lora.config import ALL_LINEAR, WORDS, LoRAConfig
 from hf_lora.layers.roles import Ties
 from hf_lora.layers.tensor_parallel import split_fault
+from hf_lora.layers.token_rows import TokenRows
 from hf_lora.planning.stacked import Stack
 from hf_lora.planning.ties import Owners, followers
+from hf_lora.planning.token_rows import match_rows
 from hf_lora.planning.tree import Tree
 from hf_lora.targets import inside
 
@@ -47,6 +49,9 @@ class Matches:
     ties: Ties
     """What follows a trained module, because the base ties the two."""
 
+    rows: dict[str, TokenRows]
+    """Path of each module of which some rows train, to these."""
+
     overrides: dict[str, str]
     """Path of a chosen layer to the text of the override that holds for it."""
 
@@ -64,6 +69,7 @@ NOTHING = Matches(
     stacks=(),
     parts={},
     ties={},
+    rows={},
     overrides={},
     notes=(),
 )
@@ -78,6 +84,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
     trained = {path: None for path in in_full if not inside(path, fresh)} | dict.fromkeys(fresh)
     ties = owners.ties(trained)
     follow = followers(ties, trained)
+    rows, wrong = match_rows(model, config, owners, tree.unheard)
+    problems += wrong
     excluded = tree.excluded(config.exclude, problems)
     meant = tree.targets(config, problems)
     parts = tree.parts.meant(config, tree.meant)
@@ -94,6 +102,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
             reason = "trained in full"
         elif path in follow:
             reason = f"tied with {follow[path]}, which is trained in full"
+        elif path in rows:
+            reason = "rows of it are trained"
         elif path in parts and not parts[path]:
             reason = "its parameters are excluded"
         elif path not in named and path in tree.head:
@@ -113,7 +123,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
                 problems.append(f"{path}: {reason}")
     chosen = tuple(path for path in tree.modules if path in taken)
     counts = {text: sum(path in taken for path in paths) for text, paths in meant.items()}
-    if not chosen and not problems:
+    if not chosen and not problems and config.targets:
         problems.append("every matching layer is left out: " + _first(left_out))
     return Matches(
         chosen=chosen,
@@ -130,6 +140,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
         ),
         parts={path: parts[path] for path in chosen if path in parts},
         ties=ties,
+        rows=rows,
         overrides=tree.overrides(config, chosen, problems),
         notes=(
             *(

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from hf_lora.config import ALL_LINEAR, EXPERTS, WORDS, LoRAConfig
 from hf_lora.kinds.lora import LoRALayer
 from hf_lora.kinds.table import host_fault, kind_of
+from hf_lora.kinds.token_rows import TrainedRows
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.trained import tensor_names, train_fault
@@ -260,6 +261,8 @@ class Tree:
             fault = train_fault(module)
             if isinstance(module, Adaptable):
                 fault = "another adapter has a low-rank update there"
+            if isinstance(module, TrainedRows):
+                fault = "another adapter trains rows of it"
             if fault:
                 return fault
         return None

@@ -29,6 +29,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "embeddings in full": {"target_modules": ["q_proj"], "modules_to_save": BOTH[:1]},
     "head in full": {"target_modules": ["q_proj"], "modules_to_save": BOTH[1:]},
     "both adapted": {"target_modules": ["q_proj", *BOTH]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 47]},
+    "rows of both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [47, 3], "lm_head": [47, 3]},
+    },
 }
 WHOLE = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -66,6 +71,19 @@ def test_it_opens_with_its_rows_and_pefts_outputs(tmp_path: Path, way: dict[str,
         torch.testing.assert_close(logits(ours), logits(theirs))
     in_full = way.get("modules_to_save", [])
     assert sum("lora_copy" in name for name, _ in ours.named_parameters()) == len(in_full)
+
+
+@TIED
+@pytest.mark.parametrize("embeddings", ["auto", False])
+def test_rows_that_were_added_open_with_all_that_there_is_of_them(
+    tmp_path: Path, tied: bool, embeddings: Any
+):
+    rows = {"embed_tokens": [49, 5, 48], "lm_head": [49, 5, 48]}
+    way = {"target_modules": ["q_proj"], "trainable_token_indices": rows}
+    theirs = pefts(tmp_path, GROWN, tied, embeddings, **way)
+    ours = hf_lora.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    assert sum("lora_rows" in name for name, _ in ours.named_parameters()) == 2 - tied
 
 
 @TIED

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
 
 import hf_lora
 from hf_lora import (
@@ -225,13 +224,6 @@ class TestOtherMethods:
     def test_what_bias_never_says(self, pefts: Path, value: Any):
         edit.change_config(pefts, bias=value)
         refuse(pefts, "bias = ", error=UnsupportedAdapterError)
-
-    def test_trained_tokens(self, tmp_path: Path):
-        model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-        config = peft.LoraConfig(target_modules=["1"], r=2, trainable_token_indices={"0": [1]})
-        peft.get_peft_model(model, config).save_pretrained(tmp_path)
-        plain = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
-        refuse(tmp_path, "trainable_token_indices", error=UnsupportedAdapterError, model=plain)
 
     @pytest.mark.parametrize(
         ("field", "value"),

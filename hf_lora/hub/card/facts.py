@@ -56,6 +56,9 @@ class AdapterFacts:
 
     parameters: int
     bytes: int
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """The modules of which some rows were trained, and how many."""
+
     buffers: tuple[str, ...] = ()
     """The buffers of the base that the training has moved."""
 
@@ -139,6 +142,7 @@ def _adapter_facts(
         name=name,
         slots=adapter.slots,
         trained=(*adapter.trained, *followers(adapter.ties, adapter.trained)),
+        rows={path: len(rows.ids) for path, rows in adapter.rows.items()},
         parameters=sum(tensor.numel() for tensor in held.values()),
         bytes=sum(t.numel() * to.itemsize for t, to in zip(tensors, saved, strict=True)),
         buffers=tuple(buffers),
@@ -160,6 +164,7 @@ def folder_facts(name: str, folder: AdapterFolder) -> AdapterFacts:
         name=name,
         slots=folder.slots,
         trained=tuple(folder.trained_names),
+        rows={path: len(rows.ids) for path, rows in folder.rows.items()},
         parameters=sum(math.prod(s) for key, s in folder.file.shapes.items() if key not in again),
         bytes=folder.file.path.stat().st_size,
         not_linear=tuple(

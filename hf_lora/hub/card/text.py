@@ -72,6 +72,7 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             not_linear=adapter.not_linear,
             buffers=adapter.buffers,
             biases=adapter.biases,
+            rows=adapter.rows,
         )
         llama_cpp = llama_cpp_reasons(
             model.classes,
@@ -82,6 +83,7 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             not_linear=adapter.not_linear,
             buffers=adapter.buffers,
             biases=adapter.biases,
+            rows=adapter.rows,
         )
         lines += [f"- {of}{line}." for line in served_by(vllm, llama_cpp, adapter.slots)]
     if not model.classes:
@@ -140,6 +142,7 @@ def _facts(adapter: AdapterFacts) -> dict[str, str]:
         "Dropout in training": _spread(slots, lambda slot: slot.dropout) if any(dropouts) else "",
         "Trained in full": ", ".join(f"`{name}`" for name in adapter.trained),
         "Biases": _biases(adapter),
+        "Rows that were trained": ", ".join(f"{n} of `{p}`" for p, n in adapter.rows.items()),
         "Buffers that moved": _tails_of(adapter.buffers),
         "Parameters": f"{adapter.parameters:,}",
         "Size": ", ".join([size(adapter.bytes), *adapter.dtypes]),

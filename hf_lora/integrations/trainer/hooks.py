@@ -88,7 +88,7 @@ def training_step(original: Original, trainer: Any, *args: Any, **kwargs: Any) -
         return original(*args, **kwargs)
     found[1].gradients_checked = not _own_format(trainer)
     try:
-        with heads_heard(*found, "step"):
+        with heads_heard(*found, "step", trains=True):
             return original(*args, **kwargs)
     finally:
         found[1].gradients_checked = False
@@ -99,7 +99,7 @@ def evaluation_loop(original: Original, trainer: Any, *args: Any, **kwargs: Any)
     found = _ours(trainer.model)
     if found is None:
         return original(*args, **kwargs)
-    with heads_heard(*found, "evaluation"):
+    with heads_heard(*found, "evaluation", trains=False):
         return original(*args, **kwargs)
 
 
