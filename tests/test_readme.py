@@ -44,6 +44,8 @@ COMMANDS = {
         "tests/cli/test_merge.py",
         '"merge", adapter, "-o", tmp_path / "merged", "--verify"',
     ),
+    "hf-lora eval my-adapter rows.jsonl": ("tests/cli/test_use.py", 'run("eval", adapter, data'),
+    "hf-lora chat my-adapter": ("tests/cli/test_use.py", '["chat", *map(str, arguments)'),
     "hf-lora train examples/configs/completion.yaml": (
         "tests/cli/test_train.py",
         "completion.yaml",
