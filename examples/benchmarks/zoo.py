@@ -12,6 +12,7 @@ differ by no more than rounding does: 30 times what they answer to factors that 
 unit in the last place. Each model has a process, a time limit and a memory limit of its own.
 """
 
+import gc
 import json
 import os
 import resource
@@ -84,6 +85,7 @@ def in_a_fork(kind: str, seconds: int = SECONDS, memory: int = BYTES) -> dict[st
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         signal.alarm(_WAITS * seconds)
+        gc.disable()
         torch.set_num_threads(1)
         row = look_at(kind)
         with os.fdopen(write, "w") as pipe:
@@ -113,6 +115,7 @@ def run(
     """Look at types one after another; what is in the file already is not looked at again."""
     transformers.logging.set_verbosity_error()
     look_at("llama")  # what is imported here is not imported anew by each process
+    gc.freeze()  # a collection would copy all that a process has of this one
     done = set() if kinds else {row["type"] for row in rows(results)}
     results.parent.mkdir(exist_ok=True)
     for kind in kinds or types():

@@ -49,6 +49,8 @@ class Case:
             self.plain = outputs(model, self.given)
             again = outputs(model, self.given)
             self.frozen = outputs(model.requires_grad_(False), self.given)
+        # after a forward, in which some models put other modules into themselves
+        self.kinds = _kinds(model)
         if not same(self.plain, again):
             raise NotHere("it gives something else each time that it is called")
         self.training = _trains(model, self.given)
@@ -97,6 +99,11 @@ def first_line(error: BaseException | None) -> str:
     if isinstance(error, NotHere):
         return lines[0]
     return f"{type(error).__name__}: {' '.join(lines)[:300]}"
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """Return the name of each module's class; parametrized ones have a class each."""
+    return {name: type(module).__qualname__ for name, module in model.named_modules()}
 
 
 def _trains(model: nn.Module, given: dict[str, Any]) -> bool:
@@ -234,7 +241,6 @@ def ours(case: Case, seen: dict[str, Any]) -> None:
     model = case.fresh()
     shown = {name: id(parameter) for name, parameter in model.named_parameters()}
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    kinds = {name: type(module) for name, module in model.named_modules()}
     seen["stage"] = "plan"
     plan = hf_lora.plan(model, r=RANK)
     seen["layers"] = len(plan.targets)
@@ -278,7 +284,7 @@ def ours(case: Case, seen: dict[str, Any]) -> None:
         expect("unwrap", not wrong, f"{wrong[:1]} is not as it was")
         now = {name: id(parameter) for name, parameter in model.named_parameters()}
         expect("unwrap", now == shown, "other Parameter objects")
-        expect("unwrap", {n: type(m) for n, m in model.named_modules()} == kinds, "other classes")
+        expect("unwrap", _kinds(model) == case.kinds, "other classes")
         then = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         expect("unwrap", then == flags, "other flags")
         expect("unwrap", same(outputs(model, case.given), case.plain), "other outputs")
@@ -318,5 +324,5 @@ def theirs(case: Case, seen: dict[str, Any]) -> None:
         state = plain.state_dict()
         expect("unload", state.keys() == case.state.keys(), "other keys")
         gap = distance(list(case.state.values()), list(state.values()))
-        expect("unload", gap <= 1e-5, f"weights {gap:.1e} off")
+        expect("unload", gap <= 1e-4, f"weights {gap:.1e} off")
     seen["stage"] = "done"

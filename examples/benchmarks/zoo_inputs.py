@@ -115,8 +115,10 @@ def _sounds(config: Any, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
         yield {"input_values": _numbers(_ROWS, _said(config, "max_length", default=64), bins)}
     if "input_features" in names:
         long = 2 * _said(config, "max_source_positions", default=32)
-        yield {"input_features": _numbers(_ROWS, bins, long)}
-        yield {"input_features": _numbers(_ROWS, long, bins)}
+        mask = {"input_features_mask": torch.ones(_ROWS, long, dtype=torch.long)}
+        more = mask if "input_features_mask" in names else {}
+        yield {"input_features": _numbers(_ROWS, bins, long), **more}
+        yield {"input_features": _numbers(_ROWS, long, bins), **more}
         yield {"input_features": _numbers(_ROWS, 1, long, bins)}
 
 

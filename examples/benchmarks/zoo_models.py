@@ -246,7 +246,7 @@ def _small_list(key: str, value: list[int], sizes: Sizes) -> list[int]:
         return [min(v, 1) for v in value]
     if re.fullmatch(r"(.*_)?(num_heads|num_attention_heads|heads)", key):
         return [min(v, 2) for v in value]
-    if re.fullmatch(r"(.*_)?(hidden_sizes|embed_dims?|conv_dim|dims?|channels)", key):
+    if re.fullmatch(r"(.*_)?(hidden_sizes|embed_dims?|conv_dim|dims?|hidden_channels)", key):
         return [max(8, v * sizes.wide // max(value) // 8 * 8) for v in value]
     if key.endswith("image_size"):
         return [min(v, 32) for v in value]

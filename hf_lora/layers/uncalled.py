@@ -10,7 +10,7 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -43,6 +43,30 @@ def _below(module: nn.Module) -> list[str]:
     return [path for path, _ in module.named_modules() if path]
 
 
+def kept_past(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Return the id of each module that one above it keeps in a plain attribute, to that one.
+
+    A list of Python's own, say. A library that puts a wrapper in the place of a layer does not
+    reach what is called from there; a layer that is patched in place is.
+    """
+    found: dict[int, str] = {}
+    for module in modules.values():
+        for name, value in vars(module).items():
+            if name == "_modules":
+                continue
+            many = value.values() if isinstance(value, dict) else value
+            kept = many if isinstance(value, (list, tuple, dict)) and value else (value,)
+            for each in kept:
+                if isinstance(each, nn.Module):
+                    found[id(each)] = type(module).__name__
+    return found
+
+
+def reason_kept_past(name: str) -> str:
+    """Return what is wrong with an update where a module of that class keeps the layer so."""
+    return f"{name} keeps it in a plain attribute as well, where PEFT's adapters are not called"
+
+
 def reader_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
     """Return the class whose code reads a layer's weight without calling it, and its name there.
 
@@ -70,6 +94,7 @@ def weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
     methods: dict[str, list[types.FunctionType]] = {}
     for cls in parent.__mro__:
         for name, value in vars(cls).items() if issubclass(cls, nn.Module) else ():
+            value = value.__func__ if isinstance(value, staticmethod) else value
             if isinstance(value, types.FunctionType):
                 methods.setdefault(name, []).append(inspect.unwrap(value))  # type: ignore[arg-type]
     # what only fills, prunes or fuses weights is not part of a forward
@@ -81,9 +106,45 @@ def weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
             new = (spoken & methods.keys()) - reached
             reached |= new
             left += new
-            if "weight" in spoken:
-                names.update(_reads(function))
+            names.update(_own(_weights_read(function)))
+            readers = _readers(function, methods)
+            for called, given in _calls(function) if readers else ():
+                for reader in readers.get(called, ()):
+                    names.update(_own(_read_of(reader, given)))
     return frozenset(names)
+
+
+def _readers(
+    function: types.FunctionType, methods: Mapping[str, list[types.FunctionType]]
+) -> dict[str, list[types.FunctionType]]:
+    """Return those that a function may call and that read a weight, by how they are called."""
+    found: dict[str, list[types.FunctionType]] = {}
+    for name in _names(function.__code__):
+        known = function.__globals__.get(name)
+        here = [(f"self.{name}", method) for method in methods.get(name, ())]
+        here += [(name, known)] if isinstance(known, types.FunctionType) else []
+        for called, each in here:
+            if "weight" in _names(each.__code__):
+                found.setdefault(called, []).append(each)
+    return found
+
+
+def _own(paths: Iterable[str]) -> Iterator[str]:
+    """Yield the paths of what is a module's own, below it."""
+    return (path.removeprefix("self.") for path in paths if path.startswith("self."))
+
+
+def _read_of(function: types.FunctionType, given: ast.Call) -> Iterator[str]:
+    """Yield which arguments of a call have their weight read by the function that gets them."""
+    names = [*inspect.signature(function).parameters]
+    if names[:1] == ["self"]:
+        names = names[1:]
+    arguments = dict(zip(names, given.args, strict=False))
+    arguments |= {each.arg: each.value for each in given.keywords if each.arg}
+    read = set(_weights_read(function))
+    for name, value in arguments.items():
+        if name in read:
+            yield ast.unparse(value)
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -92,11 +153,26 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _reads(function: Callable) -> Iterator[str]:
+@functools.cache
+def _tree(function: Callable) -> ast.AST:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # made at run time, or its source is not here
+        return ast.Module([], [])
+
+
+def _calls(function: Callable) -> Iterator[tuple[str, ast.Call]]:
+    """Yield the calls in a function, by what they call."""
+    for node in ast.walk(_tree(function)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def _weights_read(function: Callable) -> Iterator[str]:
+    """Yield everything whose ``weight`` a function reads, as it is written there."""
+    if "weight" not in _names(function.__code__):
         return
+    tree = _tree(function)
     harmless = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in _FACTS:
@@ -106,9 +182,7 @@ def _reads(function: Callable) -> Iterator[str]:
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(attr="weight", ctx=ast.Load(), value=owner) if node not in harmless:
-                path = ast.unparse(owner)
-                if path.startswith("self."):
-                    yield path.removeprefix("self.")
+                yield ast.unparse(owner)
 
 
 _FACTS = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_grad", "is_meta"}

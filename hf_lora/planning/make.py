@@ -19,7 +19,7 @@ from hf_lora.layers.quantized import numel, stored_bytes
 from hf_lora.layers.roles import OWN_BIAS, Place, Ties
 from hf_lora.layers.statistics import has_statistics
 from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, tensor_names
-from hf_lora.layers.uncalled import reader_of
+from hf_lora.layers.uncalled import kept_past, reader_of, reason_kept_past
 from hf_lora.planning.biases import bias_faults, has_bias, other_biases
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
 from hf_lora.planning.cost import per_rank
@@ -289,8 +289,12 @@ def _buffers(model: nn.Module, left_out: Collection[str]) -> Iterator[str]:
             yield f"{path}.{role}" if path else role
 
 
-def _unseen(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> Iterator[str]:
-    """Yield a line for each class whose code uses a targeted layer's weight without calling it."""
+def _unseen(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> Iterator[str]:
+    """Yield a line for each targeted layer of which an update may not be seen, here or in PEFT."""
+    kept = kept_past(modules)
+    for path in chosen:
+        if id(modules[path]) in kept:
+            yield f"{path}: {reason_kept_past(kept[id(modules[path])])}"
     found: dict[tuple[str, str], list[str]] = {}
     for path in chosen:
         reader = reader_of(path, modules)

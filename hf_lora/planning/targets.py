@@ -124,7 +124,9 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
     chosen = tuple(path for path in tree.modules if path in taken)
     counts = {text: sum(path in taken for path in paths) for text, paths in meant.items()}
     if not chosen and not problems and config.targets:
-        problems.append("every matching layer is left out: " + _first(left_out))
+        names = [] if named else tree.nameable()
+        way = f"; patterns can name {', '.join(names)}" if names else ""
+        problems.append(f"every matching layer is left out: {_first(left_out)}{way}")
     return Matches(
         chosen=chosen,
         trained=tuple(trained),

@@ -13,7 +13,7 @@ from hf_lora.kinds.token_rows import TrainedRows
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.probe import host_class, is_packed
 from hf_lora.layers.trained import tensor_names, train_fault
-from hf_lora.layers.uncalled import reader_of, uncalled
+from hf_lora.layers.uncalled import kept_past, reader_of, reason_kept_past, uncalled
 from hf_lora.planning.heads import output_head
 from hf_lora.planning.parts import Parts
 from hf_lora.planning.stacked import Stack, meant_stacks, stacks
@@ -49,6 +49,7 @@ class Tree:
         """A further name of a module that stands in several places, to its first."""
         self.head = output_head(model)
         self.unheard = uncalled(self.modules)
+        self._kept_past = kept_past(self.modules)
         self.stacks = list(stacks(self.modules))
         self.parts = Parts(self.modules, self.names)
         self._meant: dict[str, list[str]] = {}
@@ -114,6 +115,8 @@ class Tree:
         reader = reader_of(path, self.modules)
         if reader is not None:
             return f"{reader[0]}'s own code reads {reader[1]}.weight, past the layer"
+        if id(module) in self._kept_past:
+            return reason_kept_past(self._kept_past[id(module)])
         # what is packed is tried when it is wrapped, once it is no longer packed for inference
         fault = None if is_packed(module) else self._trial(module)
         small = not self._has_own_rank(path, config) and self._rank_fault(path, config.r)
@@ -291,10 +294,18 @@ class Tree:
             first = self.stacks[0]
             host = host_class(self.modules[first.path]).__name__
             found += f" ({host} does not declare how it computes with {first.full_name})"
+        if word == ALL_LINEAR:
+            others = [*others, *self.nameable()]
         means = f"; here mean something: {', '.join(map(repr, others))}" if others else ""
         of_that_name = self._named(word)
         way = f"; {of_that_name[0]} is meant by {f'.*{word}'!r}" if of_that_name else ""
         return found + means + way
+
+    def nameable(self) -> list[str]:
+        """Return the last names of some layers that a pattern can mean."""
+        found = (path for path in self.modules if path and self.reason(path) is None)
+        last = dict.fromkeys(path.rpartition(".")[2] for path in found)
+        return [name for name in last if not name.isdigit()][:_MOST_NAMES]
 
     def _near(self, text: str, paths: Iterable[str] | None = None) -> str:
         paths = self.linear if paths is None else paths
