@@ -37,20 +37,22 @@ RESULTS = HERE / "results" / "zoo.jsonl"
 SECONDS, BYTES = 40, 8 << 30
 """Of processor time, and of memory that a process allocates."""
 
+_BUILT = "built"
 _WAITS = 20
 """How many times as long it may take on a busy machine."""
 
 app = typer.Typer(add_completion=False)
 
 
-def look_at(kind: str) -> dict[str, Any]:
-    """Return what became of a type, in this process."""
+def look_at(kind: str, built: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Return what became of a type, in this process; ``built`` is called when its model runs."""
     row: dict[str, Any] = {"type": kind}
     try:
         with zoo_checks.quiet():
             case = zoo_checks.Case(kind)
     except BaseException as error:
         return row | {"result": "not here", "reason": zoo_checks.first_line(error)}
+    built()
     row |= {"class": case.name, "given": sorted(case.given), "reached": [case.reached, case.leaves]}
     seen: dict[str, Any] = {}
     row |= _verdict(lambda: zoo_checks.ours(case, seen), seen, "")
@@ -87,15 +89,15 @@ def in_a_fork(kind: str, seconds: int = SECONDS, memory: int = BYTES) -> dict[st
         signal.alarm(_WAITS * seconds)
         gc.disable()
         torch.set_num_threads(1)
-        row = look_at(kind)
         with os.fdopen(write, "w") as pipe:
+            row = look_at(kind, lambda: print(_BUILT, file=pipe, flush=True))
             pipe.write(json.dumps(row))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
-        text = pipe.read()
+        built, _, text = pipe.read().rpartition("\n")
     _, status, used = os.wait4(child, 0)
     if text:
         row = json.loads(text)
@@ -103,7 +105,9 @@ def in_a_fork(kind: str, seconds: int = SECONDS, memory: int = BYTES) -> dict[st
         code = os.waitstatus_to_exitcode(status)
         limit = code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL)
         why = f"took more than {seconds} s" if limit else f"ended with {code}"
-        row = {"type": kind, "result": "fail", "kind": "ended", "reason": why}
+        row = {"type": kind, "result": "not here", "reason": f"the plain model {why}"}
+        if built:
+            row |= {"result": "fail", "kind": "ended", "reason": why}
     return row | {"seconds": round(used.ru_utime + used.ru_stime, 1)}
 
 
@@ -112,11 +116,11 @@ def run(
     kinds: Annotated[list[str] | None, typer.Argument(help="Types; all if there are none.")] = None,
     results: Annotated[Path, typer.Option(help="Lines of JSON, one a type.")] = RESULTS,
 ) -> None:
-    """Look at types one after another; what is in the file already is not looked at again."""
+    """Look at types one after another; what was built and looked at is not looked at again."""
     transformers.logging.set_verbosity_error()
     look_at("llama")  # what is imported here is not imported anew by each process
     gc.freeze()  # a collection would copy all that a process has of this one
-    done = set() if kinds else {row["type"] for row in rows(results)}
+    done = set() if kinds else {row["type"] for row in rows(results) if "peft_result" in row}
     results.parent.mkdir(exist_ok=True)
     for kind in kinds or types():
         if kind in done:

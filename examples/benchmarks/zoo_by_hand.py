@@ -43,9 +43,14 @@ FIELDS: dict[str, Any] = {
     "prompt_depth_anything": {"backbone_config": _FOUR},
     "zoedepth": {"backbone_config": _FOUR},
     "chmv2": {"backbone_config": _FOUR},
-    "esm": {"vocab_size": 33},
+    "esm": {"vocab_size": 99, "pad_token_id": 0, "mask_token_id": 1},
     "reformer": {"axial_pos_embds": False, "is_decoder": False, "attn_layers": ["local", "local"]},
     "perceiver": {"d_latents": 32, "d_model": 32},
+    "donut-swin": {"window_size": 2},
+    "mask2former": {"backbone_config": {"window_size": 2}},
+    "oneformer": {"backbone_config": {"window_size": 2}},
+    "lilt": {"hidden_size": 48},
+    "xmod": {"default_language": "en_XX"},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba": {"num_hidden_layers": 6, "layer_types": ["mamba", "mamba", "hybrid"] * 2},
     "zamba2": {"first": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"]}},
@@ -75,7 +80,46 @@ def _series(config: Any) -> dict[str, Any]:
     }
 
 
-INPUTS: dict[str, Any] = dict.fromkeys(
-    ("autoformer", "informer", "time_series_transformer"), _series
-)
+def _regions(config: Any) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(2)
+    return {
+        "input_ids": torch.randint(60, 99, (2, 8), generator=drawn),
+        "visual_feats": torch.randn(2, 4, config.visual_feat_dim, generator=drawn),
+        "visual_pos": torch.rand(2, 4, 4, generator=drawn),
+    }
+
+
+def _queries(config: Any) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(2)
+    return {
+        "query_embeds": torch.randn(2, 4, config.hidden_size, generator=drawn),
+        "encoder_hidden_states": torch.randn(2, 6, config.encoder_hidden_size, generator=drawn),
+    }
+
+
+def _patches(config: Any) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(2)
+    shape = (2, config.context_length, config.num_input_channels)
+    return {"past_values": torch.randn(shape, generator=drawn)}
+
+
+def _decisions(config: Any) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(2)
+    wide = {"states": config.state_dim, "actions": config.act_dim, "returns_to_go": 1}
+    return {name: torch.randn(2, 5, size, generator=drawn) for name, size in wide.items()} | {
+        "rewards": torch.zeros(2, 5, 1),
+        "timesteps": torch.arange(5).expand(2, 5).clone(),
+    }
+
+
+INPUTS: dict[str, Any] = {
+    "patchtst": _patches,
+    "patchtsmixer": _patches,
+    "decision_transformer": _decisions,
+    "autoformer": _series,
+    "informer": _series,
+    "time_series_transformer": _series,
+    "lxmert": _regions,
+    "blip_2_qformer": _queries,
+}
 """Arguments of a forward, made from the configuration."""

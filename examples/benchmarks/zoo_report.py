@@ -38,11 +38,11 @@ def _lines(rows: list[Row], total: int, versions: str) -> Iterator[str]:
     yield ""
     yield "| | hf_lora | PEFT |"
     yield "|---|---|---|"
+    asked = [row for row in built if "peft_result" in row]
     for result in RESULTS:
-        ours = sum(row["result"] == result for row in built)
-        theirs = sum(row.get("peft_result", "fail") == result for row in built)
-        share = 100 / max(len(built), 1)
-        yield f"| {result} | {ours} ({share * ours:.1f} %) | {theirs} ({share * theirs:.1f} %) |"
+        ours = _share(row["result"] == result for row in built)
+        theirs = _share(row["peft_result"] == result for row in asked)
+        yield f"| {result} | {ours} | {theirs} |"
     yield ""
     yield (
         "PEFT is asked for what it has: its own adapter on the same model; that its files are "
@@ -68,9 +68,14 @@ def _lines(rows: list[Row], total: int, versions: str) -> Iterator[str]:
         yield f"| {' | '.join(cells)} | {_said(row, '')} | {_said(row, 'peft_')} |"
 
 
+def _share(found: Iterable[bool]) -> str:
+    each = list(found)
+    return f"{sum(each)} of {len(each)} ({100 * sum(each) / max(len(each), 1):.1f} %)"
+
+
 def _said(row: Row, prefix: str) -> str:
     kind = row.get(f"{prefix}kind")
-    result = row.get(f"{prefix}result", "fail")
+    result = row.get(f"{prefix}result", "")
     return f"{result}: {kind}" if kind else result
 
 
@@ -81,8 +86,8 @@ def _kinds(title: str, built: list[Row], prefix: str) -> Iterator[str]:
     yield "| result | kind | types | which | reason of the first |"
     yield "|---|---|---|---|---|"
     found = _grouped(
-        (row for row in built if row.get(f"{prefix}result", "fail") != "pass"),
-        lambda row: (row.get(f"{prefix}result", "fail"), row.get(f"{prefix}kind", "ended")),
+        (row for row in built if row.get(f"{prefix}result", "pass") != "pass"),
+        lambda row: (row[f"{prefix}result"], row[f"{prefix}kind"]),
     )
     for (result, kind), rows in found:
         names = ", ".join(row["type"] for row in rows)

@@ -93,15 +93,25 @@ def test_a_base_that_moves_an_output_that_differs_and_a_crash_are_told_apart():
     assert "boom" in crashed["reason"]
 
 
-def test_a_process_that_is_killed_or_takes_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zoo, "look_at", lambda kind: os._exit(7))
-    assert zoo.in_a_fork("llama")["reason"] == "ended with 7"
+def test_a_process_that_is_killed_or_takes_too_long_is_a_failure_once_its_model_runs(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def ends(kind: str, built: Any) -> None:
+        if kind == "llama":
+            built()
+        os._exit(7)
 
-    def spin(kind: str) -> Any:
+    monkeypatch.setattr(zoo, "look_at", ends)
+    row = zoo.in_a_fork("llama")
+    assert (row["result"], row["reason"]) == ("fail", "ended with 7")
+    assert zoo.in_a_fork("bert")["result"] == "not here"
+
+    def spins(kind: str, built: Any) -> None:
+        built()
         while True:
             time.process_time()
 
-    monkeypatch.setattr(zoo, "look_at", spin)
+    monkeypatch.setattr(zoo, "look_at", spins)
     row = zoo.in_a_fork("llama", seconds=1)
     assert row["result"] == "fail"
     assert "took more than 1 s" in row["reason"]
@@ -120,7 +130,9 @@ def test_a_run_goes_on_where_it_ended_and_the_page_counts(
     monkeypatch.setattr(zoo, "types", lambda: ["a", "b", "c"])
     monkeypatch.setattr(zoo, "look_at", lambda kind: None)
     monkeypatch.setattr(zoo, "in_a_fork", found)
-    results.write_text(json.dumps({"type": "b", "result": "fail", "kind": "merge"}) + "\n")
+    results.write_text(
+        json.dumps({"type": "b", "result": "fail", "kind": "merge", "peft_result": "pass"}) + "\n"
+    )
     zoo.run(None, results)
     assert asked == ["a", "c"]
     zoo.run(["b"], results)
@@ -130,7 +142,7 @@ def test_a_run_goes_on_where_it_ended_and_the_page_counts(
     missing = {"type": "e", "result": "not here", "reason": "it requires the timm library"}
     page = report([*rows, refused | {"peft_result": "fail", "peft_kind": "load"}, missing], 9, "1")
     assert "Of the 9 types" in page
-    assert "| pass | 3 (75.0 %) | 3 (75.0 %) |" in page
+    assert "| pass | 3 of 4 (75.0 %) | 3 of 4 (75.0 %) |" in page
     assert "| refused | plan | 1 | d | x \\| y |" in page
     assert "| 1 | e | timm is not installed |" in page
 
