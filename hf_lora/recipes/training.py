@@ -12,6 +12,7 @@ from rich.progress import Progress
 from hf_lora.errors import HfLoRAWarning
 from hf_lora.hub.card.facts import Training
 from hf_lora.hub.push_folder import push_adapter_folder
+from hf_lora.planning.tokens import with_row_numbers
 from hf_lora.recipes.base_model import check_writes_text, load_config, load_model, load_tokenizer
 from hf_lora.recipes.dataset import Examples, load_examples
 from hf_lora.recipes.file import read_recipe
@@ -34,9 +35,10 @@ def train_recipe(
     record = Record(recipe, resume=resume)
     with bars() as progress:
         tokenizer = _tokenizer(recipe)
+        wanted = dataclasses.replace(recipe, lora=with_row_numbers(recipe.lora, tokenizer))
         examples = _examples(recipe, tokenizer, progress)
         model = load_model(recipe.base)
-        best = run_sweep(model, recipe, examples, record, progress)
+        best = run_sweep(model, wanted, examples, record, progress)
     # with its chat template, as it was in training, whatever becomes of the base's
     tokenizer.save_pretrained(recipe.output)
     training = _training(recipe, best, examples)

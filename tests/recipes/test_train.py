@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import hf_lora
 from hf_lora import ConfigError, HfLoRAWarning, LoRAConfig
@@ -113,6 +114,20 @@ def test_everything_that_is_wrong_is_told_at_once(recipe: Callable[..., dict[str
 def test_what_is_no_recipe_is_refused(recipe: Any):
     with pytest.raises(ConfigError, match="or a mapping of its sections"):
         hf_lora.train(recipe)
+
+
+def test_tokens_are_named_as_the_tokenizer_has_them(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path
+):
+    words = AutoTokenizer.from_pretrained(recipe()["base"]["model"])
+    token = words.convert_ids_to_tokens([7])[0]
+    rows = {"train_rows": {"embed_tokens": [token, 3]}}
+    hf_lora.train(recipe(lora=LORA | rows))
+    found = load_file(tmp_path / "python" / "adapter_model.safetensors")
+    assert sum("token_adapter" in key and len(value) == 2 for key, value in found.items()) == 1
+    unknown = {"train_rows": {"embed_tokens": ["<none of it>"]}}
+    with pytest.raises(ConfigError, match="<none of it>"):
+        hf_lora.train(recipe(lora=LORA | unknown) | {"output": tmp_path / "unknown"})
 
 
 def test_rows_that_are_cut_are_warned_of(recipe: Callable[..., dict[str, Any]]):
