@@ -45,7 +45,7 @@ def load_base(
         BaseLoadError: It cannot be found or loaded.
         AdapterFileError: No class is known for it.
     """
-    if _is_gone(base):
+    if is_gone(base):
         raise BaseLoadError(_words(adapter, base, "there is no such folder here"))
     try:
         if model_class is not None:
@@ -141,7 +141,7 @@ def _fit(adapter: AdapterFolder, kind: Any, config: Any) -> int:
     return (1 if names.way.words else 2) if everywhere else 0
 
 
-def _is_gone(base: str) -> bool:
+def is_gone(base: str) -> bool:
     """Say whether a base's name is that of a folder which is not here."""
     if os.path.isdir(base):
         return False

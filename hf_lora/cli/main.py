@@ -146,6 +146,9 @@ def merge(
         str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the base on the Hub.")] = None,
+    keep_downloads: Annotated[
+        bool, typer.Option(help="Whether files of a base on the Hub stay in the cache.")
+    ] = True,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32 for all; else as they are.")
     ] = None,
@@ -175,6 +178,7 @@ def merge(
             plot=plot,
             base=base,
             revision=revision,
+            keep_downloads=keep_downloads,
             dtype=dtype,
             verify=verify,
             resume=resume,

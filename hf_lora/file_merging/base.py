@@ -1,11 +1,14 @@
 """A base that stays on disk: the model's modules without data, and where each tensor is stored."""
 
+import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from hf_lora.adapter_io.base_check import NO_ROWS, Rows, base_differences
 from hf_lora.adapter_io.base_loading import choose_class
@@ -22,9 +25,6 @@ from hf_lora.file_merging.boxes import Box, Traced
 from hf_lora.file_merging.checkpoint import Checkpoint
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.roles import Place
-
-Asked = tuple[dict[str, Any], Renaming, Collection[str], Rows]
-"""A fingerprint, how names become the model's, and what is no part of the base."""
 
 
 def model_without_data(
@@ -43,11 +43,12 @@ def model_without_data(
     except (OSError, ValueError) as error:
         raise BaseLoadError(f"The base {checkpoint.name} cannot be read: {error}") from error
     loader, _ = choose_class(adapter, str(checkpoint.directory), config)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         if hasattr(loader, "from_config"):
             model = loader.from_config(config, **code)
         else:
             model = loader(config)
+    model.tie_weights()
     fit_vocabulary(model, adapter)
     make_room(model, adapter)
     return model.eval()
@@ -65,11 +66,12 @@ class CheckpointBase(LoadedBase):
         self.tensors, self.faults = converted(
             model, list(checkpoint.where), lambda name: Traced.of(name, checkpoint.shape(name))
         )
-        self.grown: dict[Place, torch.Tensor] = {}
-        """Rows that an adapter's file has of a tensor of which the checkpoint has fewer."""
+        self.grown: dict[int, tuple[Place, torch.Tensor]] = {}
+        """What an adapter's file has of a tensor of which the checkpoint has fewer rows: id of the
+        model's own, to the first place at which it stands."""
 
-        self.asked: list[Asked] = []
-        """What was compared where the checkpoint is not here yet, to be compared when it is."""
+        self.asked: list[_Asked] = []
+        """What was compared, and is again with what comes."""
 
         known = dict(model.named_parameters(remove_duplicate=False))
         for name in known.keys() & self.tensors.keys():
@@ -87,14 +89,22 @@ class CheckpointBase(LoadedBase):
         module = self.model.get_submodule(path)
         if role in module._buffers:
             return False
-        stored = self.read(f"{path}.{role}" if path else role)
+        own = tensor_of(self.model, f"{path}.{role}" if path else role)
+        stored = next((t for n in self.names(own) if (t := self.read(n)) is not None), None)
         if stored is None:
             return False
         rows = len(stored) if stored.dim() else 0
         if rows < len(tensor) and stored.shape[1:] == tensor.shape[1:]:
-            self.grown[place] = tensor
+            _, first = self.grown.setdefault(id(own), (place, tensor))
+            if not same_values(tensor, first):
+                return False
             tensor = tensor[:rows]
         return stored.shape == tensor.shape and same_values(tensor, stored)
+
+    def names(self, tensor: torch.Tensor) -> list[str]:
+        """Return all names that a tensor has in the model."""
+        everything = self.model.named_parameters(remove_duplicate=False)
+        return [name for name, parameter in everything if parameter is tensor]
 
     def differences(
         self,
@@ -107,16 +117,18 @@ class CheckpointBase(LoadedBase):
 
         Numbers that are not here yet are compared by :meth:`number_differences`.
         """
-        self.asked.append((fingerprint, names, others, rows))
-        return self._differences(self.asked[-1], self.checkpoint.at_hand)
+        here = self.checkpoint.at_hand
+        self.asked.append(_Asked(fingerprint, names, others, rows, here))
+        return self._differences(self.asked[-1], here)
 
     def number_differences(self, shard: str) -> list[str]:
-        """Return the same for all that was asked, of the numbers in one file that has come."""
-        return [line for each in self.asked for line in self._differences(each, {shard})]
+        """Return the same for all that was asked, of the numbers in one file that came since."""
+        waiting = [asked for asked in self.asked if shard not in asked.compared]
+        return [line for asked in waiting for line in self._differences(asked, {shard})]
 
-    def _differences(self, asked: "Asked", shards: Collection[str]) -> list[str]:
-        fingerprint, names, others, rows = asked
-        return base_differences(fingerprint, _Stored(self, shards), names, others, rows)
+    def _differences(self, asked: "_Asked", shards: Collection[str]) -> list[str]:
+        base = _Stored(self, shards)
+        return base_differences(asked.fingerprint, base, asked.names, asked.others, asked.rows)
 
     def read(self, name: str) -> torch.Tensor | None:
         """Return all of a tensor of the model; None if the checkpoint does not have all of it."""
@@ -128,8 +140,9 @@ class CheckpointBase(LoadedBase):
         for box in traced.boxes:
             where = self.checkpoint.where[box.source]
             with self.checkpoint.opened(where) as file:
-                ((_, tensor),) = file.read([box.source])
-            part = tensor
+                shape = self.checkpoint.shape(box.source)
+                flat = self.checkpoint.numbers(file, box.source, 0, math.prod(shape))
+            tensor = part = flat.view(shape)
             for axis, (begin, size) in enumerate(_sides(box, tensor)):
                 part = part.narrow(axis, begin, size)
             order = [axis for axis in box.axes if axis is not None]
@@ -160,9 +173,25 @@ class CheckpointBase(LoadedBase):
         values = torch.empty(len(at))
         for source, found in places_of.items():
             with self.checkpoint.opened(self.checkpoint.where[source]) as file:
-                picked = file.pick(source, [flat for _, flat in found])
+                if source in self.checkpoint.packed:
+                    each = (self.checkpoint.numbers(file, source, f, f + 1) for _, f in found)
+                    picked = torch.cat(list(each)).float()
+                else:
+                    picked = file.pick(source, [flat for _, flat in found])
             values[[i for i, _ in found]] = picked
         return values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A comparison with a fingerprint."""
+
+    fingerprint: dict[str, Any]
+    names: Renaming
+    others: Collection[str]
+    rows: Rows
+    compared: Collection[str]
+    """The files that were here then."""
 
 
 class _Stored(BaseTensors):
@@ -201,3 +230,13 @@ def _unravelled(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         position, rest = divmod(position, size)
         index.append(rest)
     return tuple(reversed(index))
+
+
+def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a parameter or buffer by its full name."""
+    path, _, role = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = module._parameters.get(role)
+    found = module._buffers[role] if parameter is None else parameter
+    assert found is not None
+    return found

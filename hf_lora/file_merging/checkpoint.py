@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hf_lora.errors import AdapterFileError, BaseLoadError, listing
+from hf_lora.errors import AdapterFileError, BaseLoadError, HfLoRAError, listing
+from hf_lora.file_merging.packed import Packed, packed_in
 from hf_lora.files.other_kind import adapter_in
 from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
@@ -46,12 +47,30 @@ class Checkpoint:
             BaseLoadError: It is none, or is damaged; everything that is wrong is named.
         """
         self.directory = directory
-        with _as_base_error(directory):
+        with as_base_error(directory):
             self.config = read_json(directory / CONFIG)
             self.index, names = self._names()
-            self.tables = {name: self._table(name) for name in names}
+            self.stored = {name: self._table(name) for name in names}
+            self.packed: dict[str, Packed] = {}
+            """Name of each tensor that is held packed, to what says how."""
+
+            self.tables = {name: self._unpacked(name, self.stored[name]) for name in names}
         self.where = {tensor: name for name, t in self.tables.items() for tensor in t.shapes}
         self._check()
+
+    def numbers(self, file: TensorFile, tensor: str, begin: int, end: int) -> torch.Tensor:
+        """Return the numbers of a tensor from one place to another, flattened.
+
+        Args:
+            file: The file that it is in, opened.
+            tensor: Its name.
+            begin: Where they begin.
+            end: Where they end.
+        """
+        packed = self.packed.get(tensor)
+        if packed is None:
+            return file.part(tensor, begin, end)
+        return packed.numbers(file, begin, end)
 
     @property
     def name(self) -> str:
@@ -83,8 +102,9 @@ class Checkpoint:
         Raises:
             BaseLoadError: It is damaged, or is not there any more.
         """
-        with _as_base_error(self.directory):
-            yield self._file(shard)
+        with as_base_error(self.name):
+            file = self._file(shard)
+        yield file
 
     def identity(self) -> dict[str, Any]:
         """Return what tells it from another, or from itself after a change."""
@@ -93,6 +113,19 @@ class Checkpoint:
             status = os.stat(self.directory / shard)
             found[shard] = [status.st_size, status.st_mtime_ns]
         return {"folder": str(self.directory.resolve()), "shards": found}
+
+    def _unpacked(self, shard: str, table: Table) -> Table:
+        """Return what a file holds once everything that is packed in it is read as numbers."""
+        if not self.config.get("quantization_config"):
+            return table
+        found = {each.name: each for each in packed_in(self.config, self._file(shard))}
+        self.packed |= found
+        hidden = {name for each in found.values() for name in each.beside}
+        names = [name for name in table.shapes if name not in hidden]
+        return Table(
+            {n: found[n].shape if n in found else table.shapes[n] for n in names},
+            {n: found[n].dtype if n in found else table.dtypes[n] for n in names},
+        )
 
     def _table(self, shard: str) -> Table:
         return Table.of(self._file(shard))
@@ -130,7 +163,7 @@ class Checkpoint:
         problems = [
             f"{tensor} is not in {shard}, where {INDEX} has it"
             for tensor, shard in (mapped or {}).items()
-            if tensor not in self.tables[shard].shapes
+            if tensor not in self.stored[shard].shapes
         ]
         found = adapter_in(self._listing())
         if found:
@@ -139,27 +172,19 @@ class Checkpoint:
             raise BaseLoadError(listing(f"{self.name} is no sound checkpoint", problems))
 
 
-def total_size(tables: Mapping[str, Table]) -> int:
-    """Return how many bytes all tensors have."""
-    return sum(
-        torch.Size(shape).numel() * table.dtypes[name].itemsize
-        for table in tables.values()
-        for name, shape in table.shapes.items()
-    )
-
-
 def as_json(content: Any) -> bytes:
     """Return JSON as transformers writes it, in the order that it has."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextlib.contextmanager
-def _as_base_error(directory: Path) -> Iterator[None]:
+def as_base_error(name: object) -> Iterator[None]:
+    """Turn what is wrong with a file of a checkpoint into a BaseLoadError that names it."""
     try:
         yield
     except AdapterFileError as error:
-        raise BaseLoadError(f"The base {directory} cannot be read: {error}") from error
+        raise BaseLoadError(f"The base {name} cannot be read: {error}") from error
     except OSError as error:
-        if isinstance(error, BaseLoadError):
+        if isinstance(error, HfLoRAError):
             raise
-        raise BaseLoadError(f"The base {directory} cannot be read: {error}") from error
+        raise BaseLoadError(f"The base {name} cannot be read: {error}") from error

@@ -41,12 +41,13 @@ class Sums:
     changed: dict[str, float] = dataclasses.field(default_factory=dict)
     """The change of the numbers of which that was measured."""
 
-    def add(self, base: torch.Tensor, total: torch.Tensor) -> None:
+    def add(self, base: torch.Tensor, total: torch.Tensor, *, four_bits: bool) -> None:
         """Measure some rows.
 
         Args:
             base: What they were.
             total: What they are, in a wide type, before they are rounded.
+            four_bits: Whether to measure what 4 bits would keep, too, which takes longer.
         """
         change = total - base
         found = _square(change)
@@ -55,7 +56,7 @@ class Sums:
         self.change += found
         for name, dtype in DTYPES.items():
             self._note(name, _square(total - total.to(dtype).to(total.dtype)), found)
-        if self.changed.get(NF4) is None:
+        if four_bits:
             some = total.reshape(-1)[:_MOST_IN_4_BITS]
             if len(some) >= _BLOCK:
                 some = some[: len(some) // _BLOCK * _BLOCK]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_lora.adapter_io.base_loading import is_gone
 from hf_lora.adapter_io.match import match_folder
 from hf_lora.errors import (
     BaseMismatchError,
@@ -26,17 +27,18 @@ from hf_lora.file_merging.checkpoint import (
     Checkpoint,
     as_json,
 )
+from hf_lora.file_merging.hub_checkpoint import HubCheckpoint
 from hf_lora.file_merging.measure import DTYPES, Sums, dtype_name, in_all
 from hf_lora.file_merging.output import NOTE, Unfinished, building, check_free
 from hf_lora.file_merging.plan import Entry, Plan, make_plan
 from hf_lora.file_merging.report import MergedTensor, MergeReport, Verified
-from hf_lora.file_merging.shard import MergedRows, write_shard
+from hf_lora.file_merging.shard import MergedRows, is_copied, write_shard
 from hf_lora.file_merging.side_files import carried, carry, merged_config, merged_index
 from hf_lora.file_merging.updates import Adapter, Updates
 from hf_lora.file_merging.verify import verify_shard
 from hf_lora.file_merging.workers import Flushing, Workers
 from hf_lora.files.opened import blocks, opened
-from hf_lora.files.read import read_folder
+from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.hub.download import locate
 from hf_lora.version import __version__
 
@@ -54,6 +56,7 @@ def merge_checkpoint(
     dry_run: bool = False,
     check_base: bool = True,
     revision: str | None = None,
+    keep_downloads: bool = True,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> MergeReport:
@@ -81,6 +84,9 @@ def merge_checkpoint(
         check_base: Whether to compare the base's weights with those that the adapter was trained
             on.
         revision: Branch, tag or commit of the base on the Hub.
+        keep_downloads: Whether files of a base on the Hub stay in the cache. They are fetched one
+            by one; if not kept, each is deleted when its part of the output is written, unless it
+            was there before.
         token: For private repos.
         trust_remote_code: Whether to run code that came with the base, if it has its own classes.
 
@@ -102,7 +108,7 @@ def merge_checkpoint(
     weights = _weights(adapter)
     folders = {source: read_folder(locate(source, token=token)) for source in weights}
     first = next(iter(folders.values()))
-    checkpoint = Checkpoint(_base_folder(base, first.base, first.directory))
+    checkpoint = _checkpoint(base, first, revision=revision, token=token, keep=keep_downloads)
     models = [
         model_without_data(checkpoint, folder, trust_remote_code=trust_remote_code)
         for folder in folders.values()
@@ -184,6 +190,7 @@ class _Merge:
             untied=self.plan.untied,
             dtype=self.dtype,
             fresh=fresh,
+            dequantized=bool(self.checkpoint.packed),
         )
         unfinished.write(CONFIG, as_json(config))
 
@@ -206,19 +213,15 @@ class _Merge:
         """Return what was done."""
         touched = self.plan.touched
         total = in_all(sums[entry.name] for entry in touched)
-        changed = {id(entry) for entry in touched}
         bytes_of = {True: 0, False: 0}
-        for shard, entries in self.plan.shards.items():
-            types = self.checkpoint.tables[shard].dtypes
-            for entry in entries:
-                same = entry.source == entry.name and types[entry.name] == entry.dtype
-                bytes_of[same and id(entry) not in changed] += _bytes(entry)
+        for entry in self._entries():
+            bytes_of[is_copied(entry, self.checkpoint)] += _bytes(entry)
         adapters = self.updates.adapters
         return MergeReport(
             directory=None if output is None else str(output),
             base=self.checkpoint.name,
             commit=self.checkpoint.commit,
-            weights="original",
+            weights="dequantized" if self.checkpoint.packed else "original",
             adapters={adapter.name: adapter.weight for adapter in adapters},
             dtype=_most(touched),
             tensors=tuple(_record(entry, sums[entry.name]) for entry in touched),
@@ -226,19 +229,34 @@ class _Merge:
             written=bytes_of[False],
             added=self.plan.added,
             untied=tuple(sorted(self.plan.untied)),
-            told=tuple(line for adapter in adapters for line in _notes(adapter)),
+            told=(*self._notes(), *(line for each in adapters for line in each.match.told)),
             lost=total.rounded_away(),
             ratio=total.ratio(),
             verified=verified,
         )
+
+    def _notes(self) -> Iterable[str]:
+        """Yield into which weights was merged where there is a choice."""
+        if self.checkpoint.packed:
+            yield (
+                f"{self.checkpoint.name} is quantized; the output has the numbers that its "
+                f"{len(self.checkpoint.packed)} packed weights stand for, and is not quantized"
+            )
+            return
+        for adapter in self.updates.adapters:
+            fingerprint = (adapter.match.folder.header or {}).get("fingerprint")
+            if isinstance(fingerprint, dict) and fingerprint.get("quantized") is True:
+                yield (
+                    f"{adapter.name} was trained on quantized weights, and was merged into those "
+                    "that they were made of, which are not quite the same; with the quantized "
+                    "checkpoint as base it is merged into what its weights stand for"
+                )
 
     def _entries(self) -> Iterable[Entry]:
         return (entry for entries in self.plan.shards.values() for entry in entries)
 
     def _check_numbers(self, shard: str) -> None:
         """Compare what has come only now with what the adapters were trained on."""
-        if shard in self.checkpoint.at_hand:
-            return
         found = self.updates.base.number_differences(shard)
         if found:
             raise BaseMismatchError(
@@ -249,17 +267,6 @@ class _Merge:
                     "wanted.",
                 )
             )
-
-
-def _notes(adapter: Adapter) -> Iterable[str]:
-    """Yield what there is to say of an adapter."""
-    yield from adapter.match.told
-    fingerprint = (adapter.match.folder.header or {}).get("fingerprint")
-    if isinstance(fingerprint, dict) and fingerprint.get("quantized") is True:
-        yield (
-            f"{adapter.name} was trained on a quantized base; it was merged into the weights "
-            "that were quantized for it, which are not quite those that it knew"
-        )
 
 
 def _record(entry: Entry, sums: Sums) -> MergedTensor:
@@ -334,11 +341,25 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _base_folder(base: Source | None, named: str | None, adapter: Path) -> Path:
-    found = named if base is None else base
+def _checkpoint(
+    base: Source | None,
+    adapter: AdapterFolder,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    keep: bool,
+) -> Checkpoint:
+    """Return the base: a folder that exists, else a repo on the Hub."""
+    found = adapter.base if base is None else base
     if found is None:
-        raise ConfigError(f"{adapter} names no base model; name it: merge_checkpoint(base, ...)")
-    return Path(found)
+        raise ConfigError(
+            f"{adapter.directory} names no base model; name it: merge_checkpoint(base, ...)"
+        )
+    if isinstance(found, os.PathLike) or os.path.exists(found) or is_gone(found):
+        return Checkpoint(Path(found))
+    if revision is None and found == adapter.base:
+        revision = adapter.revision
+    return HubCheckpoint(found, revision=revision, token=token, keep=keep)
 
 
 def _identity(

@@ -43,20 +43,23 @@ class Piece:
         return last - first
 
 
-def as_rows(shape: Sizes, seen: Stack | None = None) -> tuple[int, int]:
+def as_rows(
+    stored: Sizes, shape: Sizes | None = None, seen: Stack | None = None
+) -> tuple[int, int]:
     """Return how many rows and columns a stored tensor is seen as.
 
     Args:
-        shape: Its own.
-        seen: As which stack the model's tensor is seen that it is, or is a part of.
+        stored: Its own shape.
+        shape: That of the model's tensor which it is, or is a part of.
+        seen: As which stack of matrices that one is seen.
     """
-    if seen is not None and is_kernel(shape, seen):
+    if shape is not None and seen is not None and is_kernel(shape, seen):
         return seen[1], seen[2]
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    if len(shape) > 3:
-        return shape[0], math.prod(shape[1:])
-    return math.prod(shape[:-1]), shape[-1]
+    if len(stored) < 2:
+        return 1, math.prod(stored)
+    if len(stored) > 3:
+        return stored[0], math.prod(stored[1:])
+    return math.prod(stored[:-1]), stored[-1]
 
 
 def is_kernel(shape: Sizes, seen: Stack) -> bool:

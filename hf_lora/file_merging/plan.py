@@ -9,7 +9,7 @@ import torch
 
 from hf_lora.compat.checkpoint_names import converted
 from hf_lora.errors import TargetError, listing
-from hf_lora.file_merging.base import CheckpointBase
+from hf_lora.file_merging.base import CheckpointBase, tensor_of
 from hf_lora.file_merging.boxes import Traced
 from hf_lora.file_merging.checkpoint import SINGLE
 from hf_lora.file_merging.pieces import (
@@ -20,7 +20,7 @@ from hf_lora.file_merging.pieces import (
     as_stack,
     pieces,
 )
-from hf_lora.file_merging.updates import Update, Updates, shared_names, tensor_of
+from hf_lora.file_merging.updates import Update, Updates, shared_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +133,15 @@ class _Planning:
                 if name not in stored:
                     self._add(name, stored, named[name])
 
+    def _can_add(self, source: str) -> bool:
+        dtype = self.checkpoint.dtype(source)
+        return dtype.is_floating_point and dtype.itemsize > 1
+
     def _clash(self, name: str, updates: tuple[Update, ...]) -> str | None:
         """Return why adapters cannot be mixed here, or None."""
         if any(update.rows is not None for update in updates):
             return self._clash_of_rows(name, updates)
-        copies = tuple(update for update in updates if not update.adds)
+        copies = tuple(update for update in updates if update.shares)
         if len(copies) < 2 or math.isclose(self._share(copies), 1.0, abs_tol=1e-6):
             return None
         who = ", ".join(self.updates.adapters[update.adapter].name for update in copies)
@@ -167,10 +171,11 @@ class _Planning:
             return
         for box in traced.boxes:
             stored = self.checkpoint.shape(box.source)
-            if not self.checkpoint.dtype(box.source).is_floating_point and any(
-                update.adds for update in updates
-            ):
-                self.problems.append(f"{name}: {box.source} is kept in whole numbers, or packed")
+            if not self._can_add(box.source) and any(update.adds for update in updates):
+                self.problems.append(
+                    f"{name}: {box.source} is packed, or in whole numbers; name the checkpoint "
+                    "that it was quantized from"
+                )
                 continue
             seen = self.updates.seen(name)
             try:
@@ -179,7 +184,7 @@ class _Planning:
                     self.parts.setdefault(box.source, []).extend(parts)
             except NoRectangleError as error:
                 self.problems.append(f"{name}: {error}")
-            self.views[box.source] = as_rows(stored, seen)
+            self.views[box.source] = as_rows(stored, shape, seen)
 
     def _note_other_shape(
         self, name: str, shape: tuple[int, ...], updates: tuple[Update, ...]
@@ -256,7 +261,7 @@ class _Planning:
         boxes = Traced.of(name, shape).boxes
         found = (p for box in boxes for p in pieces(box, shape, shape, seen))
         parts = tuple(part for p in found for part in _parts(p, updates, seen)) if updates else ()
-        return Entry(name, self._type(dtype), shape, source, as_rows(shape, seen), parts)
+        return Entry(name, self._type(dtype), shape, source, as_rows(shape, shape, seen), parts)
 
     def _type(self, dtype: torch.dtype) -> torch.dtype:
         wide = dtype.is_floating_point and dtype.itemsize > 1

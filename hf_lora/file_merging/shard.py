@@ -1,6 +1,7 @@
 """Writing one file of a merged checkpoint: what is untouched by the kernel, the rest in rows."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hf_lora.file_merging.blend import Blend
+from hf_lora.file_merging.checkpoint import Checkpoint, Table
 from hf_lora.file_merging.measure import Sums, in_all
 from hf_lora.file_merging.plan import Entry
 from hf_lora.file_merging.updates import Updates
@@ -35,13 +37,10 @@ class Layout:
         """Return that of a merged file, which begins as its source does if nothing is other."""
         metadata = {"format": "pt"} | source.metadata
         beginning, places = lay_out(((e.name, e.dtype, e.shape) for e in entries), metadata)
-        same = len(entries) == len(source.shapes) and all(
-            (e.name == e.source, e.dtype, e.shape) == (True, source.dtypes[e.name], e.shape)
-            and e.shape == source.shapes[e.name]
-            for e in entries
-            if e.name in source.shapes
+        same = [e.name for e in entries] == list(Table.of(source).shapes) and all(
+            (e.dtype, e.shape) == (source.dtypes[e.name], source.shapes[e.name]) for e in entries
         )
-        if same and all(e.name in source.shapes for e in entries):
+        if same:
             beginning = source.beginning()
             places = [source.span(e.name)[0] for e in entries]
             places.append(source.span(entries[-1].name)[1] if entries else len(beginning))
@@ -63,7 +62,7 @@ def write_shard(
     Returns:
         What was measured of each tensor that was changed.
     """
-    layout = Layout.of(entries, source)
+    layout, checkpoint = Layout.of(entries, source), updates.base.checkpoint
     found = {}
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     with source.open() as file, open(os.open(path, flags, 0o666), "wb", buffering=0) as out:
@@ -71,7 +70,7 @@ def write_shard(
         os.truncate(out.fileno(), layout.places[-1])
         kept: list[tuple[int, int, int]] = []
         for entry, at in zip(entries, layout.places, strict=False):
-            if is_copied(entry, source):
+            if is_copied(entry, checkpoint):
                 start, end = source.span(entry.name)
                 kept.append((start, at, end - start))
                 continue
@@ -86,10 +85,13 @@ def write_shard(
     return found
 
 
-def is_copied(entry: Entry, source: TensorFile) -> bool:
+def is_copied(entry: Entry, checkpoint: Checkpoint) -> bool:
     """Say whether a tensor's bytes are those that the base has."""
     return (
-        not entry.parts and entry.source == entry.name and entry.dtype == source.dtypes[entry.name]
+        not entry.parts
+        and entry.source == entry.name
+        and entry.name not in checkpoint.packed
+        and entry.dtype == checkpoint.dtype(entry.name)
     )
 
 
@@ -107,15 +109,16 @@ class MergedRows:
         """
         self._entry = entry
         self._handle = handle
+        self._file = source
+        self._checkpoint = checkpoint = updates.base.checkpoint
         rows, columns = entry.view
         step = max(1, NUMBERS // max(columns, 1))
         self.groups = range(0, rows, step)
-        self._held = entry.dtype if entry.source is None else source.dtypes[entry.source]
+        self._held = entry.dtype if entry.source is None else checkpoint.dtype(entry.source)
         self._wide = wide_type(self._held, entry.dtype)
         self._blend = Blend(entry, updates, self._wide)
-        numbers = 0 if entry.source is None else torch.Size(source.shapes[entry.source]).numel()
-        self._there = numbers // max(columns, 1)
-        self._start = 0 if entry.source is None else source.span(entry.source)[0]
+        shape = (0,) if entry.source is None else checkpoint.shape(entry.source)
+        self._there = math.prod(shape) // max(columns, 1)
 
     def write(self, first: int, handle: int, at: int) -> Sums:
         """Compute a group and write it.
@@ -146,20 +149,32 @@ class MergedRows:
         base = memory("base", count * columns, self._held).view(count, columns)
         got = max(0, min(count, self._there - first))
         if got:
-            offset = first * columns * self._held.itemsize
-            read_all(self._handle, as_bytes(base[:got]), self._start + offset)
-        base[got:].zero_()
+            self._read(first * columns, base[:got].view(-1))
+        if got < count:
+            base[got:].zero_()
         merged = memory("wide", count * columns, self._wide).view(count, columns)
         merged.copy_(base)
         self._blend.put_in(merged, first)
         return base, merged
+
+    def _read(self, begin: int, target: torch.Tensor) -> None:
+        """Fill memory with the base's numbers from one place on."""
+        name = self._entry.source
+        assert name is not None
+        if name in self._checkpoint.packed:
+            end = begin + len(target)
+            target.copy_(self._checkpoint.numbers(self._file, name, begin, end))
+        else:
+            start = self._file.span(name)[0] + begin * target.itemsize
+            read_all(self._handle, as_bytes(target), start)
 
     def _measured(self, first: int, base: torch.Tensor, merged: torch.Tensor) -> Sums:
         sums = Sums()
         one = first // self.groups.step % _MEASURED_GROUPS == 0
         if one and self._entry.parts and self._wide.is_floating_point:
             step = _MEASURED_ROWS if len(base) > _MEASURED_ROWS else 1
-            sums.add(base[::step].contiguous(), merged[::step].contiguous())
+            rows = base[::step].contiguous(), merged[::step].contiguous()
+            sums.add(*rows, four_bits=first == 0)
         return sums
 
 

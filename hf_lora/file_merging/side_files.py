@@ -16,10 +16,9 @@ from hf_lora.layers.kind import parameter_of
 
 _TIE = "tie_word_embeddings"
 _DTYPES = ("dtype", "torch_dtype")
-_NOT_CARRIED = (
-    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors"),
-    ".index.json",
-)
+WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")
+"""How the names of files with a model's weights end."""
+
 _FOLDERS = ("additional_chat_templates",)
 _LISTED = "modules.json"
 """What names further folders that belong to a model, of sentence-transformers."""
@@ -38,6 +37,7 @@ def merged_config(
     untied: Iterable[str],
     dtype: torch.dtype | None,
     fresh: bool,
+    dequantized: bool,
 ) -> dict[str, Any]:
     """Return the configuration of the merged checkpoint: the base's, with what is other.
 
@@ -49,8 +49,11 @@ def merged_config(
         untied: Names of tensors that are not one with others any more.
         dtype: The type that all numbers get, if they get one.
         fresh: Whether the checkpoint has a part that the base's does not have, such as a head.
+        dequantized: Whether what the base has packed is not packed any more.
     """
     found = copy.deepcopy(dict(content))
+    if dequantized:
+        found.pop("quantization_config", None)
     before = model.config.to_dict()
     sections = list(_sections(found, model.config))
     if dtype is not None:
@@ -123,7 +126,7 @@ def _belongs(path: Path) -> bool:
     return (
         path.is_file()
         and not name.startswith(".")
-        and not name.endswith(_NOT_CARRIED)
+        and not name.endswith((*WEIGHTS, ".index.json"))
         and name not in ("config.json", "README.md", CONFIG_FILE, WEIGHTS_FILE)
     )
 

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from hf_lora.adapter_io.match import Match
-from hf_lora.file_merging.base import CheckpointBase
+from hf_lora.file_merging.base import CheckpointBase, tensor_of
 from hf_lora.file_merging.pieces import Piece, Stack, as_stack
 from hf_lora.functional.low_rank import Product
 from hf_lora.kinds.table import layer_class
-from hf_lora.layers.names import LORA_BIAS
 from hf_lora.layers.roles import OWN_BIAS
 from hf_lora.layers.token_rows import ROWS
-from hf_lora.layers.trained import tensor_names
+from hf_lora.layers.trained import stored, tensor_names
 
 Rows = Callable[[int, int], torch.Tensor]
 """Returns the rows from one to another of a rectangle."""
@@ -55,6 +54,9 @@ class Update:
     rows: tuple[int, ...] | None = None
     """Those of the tensor's rows that the copy has, in its order; None if it has all."""
 
+    shares: bool = False
+    """Whether it is a module trained in full, of which several adapters can only make a mean."""
+
 
 class Updates:
     """All that a number of adapters do to a model."""
@@ -65,6 +67,9 @@ class Updates:
         self.problems: list[str] = []
         self._of: dict[str, list[Update]] = {}
         self._seen: dict[str, Stack] = {}
+        self._keys: dict[tuple[int, str], dict[str, str]] = {}
+        """Number of an adapter and path of a module, to role to key in the file."""
+
         for number, adapter in enumerate(adapters):
             self._note(number, adapter.match)
         self._product = functools.lru_cache(_KEPT)(self._read_products)
@@ -101,7 +106,10 @@ class Updates:
                 last = first + 1
             begin, end = ((piece.matrix * height + row) * width for row in (first, last))
             if update.values is None:
-                flat = self.base.grown[update.path, update.part].reshape(-1)[begin:end]
+                _, grown = self.base.grown[
+                    id(tensor_of(self.base.model, _full(update.path, update.part)))
+                ]
+                flat = grown.reshape(-1)[begin:end]
             else:
                 file = self.adapters[update.adapter].match.folder.file
                 flat = file.part(update.values, begin, end)
@@ -114,6 +122,8 @@ class Updates:
     def _note(self, number: int, match: Match) -> None:
         modules = dict(self.base.model.named_modules())
         used = set()
+        for (path, role), key in match.keys.items():
+            self._keys.setdefault((number, path), {})[role] = key
         for path, config in match.slots.items():
             kind, module = layer_class(modules[path]), modules[path]
             fault = kind.lora_product_fault(module)
@@ -121,12 +131,13 @@ class Updates:
                 self.problems.append(f"{path}: {fault}")
                 continue
             shapes = match.folder.file.shapes
-            keys = {role: key for (at, role), key in match.keys.items() if at == path}
-            blank = {r: torch.empty(shapes[key], device="meta") for r, key in keys.items()}
-            if LORA_BIAS in keys:
-                self.problems.append(f"{path}: B has a bias, which is merged in memory only")
+            keys = self._keys[number, path]
+            # of one number each: the meta device takes a hundred times as long
+            blank = {r: torch.zeros(1).expand(shapes[key]) for r, key in keys.items()}
             used |= {(path, role) for role in keys if role != OWN_BIAS}
             for part, product in kind.lora_products(module, config, blank).items():
+                if part not in tensor_names(module):
+                    self.problems.append(f"{path} has no {part} that could take its update")
                 one, two, three = *product.left.shape[:2], product.right.shape[2]
                 self._add(_full(path, part), Update(number, path, part, True))
                 self._seen[_full(path, part)] = (one, two, three)
@@ -140,9 +151,10 @@ class Updates:
                     used.add(first)
                     if role in module._buffers and self.adapters[number].weight != 1.0:
                         self.problems.append(f"{name}: what counts cannot be weighed")
-                    self._add(name, Update(number, *first, False, key))
-                elif (path, role) in self.base.grown and name not in self._of:
-                    self._add(name, Update(number, path, role, False))
+                    mean = first[0] not in match.slots
+                    self._add(name, Update(number, *first, False, key, shares=mean))
+                elif (own := id(stored(module, role))) in self.base.grown and name not in self._of:
+                    self._add(name, Update(number, *self.base.grown[own][0], False))
         for path, rows in match.rows.items():
             owner = path if rows.of is None else rows.of
             key = match.keys[owner, ROWS]
@@ -160,24 +172,14 @@ class Updates:
     def _read_products(self, number: int, path: str) -> dict[str, Product]:
         adapter = self.adapters[number]
         match, module = adapter.match, self.base.model.get_submodule(path)
-        keys = {key: role for (at, role), key in match.keys.items() if at == path}
-        tensors = {keys[key]: tensor for key, tensor in match.folder.file.read(list(keys))}
+        roles = {key: role for role, key in self._keys[number, path].items()}
+        tensors = {roles[key]: tensor for key, tensor in match.folder.file.read(list(roles))}
         made = layer_class(module).lora_products(module, match.slots[path], tensors)
         return {part: Product(p.left * adapter.weight, p.right) for part, p in made.items()}
 
 
 def _full(path: str, role: str) -> str:
     return f"{path}.{role}" if path else role
-
-
-def tensor_of(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or buffer by its full name."""
-    path, _, role = name.rpartition(".")
-    module = model.get_submodule(path)
-    parameter = module._parameters.get(role)
-    found = module._buffers[role] if parameter is None else parameter
-    assert found is not None
-    return found
 
 
 def shared_names(model: nn.Module, names: Mapping[str, object]) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """Reading a merged file again and comparing a sample of it with float64."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from hf_lora.errors import SaveError, listing
 from hf_lora.file_merging.blend import Blend
+from hf_lora.file_merging.checkpoint import Checkpoint
 from hf_lora.file_merging.plan import Entry
 from hf_lora.file_merging.report import Verified
 from hf_lora.file_merging.shard import is_copied
@@ -47,13 +49,14 @@ def verify_shard(
 
 
 def _verify(file: TensorFile, entry: Entry, source: TensorFile, updates: Updates) -> Verified:
-    copied = is_copied(entry, source)
+    checkpoint = updates.base.checkpoint
+    copied = is_copied(entry, checkpoint)
     blend = None if copied else Blend(entry, updates, torch.float64)
     found = Verified(0, 0, 0)
     for first, count in _sample(*entry.view):
         columns = entry.view[1]
         got = file.part(entry.name, first * columns, (first + count) * columns)
-        base = _base_rows(entry, source, first, count)
+        base = _base_rows(entry, source, checkpoint, first, count)
         if blend is None or not entry.dtype.is_floating_point:
             same = got.numel() if _same_bytes(got, base if blend is None else got) else 0
             found = found.joined(Verified(got.numel(), same, 0 if same else 99))
@@ -90,15 +93,17 @@ def _sample(rows: int, columns: int) -> Iterator[tuple[int, int]]:
         yield i * (rows - count) // (_GROUPS - 1), count
 
 
-def _base_rows(entry: Entry, source: TensorFile, first: int, count: int) -> torch.Tensor:
+def _base_rows(
+    entry: Entry, source: TensorFile, checkpoint: Checkpoint, first: int, count: int
+) -> torch.Tensor:
     """Return what the base has of some rows; zeros of those that it does not have."""
     columns = entry.view[1]
     if entry.source is None:
         return torch.zeros(count * columns, dtype=entry.dtype)
-    whole = torch.Size(source.shapes[entry.source]).numel()
+    whole = math.prod(checkpoint.shape(entry.source))
     begin, end = min(first * columns, whole), min((first + count) * columns, whole)
-    rows = torch.zeros(count * columns, dtype=source.dtypes[entry.source])
-    rows[: end - begin] = source.part(entry.source, begin, end)
+    rows = torch.zeros(count * columns, dtype=checkpoint.dtype(entry.source))
+    rows[: end - begin] = checkpoint.numbers(source, entry.source, begin, end)
     return rows
 
 

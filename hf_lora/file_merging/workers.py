@@ -80,11 +80,11 @@ class Flushing:
 
 def memory(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
     """Return a flat tensor that this thread uses again and again: new ones would cost more."""
-    key = f"{name} {dtype}"
-    held = vars(_own).get(key)
-    if held is None or len(held) < count:
-        held = vars(_own)[key] = torch.empty(count, dtype=dtype)
-    return held[:count]
+    store: dict[tuple[str, torch.dtype], torch.Tensor] = vars(_own).setdefault("tensors", {})
+    held = store.get((name, dtype))
+    if held is None or held.numel() < count:
+        held = store[name, dtype] = torch.empty(count, dtype=dtype)
+    return held if held.numel() == count else held[:count]
 
 
 def _flush(path: Path) -> None:

@@ -101,6 +101,19 @@ def serialize(
     return write
 
 
+def dtype_called(name: str, source: str) -> torch.dtype:
+    """Return the type that a header calls so.
+
+    Raises:
+        AdapterFileError: There is none; the message begins with ``source``.
+    """
+    if name not in _TYPES:
+        raise AdapterFileError(
+            f"{source} has the type {show(name)}, not one of {', '.join(_TYPES)}"
+        )
+    return _TYPES[name]
+
+
 def lay_out(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[int]]:

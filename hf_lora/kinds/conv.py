@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hf_lora.functional.low_rank import Product, product, update_norm
-from hf_lora.layers.biases import Biased, on_b_fault
+from hf_lora.layers.biases import Biased, bias_products, on_b_fault
 from hf_lora.layers.hosts import has_float_weight, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Patched
@@ -133,7 +133,7 @@ class LoRAConv(Biased):
     ) -> dict[str, Product]:
         """Return the update of the weight, seen as (O, I·K)."""
         a, b = (tensors[role].flatten(1) for role in (LORA_A, LORA_B))
-        return {"weight": product(a, b, config.scaling)}
+        return {"weight": product(a, b, config.scaling)} | bias_products(config, tensors)
 
     def lora_delta(self, name: str) -> torch.Tensor:
         """Return an adapter's update of the weight, float32; only without groups there is one."""

@@ -9,7 +9,7 @@ from torch import nn
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.fused import Update
 from hf_lora.functional.low_rank import Product, delta_weight, product, update_norm
-from hf_lora.layers.biases import Biased, on_b_fault
+from hf_lora.layers.biases import Biased, bias_products, on_b_fault
 from hf_lora.layers.dispatch import computed, how_computed
 from hf_lora.layers.hosts import features, rank_fault, why_not
 from hf_lora.layers.layer_config import LayerConfig
@@ -158,7 +158,8 @@ class LoRALayer(Biased):
     ) -> dict[str, Product]:
         """Return the update of the weight, in its own layout."""
         a, b = tensors[LORA_A], tensors[LORA_B]
-        return {"weight": product(a, b, config.scaling, turned=cls.fan_in_fan_out)}
+        weight = product(a, b, config.scaling, turned=cls.fan_in_fan_out)
+        return {"weight": weight} | bias_products(config, tensors)
 
     def lora_pair(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A (r, in) and B (out, r) of an adapter."""

@@ -15,6 +15,7 @@ from torch import nn
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import full_tensor
 from hf_lora.compat.transformers import mark_filled
+from hf_lora.functional.low_rank import Product
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.kind import parameter_of
@@ -47,6 +48,16 @@ def bias_kinds(config: LayerConfig) -> list[str]:
     """Return the kinds of names that an adapter of these numbers has biases under."""
     kinds = {LORA_BIAS: config.lora_bias, copy_kind(OWN_BIAS): config.bias}
     return [kind for kind, has in kinds.items() if has]
+
+
+def bias_products(config: LayerConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, Product]:
+    """Return what the bias on B adds to the host's own as a product, ``s`` times β, or nothing."""
+    if LORA_BIAS not in tensors:
+        return {}
+    beta_O = tensors[LORA_BIAS]
+    wide = torch.promote_types(beta_O.dtype, torch.float32)
+    s = torch.full((1, 1, 1), config.scaling, dtype=wide)
+    return {OWN_BIAS: Product(s, beta_O.to(wide)[None, None])}
 
 
 def on_b_fault(shapes: Shapes) -> str | None:

@@ -75,6 +75,55 @@ def whisper() -> Any:
     return hf.WhisperForConditionalGeneration(config)
 
 
+def llava() -> Any:
+    torch.manual_seed(11)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    text = llama().config
+    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
+
+
+def dinov2() -> Any:
+    torch.manual_seed(11)
+    config = hf.Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        use_swiglu_ffn=True,
+    )
+    return hf.Dinov2ForImageClassification(config)
+
+
+def qwen3_vl_moe() -> Any:
+    torch.manual_seed(11)
+    text = {
+        **expert_models.SIZES,
+        "moe_intermediate_size": 12,
+        "num_experts": 4,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    return hf.Qwen3VLMoeForConditionalGeneration(config)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A base model, and how it is adapted."""
@@ -125,6 +174,13 @@ FAMILIES = {
         names=False,
     ),
     "gpt-oss, stacked": Family(expert_models.gpt_oss, {"targets": EXPERTS, "r": 3}),
+    "llava, renamed": Family(
+        llava, {"targets": ["q_proj", "lm_head", "linear_1"], "r": 4}, shards="20kB"
+    ),
+    "dinov2, of which two layers are one tensor": Family(
+        dinov2, {"targets": ["gate_proj", "up_proj", "q_proj"], "r": 4}
+    ),
+    "qwen 3 vl, stacked": Family(qwen3_vl_moe, {"targets": EXPERTS, "r": 3}),
     "llama 4, swapped": Family(expert_models.llama4, {"targets": EXPERTS, "r": 3}),
 }
 

@@ -64,7 +64,26 @@ def test_they_are_what_they_are_in_memory(base: Path, tmp_path: Path, bias: str,
         assert torch.equal(own[name], parameter) is not changed, name
 
 
-def test_one_on_b_is_refused_by_name(base: Path, tmp_path: Path):
-    hf_lora.save(wrapped(base, lora_bias=True), tmp_path / "adapter")
-    with pytest.raises(hf_lora.TargetError, match=r"self\.query: B has a bias, which is merged in"):
-        hf_lora.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+@pytest.mark.parametrize("fields", [{}, {"bias": "lora_only"}])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_one_on_b_is_put_into_the_layers_own(
+    base: Path, tmp_path: Path, fields: dict[str, Any], weight: float
+):
+    model = wrapped(base, lora_bias=True, **fields)
+    hf_lora.save(model, tmp_path / "adapter")
+    hf_lora.merge_checkpoint(base, {str(tmp_path / "adapter"): weight}, tmp_path / "out")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    hf_lora.activate(model, {"default": weight})
+    torch.testing.assert_close(answers(merged), answers(model), rtol=1e-5, atol=1e-6)
+
+
+def test_those_of_several_adapters_are_added_up(base: Path, tmp_path: Path):
+    model = wrapped(base, bias="lora_only")
+    hf_lora.save(model, tmp_path / "a")
+    hf_lora.save(loud(wrapped(base, bias="lora_only", lora_bias=True), 4), tmp_path / "b")
+    hf_lora.load(model, tmp_path / "b", adapter="b")
+    hf_lora.activate(model, {"default": 0.7, "b": 0.9})
+    factors = {str(tmp_path / "a"): 0.7, str(tmp_path / "b"): 0.9}
+    hf_lora.merge_checkpoint(base, factors, tmp_path / "out")
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(answers(merged), answers(model), rtol=1e-5, atol=1e-6)

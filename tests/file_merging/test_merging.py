@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_lora
 from tests.file_merging.families import FAMILIES, TOKENS, Family, made, tensors_in
@@ -122,6 +122,26 @@ def test_a_backbones_checkpoint_keeps_its_names(tmp_path: Path):
     torch.testing.assert_close(again(TOKENS).logits, model.eval()(TOKENS).logits)
 
 
+def test_stacks_that_are_stored_transposed(tmp_path: Path):
+    base, adapter, model = made(FAMILIES["qwen 3 vl, stacked"], tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    turned = {
+        name: tensor.transpose(1, 2).contiguous() if "mlp.experts" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(turned, base / "model.safetensors", metadata={"format": "pt"})
+    hf_lora.merge_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    hf_lora.merge_and_unwrap(model)
+    again = type(model).from_pretrained(tmp_path / "out")
+    stacks = 0
+    for name, tensor in dict(tensors_in(tmp_path / "out")).items():
+        assert tensor.shape == turned[name].shape
+        stacks += not torch.equal(tensor, turned[name])
+    assert stacks == 4
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_a_tokenizer_and_its_template_come_along(tmp_path: Path):
     base, adapter, _ = made(PLAIN, tmp_path)
     tokenizer = tiny_tokenizer()
@@ -153,6 +173,24 @@ def test_tokens_that_an_adapter_brings_are_added(tmp_path: Path):
     assert again.lm_head.weight is again.model.embed_tokens.weight
     hf_lora.merge_and_unwrap(model)
     torch.testing.assert_close(again(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_peft_has_saved_of_a_grown_base_are_put_in(tied: bool, tmp_path: Path):
+    llama(tied=tied).save_pretrained(tmp_path / "base")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(51, mean_resizing=False)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    scramble(theirs)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    report = hf_lora.merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True
+    )
+    assert not report.untied
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    ids = torch.tensor([[1, 47, 48, 50]])
+    torch.testing.assert_close(again(ids).logits, theirs.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_report_says_how_much_is_lost_and_which_type_keeps_it(tmp_path: Path):
