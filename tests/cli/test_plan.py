@@ -33,7 +33,7 @@ def test_no_weights_are_needed_and_the_plan_is_that_of_the_loaded_model(
     plan = hf_lora.plan(model, targets=["q_proj", "down_proj"], r=3, alpha=6.0, rslora=True)
     assert [target["path"] for target in found["targets"]] == [t.path for t in plan.targets]
     numbers = {"r": 3, "alpha": 6.0, "dropout": 0.0, "rslora": True}
-    assert found["targets"][0]["slot"] == numbers | {"parts": []}
+    assert found["targets"][0]["slot"] == numbers | {"parts": [], "bias": False, "lora_bias": False}
     assert found["targets"][0]["dtype"] == "torch.float32"
     for name in ("parameters", "file_bytes", "adam_bytes", "base_parameters", "base_bytes"):
         assert found[name] == getattr(plan, name), name

@@ -26,8 +26,8 @@ CHAT = [
 
 def adapter_of(base: Path, folder: Path, seed: int = 1) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base)
-    hf_lora.wrap(model, targets=["q_proj", "down_proj"], r=4)
     torch.manual_seed(seed)
+    hf_lora.wrap(model, targets=["q_proj", "down_proj"], r=4)
     scramble(model)
     hf_lora.save(model, folder)
     return folder
@@ -53,7 +53,7 @@ def written(base: Path, adapter: Path | None, prompt: Any, most: int = 8) -> str
     for _ in range(most):
         with torch.no_grad():
             token = model.eval()(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
-        if token.item() == tokenizer.eos_token_id:
+        if token.item() in (tokenizer.eos_token_id, model.generation_config.eos_token_id):
             break
         ids = torch.cat([ids, token], 1)
     start = len(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else None

@@ -241,10 +241,15 @@ class TestMethods:
         assert model.active_adapters() == ["other"]
         assert torch.equal(model.eval()(X).logits, saved(X).logits)
 
-    def test_what_peft_would_do_is_refused(self):
+    def test_pefts_configuration_is_taken_and_another_methods_refused(self):
         model = training.wrapped()
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]), "fr")
+        assert hf_lora.adapters(model)["fr"].targets == ("q_proj",)
+        assert model.active_adapters() == ["fr"]
+        with pytest.raises(hf_lora.ConfigError, match="'IA3'"):
+            model.add_adapter(peft.IA3Config(target_modules=["q"], feedforward_modules=[]), "de")
         with pytest.raises(hf_lora.ConfigError, match="not a LoRAConfig"):
-            model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]), "fr")
+            model.add_adapter({"r": 2}, "de")
 
     @pytest.mark.parametrize(
         "arguments",
