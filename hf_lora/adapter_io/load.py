@@ -31,6 +31,7 @@ from hf_lora.kinds.table import kind_of
 from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.reading import out_projections
 from hf_lora.layers.roles import Place
 from hf_lora.layers.token_rows import ROWS
 from hf_lora.layers.trained import copy_dtype, own_tensors
@@ -356,12 +357,13 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
         return match.folder.config
     paths = [path for path, _ in model.named_modules()]
     stacks = [f"{path}.{part}" for path, slot in match.slots.items() for part in slot.parts]
-    layers = [path for path, slot in match.slots.items() if not slot.parts]
+    outs = out_projections(match.slots, dict(model.named_modules()))
+    layers = [path for path, slot in match.slots.items() if not slot.parts and path not in outs]
     first = next(iter(match.slots.values()), LayerConfig(r=LoRAConfig.r, alpha=LoRAConfig.alpha))
     by_path = {
         path: {"r": slot.r, "alpha": slot.alpha}
         for path, slot in match.slots.items()
-        if (slot.r, slot.alpha) != (first.r, first.alpha)
+        if (slot.r, slot.alpha) != (first.r, first.alpha) and path not in outs
     }
     return LoRAConfig(
         targets=[

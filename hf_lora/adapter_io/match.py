@@ -34,10 +34,11 @@ from hf_lora.files.read import AdapterFolder
 from hf_lora.kinds.lora import LOW_RANK
 from hf_lora.kinds.table import host_fault, kind_of
 from hf_lora.layers.layer_config import LayerConfig
+from hf_lora.layers.reading import out_projections
 from hf_lora.layers.roles import Layout, Place, Ties
 from hf_lora.layers.token_rows import ROWS, TokenRows
 from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
-from hf_lora.layers.uncalled import uncalled
+from hf_lora.layers.uncalled import unheard
 from hf_lora.model.places import adapted_twice
 from hf_lora.planning.heads import beside_backbone, output_head
 from hf_lora.planning.token_rows import row_conflicts
@@ -174,7 +175,7 @@ class _Matching:
                 f"These parts of the model have all its layers: {', '.join(places)}. Load it onto "
                 "the one that it is for: hf_lora.load(model.get_submodule(...), source)"
             )
-        deaf = uncalled(self.modules)
+        deaf = unheard([*map(self.names.module, self.folder.factors)], self.modules)
         for name, factors in self.folder.factors.items():
             path = self.names.module(name)
             fault = deaf.get(path) or factor_fault(self.modules.get(path), factors)
@@ -298,6 +299,8 @@ class _Matching:
         source = str(self.folder.directory / CONFIG_FILE)
         promised = promised_layers(fields, names.keys(), source, self.folder.patience)
         meant = {names[name] for name in promised}
+        outs = out_projections(self.slots, self.modules)
+        meant |= {out for out, attention in outs.items() if attention in meant}
         optional: set[str] = set()
         if says_all_linear(fields):  # PEFT leaves out heads, by rules of its own
             optional = output_head(self.model) | beside_backbone(self.model).keys()

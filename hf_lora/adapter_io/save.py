@@ -38,6 +38,7 @@ from hf_lora.files.patterns import SPECIAL, TailIndex, endings, parents
 from hf_lora.files.write import write_folders
 from hf_lora.kinds.token_rows import KEY
 from hf_lora.layers.names import DEFAULT
+from hf_lora.layers.reading import out_projections
 from hf_lora.layers.token_rows import TokenRows
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.adapter import Adapter
@@ -205,6 +206,7 @@ def collect(
     saved |= {key_of(n, KEY): saved[key_of(rows[n].of or n, KEY)] for n in row_names}
     by_weight = taken_for_experts(model, slots)
     stacked = [path for path, slot in slots.items() if slot.parts]
+    outs = out_projections(slots, modules)  # PEFT adapts them with their attention
     if (by_weight or stacked) and adapter.config.dropout:
         first, *_ = parameters = [*by_weight, *stacked]
         warnings.warn(
@@ -222,7 +224,7 @@ def collect(
         slots=slots,
         trained=tuple(trained),
         tensors=saved,
-        target_names=_target_names(modules, slots.keys() - {*by_weight, *stacked}, whole),
+        target_names=_target_names(modules, slots.keys() - {*by_weight, *stacked, *outs}, whole),
         by_weight=by_weight,
         trained_names=trained_names,
         **purpose,

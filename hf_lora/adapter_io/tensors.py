@@ -7,6 +7,7 @@ import torch
 from hf_lora.errors import SaveError, StateError, listing
 from hf_lora.files.keys import PREFIX, without_wrappers
 from hf_lora.files.safetensors_io import can_hold
+from hf_lora.layers.roles import BESIDE
 from hf_lora.layers.trained import own_tensors
 from hf_lora.model.registry import Registry
 
@@ -24,8 +25,14 @@ def tensors_of(
 
 
 def key_of(path: str, key: str) -> str:
-    """Return PEFT's name of a tensor that is called ``key`` below the path of its module."""
-    dotted = f"{without_wrappers(path)}." if path else ""
+    """Return PEFT's name of a tensor that is called ``key`` below the path of its module.
+
+    A key may say that it is below the path of the module above.
+    """
+    path = without_wrappers(path)
+    if key.startswith(BESIDE):  # what PEFT has inside of the wrapper of the module above
+        path, key = path.rpartition(".")[0], key.removeprefix(BESIDE)
+    dotted = f"{path}." if path else ""
     return f"{PREFIX}{dotted}{key}"
 
 

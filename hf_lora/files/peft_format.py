@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
+from hf_lora.files.attention import without_outs
 from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.data import AdapterData
 from hf_lora.files.patterns import SPECIAL, PatternMap, TailIndex, tails
@@ -61,15 +62,12 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
     What is at its default is left out: PEFT before 0.9 stops at the first field that it does not
     know. The exceptions are in all of its versions, and readers fail without them.
     """
-    r = _most_common((slot.r for slot in content.slots.values()), content.config.r)
-    alpha = _most_common((slot.alpha for slot in content.slots.values()), content.config.alpha)
+    said = without_outs(content.slots)
+    r = _most_common((slot.r for slot in said.values()), content.config.r)
+    alpha = _most_common((slot.alpha for slot in said.values()), content.config.alpha)
     by_weight = set(content.by_weight)
     stacked = [f"{path}.{part}" for path, slot in content.slots.items() for part in slot.parts]
-    slots = {
-        name: slot
-        for path, slot in content.slots.items()
-        for name in _names_at(path, slot, by_weight)
-    }
+    slots = {name: slot for path, slot in said.items() for name in _names_at(path, slot, by_weight)}
     asked_for = {
         "base_model_name_or_path": content.base,
         "bias": content.config.bias,

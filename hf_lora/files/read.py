@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import AdapterFileError, listing
+from hf_lora.files.attention import attention_slots, with_attention
 from hf_lora.files.biases import biased_slots, with_biases
 from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.commit_note import noted_fields
@@ -148,8 +149,10 @@ def read_folder(directory: Path) -> AdapterFolder:
     factors, parts = with_experts(factors, named, str(weights))
     ties_embeddings = read_tying(fields, factors, source)
     patience = Budget(source)
-    ranks = {path: held.rank for path, held in factors.items()}
-    slots = biased_slots(read_slots(fields, ranks, source, patience, parts), factors)
+    factors, outs = with_attention(factors)
+    ranks = {path: held.rank for path, held in factors.items() if path not in outs}
+    slots = read_slots(fields, ranks, source, patience, parts)
+    slots = biased_slots(attention_slots(slots, factors, outs, source), factors)
     trained_names = read_trained_names(fields, source)
     rows, tied_rows = read_rows(fields, keys.rows, file.shapes, source)
     if own is not None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
-from hf_lora.functional.fused import Update
 from hf_lora.functional.low_rank import Product, delta_weight, product, update_norm
 from hf_lora.layers.biases import Biased, bias_products, on_b_fault
 from hf_lora.layers.dispatch import computed, how_computed
@@ -22,7 +21,7 @@ from hf_lora.layers.probe import (
     probe_key,
 )
 from hf_lora.layers.roles import Layout, Shapes
-from hf_lora.layers.tensor_parallel import split_factors, split_of, to_local
+from hf_lora.layers.tensor_parallel import split_factors, split_of
 
 
 def _fault(shapes: Shapes) -> str | None:
@@ -124,7 +123,7 @@ class LoRALayer(Biased):
                 return f"has other sizes now (in, out = {sizes}) than its adapter"
         return None
 
-    def lora_how(self, grouped: Set[nn.Module]) -> str:
+    def lora_how(self, grouped: Set[nn.Module]) -> str | None:
         """Return how the layer computes in training: see ``layers.dispatch``."""
         return how_computed(self, grouped)
 
@@ -169,11 +168,6 @@ class LoRALayer(Biased):
             return getattr(self, key_a), getattr(self, key_b)
         return a_RI, b_OR
 
-    def lora_local(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what this process has of A and B of an adapter."""
-        a_RI, b_OR = self.lora_pair(adapter)
-        return to_local(a_RI), to_local(b_OR)
-
     def lora_delta(self, name: str) -> torch.Tensor:
         """Return adapter ``name``'s update of the weight, float32, in the weight's own layout."""
         delta_OI = delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling)
@@ -187,14 +181,9 @@ class LoRALayer(Biased):
         """Return the host's output alone."""
         return super().forward(*args, **kwargs)
 
-    def lora_updates(self) -> list[Update]:
-        """Return the updates of the active adapters, as things are at this moment."""
-        training = self.training
-        return [
-            Update(*self.lora_local(name), slot.scaling * factor, slot.dropout if training else 0.0)
-            for name, factor in self.lora_routing.now().live
-            if (slot := self.lora_slots.get(name)) is not None
-        ]
+    def lora_own(self, name: str) -> Any:
+        """Return the base's own weight or bias, as the host computes with it."""
+        return getattr(self, name)
 
 
 LoRALayer.lora_mixin = LoRALayer

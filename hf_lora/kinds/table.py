@@ -8,12 +8,20 @@ from hf_lora.kinds.embedding import LoRAEmbedding
 from hf_lora.kinds.experts import LoRAExperts
 from hf_lora.kinds.linear import LoRAConv1D, LoRALinear
 from hf_lora.kinds.lora import LoRALayer
+from hf_lora.kinds.reading import LoRAAttention, OutProjection, ReadLinear
 from hf_lora.layers.kind import Adaptable, patched_class
 from hf_lora.layers.probe import host_class
+from hf_lora.layers.reading import Read
 from hf_lora.layers.registered import all_registered, registered
 from hf_lora.layers.roles import Layout
 
-KINDS: tuple[type[Adaptable], ...] = (LoRALayer, LoRAConv, LoRAEmbedding, LoRAExperts)
+KINDS: tuple[type[Adaptable], ...] = (
+    LoRALayer,
+    LoRAConv,
+    LoRAEmbedding,
+    LoRAExperts,
+    LoRAAttention,
+)
 """Those that a module is asked for, in this order."""
 
 _TABLE: tuple[tuple[type[nn.Module], type[Adaptable]], ...] = (
@@ -31,8 +39,8 @@ def kind_of(module: nn.Module) -> type[Adaptable] | None:
     return registered(module) or next((kind for kind in KINDS if kind.lora_takes(module)), None)
 
 
-def layer_class(module: nn.Module) -> type[Adaptable]:
-    """Return the class that adapts a module of some kind.
+def layer_class(module: nn.Module, read: Read = Read.NO) -> type[Adaptable]:
+    """Return the class that adapts a module of some kind, and whose weight others may read.
 
     Subclasses of a listed host get a subclass of its layer class, so that a 4-bit linear layer
     still is a ``LoRALinear``; any other host gets its kind's mixin in front of it.
@@ -41,6 +49,8 @@ def layer_class(module: nn.Module) -> type[Adaptable]:
     assert kind is not None
     if kind not in KINDS:
         return patched_class(kind, type(module))  # type: ignore[return-value]
+    if read is not Read.NO:
+        return patched_class(OutProjection if read is Read.ALWAYS else ReadLinear, type(module))  # type: ignore[return-value]
     known = next((layer for listed, layer in _TABLE if issubclass(host, listed)), kind)
     made = patched_class(known if issubclass(known, kind) else kind, type(module))
     assert issubclass(made, Adaptable)
@@ -52,7 +62,7 @@ def host_fault(module: nn.Module) -> str | None:
     kind = kind_of(module)
     if kind is None:
         name = type(module).__name__
-        return f"{name} is no linear layer, convolution, embedding or stack of experts"
+        return f"{name} is no linear layer, convolution, embedding, attention or stack of experts"
     return kind.lora_fault(module)
 
 

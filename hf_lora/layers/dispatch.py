@@ -182,7 +182,8 @@ def how_computed(layer: "LoRALayer", grouped: Set[nn.Module]) -> str:
     """
     if layer.lora_routing.plain:
         return ORACLE.name
-    if not multiplies(layer.lora_host) or not all(map(is_frozen, (layer.weight, layer.bias))):
+    own = map(layer.lora_own, ("weight", "bias"))
+    if not multiplies(layer.lora_host) or not all(map(is_frozen, own)):
         return ON_TOP.name
     return TOGETHER.name if layer in grouped and not is_apart(layer) else ALONE.name
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.transformers import mark_filled
+from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.host_first import HostFirst
@@ -18,6 +19,7 @@ from hf_lora.layers.names import parameter_name
 from hf_lora.layers.patched import host_view
 from hf_lora.layers.replaced import Replaced, Tensors
 from hf_lora.layers.roles import FACTOR_A, FACTOR_B, Role
+from hf_lora.layers.tensor_parallel import to_local
 
 
 class Factored(Adaptable):
@@ -104,6 +106,20 @@ class Factored(Adaptable):
         """Return A and B of an adapter."""
         a, b = (getattr(self, held) for held in self.lora_held(adapter))
         return a, b
+
+    def lora_local(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what this process has of A and B of an adapter."""
+        a_RI, b_OR = self.lora_pair(adapter)
+        return to_local(a_RI), to_local(b_OR)
+
+    def lora_updates(self) -> list[Update]:
+        """Return the updates of the active adapters, as things are at this moment."""
+        training = self.training
+        return [
+            Update(*self.lora_local(name), slot.scaling * factor, slot.dropout if training else 0.0)
+            for name, factor in self.lora_routing.now().live
+            if (slot := self.lora_slots.get(name)) is not None
+        ]
 
     def lora_roles(self, adapter: str) -> tuple[Role, ...]:
         """Return A and B, in this order."""

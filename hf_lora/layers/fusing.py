@@ -117,7 +117,7 @@ def _with_weight(
     """Return the layer as one product with its weight, if that is all that its host does."""
     if not multiplies(layer.lora_host) or not _same_device(updates, x):
         return None
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.lora_own("weight"), layer.lora_own("bias")
     for tensor in (weight, bias):
         if not is_frozen(tensor):
             return None

@@ -49,9 +49,13 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 def has_float_weight(module: nn.Module) -> bool:
     """Say whether the weight is an ordinary floating-point tensor: neither packed nor quantized."""
     weight = parameter_of(module, "weight")
+    return weight is not None and is_float_weight(weight)
+
+
+def is_float_weight(weight: torch.Tensor, *, shards: bool = True) -> bool:
+    """Say whether a weight is an ordinary floating-point tensor, or a shard of one."""
     return (
-        weight is not None
-        and (type(weight) is nn.Parameter or _is_shard(weight))
+        (type(weight) is nn.Parameter or (shards and _is_shard(weight)))
         and weight.is_floating_point()
         and weight.dtype.itemsize >= 2  # in 8 bits a weight comes with a scale that is kept apart
         and not hasattr(weight, "quant_state")

@@ -53,6 +53,9 @@ class Patched(nn.Module):
     lora_layout: Layout
     """How files hold its tensors; of modules trained in full, as a checkpoint does."""
 
+    lora_weights: tuple[str, ...] = ("weight",)
+    """The host's tensors that updates are of, where these are not adapted apart."""
+
     lora_adds_up = True
     """Whether several adapters on one module are added up, each with a factor of its own."""
 

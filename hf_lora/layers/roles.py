@@ -41,6 +41,9 @@ IN_FULL = Group(2, "trained")
 IN_FULL_VECTORS = Group(3, "trained_no_decay", decays=False)
 BIAS_OF_B = Group(4, "lora_bias", fast=True, decays=False)
 
+BESIDE = "../"
+"""At the beginning of a key: it is below the path of the module above."""
+
 OWN_BIAS = "bias"
 """The role of an adapter's copy of a layer's own bias, and what that is called there."""
 

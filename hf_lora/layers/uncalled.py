@@ -1,8 +1,8 @@
 """Layers whose parent uses their weight without calling them: an update there would not be heard.
 
-Two classes of PyTorch do so by design, and their children are refused; so are the inner layers of
-another library's adapter. Model code sometimes does in one branch (a fused kernel on a GPU) what it
-does by a call in another; that is told.
+PyTorch's attention does so by design, and its last layer is adapted only together with it; refused
+are the inner layers of another library's adapter. Model code sometimes does in one branch (a fused
+kernel on a GPU) what it does by a call in another; that is told.
 """
 
 import ast
@@ -10,26 +10,32 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
 from hf_lora.layers.names import LORA_A
+from hf_lora.layers.probe import is_plain
+from hf_lora.layers.reading import Read, is_attention, out_projections, read_of
 
 
 def uncalled(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the path of every layer that is never called, or not in eval mode, to the reason."""
     found = {}
     for path, module in modules.items():
-        forward = getattr(type(module), "forward", None)  # TorchScript's has none
-        if forward is nn.MultiheadAttention.forward:
-            reason = "nn.MultiheadAttention reads its weight without calling it"
-            children = _below(module)
-        elif forward is nn.TransformerEncoderLayer.forward:
+        if is_attention(module):
+            own = path.rpartition(".")[2] or "the model itself"
             reason = (
-                "nn.TransformerEncoderLayer reads its weight, and does not call it in eval mode"
+                "nn.MultiheadAttention reads its weight without calling it; name the attention "
+                f"({own}), of which all weights are adapted"
             )
-            children = ["linear1", "linear2"]
+            children = _below(module)
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            reason = (
+                "nn.TransformerEncoderLayer reads its weight, which is packed or quantized, and "
+                "does not call it in eval mode"
+            )
+            children = [c for c in ("linear1", "linear2") if not is_plain(module._modules[c])]  # type: ignore[arg-type]
         elif LORA_A in module._modules:
             reason = "it is part of another library's adapter"
             children = _below(module)
@@ -37,6 +43,17 @@ def uncalled(modules: Mapping[str, nn.Module]) -> dict[str, str]:
             continue
         found.update((f"{path}.{child}".removeprefix("."), reason) for child in children)
     return found
+
+
+def unheard(paths: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return those of :func:`uncalled` where an update would have no effect beside these layers'.
+
+    Args:
+        paths: The layers that are to be adapted together.
+        modules: Path to module, for all of the model.
+    """
+    heard = {out for out, above in out_projections(paths, modules).items() if above in paths}
+    return {path: reason for path, reason in uncalled(modules).items() if path not in heard}
 
 
 def _below(module: nn.Module) -> list[str]:
@@ -75,6 +92,8 @@ def reader_of(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | 
         modules: Path to module, for all of the model.
     """
     above, below = path, ""
+    if read_of(path, modules) is not Read.NO:
+        return None  # what is read there has the update in it
     while above:
         above, _, name = above.rpartition(".")
         below = f"{name}.{below}" if below else name

@@ -136,7 +136,10 @@ def _changes(module: nn.Module, name: str) -> TypeGuard[Adaptable | TrainedRows]
     if isinstance(module, TrainedRows):
         return name == "weight" and _has_rows(module)
     biased = (OWN_BIAS,) if isinstance(module, Biased) and module.lora_routing.biased else ()
-    return _has_updates(module) and name in (*(module.lora_parts(module) or ("weight",)), *biased)
+    return _has_updates(module) and name in (
+        *(module.lora_parts(module) or module.lora_weights),
+        *biased,
+    )
 
 
 def _is_trained(module: nn.Module, name: str) -> TypeGuard[TrainedModule]:

@@ -21,11 +21,12 @@ from hf_lora.layers.kind import Adaptable, Patched, parameter_of, patched_class
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import check_adapter_name, copy_kind
 from hf_lora.layers.patched import restore_class, swap_class
+from hf_lora.layers.reading import Read, read_of
 from hf_lora.layers.roles import OWN_BIAS, Ties
 from hf_lora.layers.statistics import FrozenNorm, has_statistics
 from hf_lora.layers.token_rows import INDEX, ROWS, TokenRows
 from hf_lora.layers.trained import TrainedModule, copy_dtype, parts_with_tensors, tensor_names
-from hf_lora.layers.uncalled import uncalled
+from hf_lora.layers.uncalled import unheard
 from hf_lora.model.adapter import Adapter
 from hf_lora.model.checks import check_gradients, check_no_engine, check_plan, warn_of_plan
 from hf_lora.model.registry import (
@@ -151,7 +152,7 @@ def attach(
         # what is made in inference mode could never be trained
         with torch.inference_mode(False):
             for path, slot in slots.items():
-                layer = _as_layer(modules[path], registry, path)
+                layer = _as_layer(modules[path], registry, path, read_of(path, modules))
                 dtype = dtypes[path] if dtypes else adapter_dtype(layer)
                 device = execution_device(layer)
                 with present(layer) if slot.bias else contextlib.nullcontext():
@@ -223,9 +224,9 @@ def keep_still(registry: Registry, modules: Mapping[str, nn.Module]) -> None:
                 registry.norms[path] = module
 
 
-def _as_layer(module: nn.Module, registry: Registry, path: str) -> Adaptable:
+def _as_layer(module: nn.Module, registry: Registry, path: str, read: Read) -> Adaptable:
     if not isinstance(module, Adaptable):
-        _swap(module, registry, path, layer_class)
+        _swap(module, registry, path, lambda m: layer_class(m, read))
         module.__dict__["lora_slots"] = {}
     assert isinstance(module, Adaptable)
     registry.modules[path] = module
@@ -298,8 +299,7 @@ def _conflicts(
     slots: dict[str, LayerConfig],
     copied: Mapping[str, tuple[nn.Module, Iterable[str]]],
 ) -> list[str]:
-    problems = []
-    silent = uncalled(modules)
+    problems, silent = [], unheard(slots.keys(), modules)
     for path in slots:
         if path in registry.rows:
             problems.append(f"rows of {path} are trained by another adapter")

@@ -16,6 +16,7 @@ from hf_lora.layers.known_buffers import candidates
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.quantized import numel, stored_bytes
+from hf_lora.layers.reading import out_projections, out_slot
 from hf_lora.layers.roles import OWN_BIAS, Place, Ties
 from hf_lora.layers.statistics import has_statistics
 from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, tensor_names
@@ -48,8 +49,10 @@ def make_plan(
     owners = Owners(model, others.stood)
     matches = NOTHING if problems else match(model, config, problems, owners)
     modules = dict(model.named_modules())
+    outs = out_projections(matches.chosen, modules)
     targets = tuple(
-        _target(path, modules[path], config, matches, owners, problems) for path in matches.chosen
+        _target(path, modules[path], config, matches, owners, problems, outs.get(path))
+        for path in matches.chosen
     )
     counted: set[Place] = set()
     trained = tuple(
@@ -159,9 +162,13 @@ def _target(
     matches: Matches,
     owners: Owners,
     problems: list[str],
+    attention: str | None = None,
 ) -> Target:
     fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
-    override = matches.overrides.get(path)
+    # PEFT has one r and alpha for all of an attention
+    override = matches.overrides.get(attention or path)
+    if attention is not None and matches.overrides.get(path, override) != override:
+        problems.append(f"{path}: it has the numbers of {attention}: name that in overrides")
     fields |= config.overrides[override] if override is not None else {}
     parts = matches.parts.get(path, ())
     kind = kind_of(module)
@@ -170,6 +177,7 @@ def _target(
     slot = LayerConfig(
         **fields, rslora=config.rslora, lora_bias=config.lora_bias, bias=own, parts=parts
     )
+    slot = slot if attention is None else out_slot(slot)
     for fault in (kind.lora_rank_fault(module, slot.r), kind.lora_bias_fault(module, slot)):
         if fault:
             problems.append(f"{path or 'the model itself'}: {fault}")

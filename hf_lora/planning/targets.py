@@ -121,6 +121,10 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
             # the same on every process, and no pattern was meant to skip a layer for it
             if reason == split_fault(tree.modules[path]):
                 problems.append(f"{path}: {reason}")
+    for path in tree.last_of_attention(taken):
+        if path not in excluded and not inside(path, trained):
+            taken.add(path)
+            left_out.pop(path, None)
     chosen = tuple(path for path in tree.modules if path in taken)
     counts = {text: sum(path in taken for path in paths) for text, paths in meant.items()}
     if not chosen and not problems and config.targets:

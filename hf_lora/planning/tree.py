@@ -12,6 +12,7 @@ from hf_lora.kinds.table import host_fault, kind_of
 from hf_lora.kinds.token_rows import TrainedRows
 from hf_lora.layers.kind import Adaptable
 from hf_lora.layers.probe import host_class, is_packed
+from hf_lora.layers.reading import out_projections
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.uncalled import kept_past, reader_of, reason_kept_past, uncalled
 from hf_lora.planning.heads import output_head
@@ -97,6 +98,11 @@ class Tree:
         if path not in self._reasons:
             self._reasons[path] = self.unheard.get(path) or host_fault(self.modules[path])
         return self._reasons[path]
+
+    def last_of_attention(self, paths: Collection[str]) -> list[str]:
+        """Return the paths of the last layers of those of the paths that are an attention."""
+        outs = out_projections(self.modules, self.modules)
+        return [out for out, attention in outs.items() if attention in paths]
 
     def missed_stacks(self, config: LoRAConfig, settled: Collection[str]) -> list[Stack]:
         """Return the stacked parameters that the targets mean, outside of what is settled."""

@@ -193,14 +193,19 @@ def test_children_of_multihead_attention_are_refused_and_left_out():
     assert "without calling it" in plan.left_out["attn.out_proj"]
 
 
-def test_the_fast_path_of_a_transformer_layer_is_refused():
+def test_the_fast_path_of_a_transformer_layer_reads_the_updates():
     """In eval mode it takes linear1's weight and never calls it: LoRA would be off in silence."""
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     plan = hf_lora.plan(model, r=2)
-    assert not plan.targets
-    assert "eval mode" in plan.left_out["linear1"]
-    with pytest.raises(TargetError, match="eval mode"):
-        hf_lora.wrap(model, targets="linear2", r=2)
+    assert [target.path for target in plan.targets] == ["linear1", "linear2"]
+    hf_lora.wrap(model, r=2, targets=["linear1", "linear2"])
+    scramble(model)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        fast = model(x)
+        with hf_lora.no_adapter(model):
+            assert not torch.allclose(model(x), fast)
+    torch.testing.assert_close(model(x), fast)
     # the decoder layer calls its own
     decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
     hf_lora.wrap(decoder, targets=["linear1", "linear2"], r=2)
