@@ -23,6 +23,7 @@ from hf_lora.errors import (
     TargetError,
     listing,
 )
+from hf_lora.files.attention import without_outs
 from hf_lora.files.biases import trains_biases
 from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
@@ -31,7 +32,6 @@ from hf_lora.kinds.table import kind_of
 from hf_lora.layers.holding import held_by
 from hf_lora.layers.hosts import adapter_dtype, chosen_dtype
 from hf_lora.layers.layer_config import LayerConfig
-from hf_lora.layers.reading import out_projections
 from hf_lora.layers.roles import Place
 from hf_lora.layers.token_rows import ROWS
 from hf_lora.layers.trained import copy_dtype, own_tensors
@@ -355,19 +355,18 @@ def _config(match: Match, model: nn.Module) -> LoRAConfig:
     """Return the adapter's own configuration, or the one that its file amounts to."""
     if match.folder.config is not None:
         return match.folder.config
-    paths = [path for path, _ in model.named_modules()]
-    stacks = [f"{path}.{part}" for path, slot in match.slots.items() for part in slot.parts]
-    outs = out_projections(match.slots, dict(model.named_modules()))
-    layers = [path for path, slot in match.slots.items() if not slot.parts and path not in outs]
-    first = next(iter(match.slots.values()), LayerConfig(r=LoRAConfig.r, alpha=LoRAConfig.alpha))
+    slots = without_outs(match.slots)
+    stacks = [f"{path}.{part}" for path, slot in slots.items() for part in slot.parts]
+    layers = [path for path, slot in slots.items() if not slot.parts]
+    first = next(iter(slots.values()), LayerConfig(r=LoRAConfig.r, alpha=LoRAConfig.alpha))
     by_path = {
         path: {"r": slot.r, "alpha": slot.alpha}
-        for path, slot in match.slots.items()
-        if (slot.r, slot.alpha) != (first.r, first.alpha) and path not in outs
+        for path, slot in slots.items()
+        if (slot.r, slot.alpha) != (first.r, first.alpha)
     }
     return LoRAConfig(
         targets=[
-            *(_escape(name) for name in shortest_names(layers, paths)),
+            *(_escape(name) for name in shortest_names(layers, dict(model.named_modules()))),
             *(_escape(name) for name in _parameter_names(stacks, model)),
         ],
         r=first.r,

@@ -131,9 +131,11 @@ class Biased(Factored):
     def _starts(self, shapes: Shapes) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what biases are before they train: none on B, and the layer's own."""
         for role, shape in shapes.items():
-            own = stored(self, OWN_BIAS).detach() if role == OWN_BIAS else None
-            there = own is not None and not own.is_meta
-            yield role, full_tensor(own) if there else torch.zeros(shape)  # type: ignore[arg-type]
+            own = stored(self, OWN_BIAS) if role == OWN_BIAS else None
+            if own is None or own.is_meta:
+                yield role, torch.zeros(shape)
+            else:  # what DeepSpeed has of a part is noted on this very Parameter
+                yield role, full_tensor(own).detach()
 
     def lora_draw(self, names: set[str]) -> None:
         """Draw factors anew, and let biases be what they were at the start."""

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hf_lora
+from tests.distributed import deepspeed_worker
 from tests.distributed.fsdp_worker import IDS, gathered, refusal, train
 from tests.distributed.tp_worker import load, write_bases
 from tests.integrations import training
@@ -41,6 +42,16 @@ def shard(model: Any) -> Any:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def partitioned(folder: Path) -> None:
+    """Wrap a base that DeepSpeed's ZeRO-3 has in parts, and save it."""
+    deepspeed_worker.start()
+    if dist.get_rank() == 0:
+        base().save_pretrained(folder / "base")
+    dist.barrier()
+    model = wrap(deepspeed_worker.load_base(folder, deepspeed_worker.config(3, keep=0)))
+    hf_lora.save(model, folder / "parts")
 
 
 def everything(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import hf_lora
 from tests.distributed import bias_worker as worker
@@ -40,3 +41,11 @@ def test_under_tensor_parallelism_biases_are_refused_by_name(
     for each in two[1]:
         assert "its bias cannot be trained there" in each["split"]["bias"]
         assert "a bias on B cannot follow that" in each["split"]["lora_bias"]
+
+
+def test_of_a_base_in_parts_each_process_copies_whole_biases(tmp_path: Path):
+    launch("bias_worker:partitioned", tmp_path)
+    one = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    hf_lora.save(worker.wrap(one), tmp_path / "one")
+    here, there = training.saved(tmp_path / "one"), training.saved(tmp_path / "parts")
+    assert training.same(here, there)
