@@ -335,7 +335,7 @@ def test_stacked_experts_and_routers_are_told():
     assert "means the parameter model.layers.0.mlp.gate.weight of shape (4, 32)" in problem
     assert "Qwen3MoeTopKRouter does not declare" in problem
     problem = hf_lora.plan(model, "mlp.gate", r=4).problems[0]
-    assert "is no linear layer, convolution, embedding or stack of experts" in problem
+    assert "is no linear layer, convolution, embedding, attention or stack of experts" in problem
 
 
 def test_the_dtype_is_chosen_by_the_base_or_by_the_configuration():
