@@ -85,7 +85,10 @@ def test_it_adapts_what_peft_adapts(seed: int):
     try:
         there = adapted(peft.get_peft_model(Stack(), peft.LoraConfig(**fields)))
     except ValueError:
-        pytest.skip("PEFT finds no layer")
+        assert hf_lora.plan(
+            Stack(), peft.LoraConfig(**fields)
+        ).problems  # no layer is found here, too
+        return
     found = [name for name in fields["target_modules"] if any(_means(name, path) for path in there)]
     fields["target_modules"] = found
     tails = sorted({path.split(".", 3)[-1] for path in there} | set(found) | set(there))

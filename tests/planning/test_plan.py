@@ -189,8 +189,8 @@ def test_what_is_left_out_has_its_reason():
     assert [t.path.rsplit(".", 1)[1] for t in plan.targets] == ["q_proj", "k_proj", "v_proj"]
     assert plan.problems == (
         "'norm' matches only modules that cannot be adapted "
-        "(1; model.norm: LlamaRMSNorm is no linear layer, convolution, embedding or stack of "
-        "experts)",
+        "(1; model.norm: LlamaRMSNorm is no linear layer, convolution, embedding, attention "
+        "or stack of experts)",
     )
     assert "left out: model.layers.1.self_attn.q_proj and 6 more" in str(plan)
 
