@@ -82,6 +82,7 @@ class Sizes:
         wide = self.wide
         table = (
             ("vocab(ulary)?_size.*|num_embeddings", VOCABULARY),
+            ("rotary_dim", head),
             ("kv_heads|key_value_heads|kv_groups|query_groups", kv_heads),
             ("attention_heads|n?heads|num_heads|n_head|num_head", 4),
             ("head_dim|head_size|d_kv|kv_channels|headdim", head),
@@ -103,7 +104,6 @@ class Sizes:
             ("sliding_window|attention_window|window_size|local_window", 8),
             ("codebook_size|num_labels", 16),
             ("groups", 4),
-            ("rotary_dim", head),
             ("context_size", 32),
             ("num_kv_shared_layers", 0),
             ("channels", wide),
