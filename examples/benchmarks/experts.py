@@ -10,8 +10,6 @@ twice as many: what comes with each token, and what is there however few there a
 """
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -23,6 +21,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeModel
 
 import hf_lora
+from examples.benchmarks.train_step import timed
 
 ARMS = ("frozen", "peft", "hf_lora")
 PARTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -138,20 +137,13 @@ def measure_bytes(work: Work) -> dict[str, dict[str, float]]:
 def measure_steps(work: Work, rounds: int) -> dict[str, dict[str, float]]:
     """Return the fastest step of each arm and its ratio to that of the frozen experts."""
     steps = {name: step(arm(name, work), work) for name in ARMS}
-    times: dict[str, list[float]] = {name: [] for name in ARMS}
-    for run in steps.values():
-        run()
-    for _ in range(rounds):
-        for name, run in steps.items():
-            begun = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begun)
-    floor = times["frozen"]
+    times = timed(steps, rounds)
+    floor = times["frozen"].seconds
     return {
         name: {
-            "seconds": min(each),
-            "ratio": min(each) / min(floor),
-            "median ratio": statistics.median(a / b for a, b in zip(each, floor, strict=True)),
+            "seconds": each.seconds,
+            "ratio": each.seconds / floor,
+            "median ratio": each.ratio,
         }
         for name, each in times.items()
     }

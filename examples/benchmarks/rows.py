@@ -10,9 +10,7 @@ steps. "in full" trains all rows.
 """
 
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,6 +22,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lora
+from examples.benchmarks.train_step import timed
 
 ARMS = ("frozen", "hf_lora", "peft", "in full")
 EMBEDDING = "embed_tokens"
@@ -107,20 +106,13 @@ def measure(work: Work, rounds: int) -> dict[str, dict[str, float]]:
     """Return the fastest step of each arm, its ratio to the frozen model's, and its file."""
     models = {name: arm(name, work) for name in ARMS}
     steps = {name: step(model, work) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in ARMS}
-    for run in steps.values():
-        run()
-    for _ in range(rounds):
-        for name, run in steps.items():
-            begun = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begun)
-    floor = times["frozen"]
+    times = timed(steps, rounds)
+    floor = times["frozen"].seconds
     return {
         name: {
-            "seconds": min(each),
-            "ratio": min(each) / min(floor),
-            "median ratio": statistics.median(a / b for a, b in zip(each, floor, strict=True)),
+            "seconds": each.seconds,
+            "ratio": each.seconds / floor,
+            "median ratio": each.ratio,
             "MB on disk": file_size(name, models[name]) / 1e6,
         }
         for name, each in times.items()
