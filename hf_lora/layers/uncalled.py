@@ -67,9 +67,10 @@ def kept_past(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     reach what is called from there; a layer that is patched in place is.
     """
     found: dict[int, str] = {}
+    usual = vars(nn.Module()).keys()  # what every module has, its children among it
     for module in modules.values():
         for name, value in vars(module).items():
-            if name == "_modules":
+            if name in usual:
                 continue
             many = value.values() if isinstance(value, dict) else value
             kept = many if isinstance(value, (list, tuple, dict)) and value else (value,)

@@ -20,7 +20,6 @@ from hf_lora.layers.reading import out_projections, out_slot
 from hf_lora.layers.roles import OWN_BIAS, Place, Ties
 from hf_lora.layers.statistics import has_statistics
 from hf_lora.layers.trained import copy_dtype, own_tensors, parts_with_tensors, tensor_names
-from hf_lora.layers.uncalled import kept_past, reader_of, reason_kept_past
 from hf_lora.planning.biases import bias_faults, has_bias, other_biases
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
 from hf_lora.planning.cost import per_rank
@@ -28,7 +27,7 @@ from hf_lora.planning.parts import parts_of
 from hf_lora.planning.records import Adapted, Plan, Target, Trained, left_out_line
 from hf_lora.planning.stacked import Stack, stacks
 from hf_lora.planning.targets import NOTHING, Matches, match
-from hf_lora.planning.ties import Owners, followers, notes
+from hf_lora.planning.ties import Owners, followers, full_name, notes
 from hf_lora.planning.token_rows import row_conflicts, row_targets
 from hf_lora.targets import inside
 
@@ -84,7 +83,7 @@ def make_plan(
         matches=matches.counts,
         left_out=matches.left_out,
         problems=tuple(problems),
-        warnings=tuple(_unseen(modules, [*matches.chosen, *matches.rows])),
+        warnings=matches.unseen,
         missed=tuple(_missed(modules, matches, size)),
         notes=(*matches.notes, *_notes(modules, targets, matches)),
         vllm=tuple(
@@ -294,25 +293,7 @@ def _buffers(model: nn.Module, left_out: Collection[str]) -> Iterator[str]:
     """Yield the names of the buffers that a training may move, outside of these modules."""
     for path, _, role, _ in candidates(model):
         if not inside(path, left_out):
-            yield f"{path}.{role}" if path else role
-
-
-def _unseen(modules: Mapping[str, nn.Module], chosen: Collection[str]) -> Iterator[str]:
-    """Yield a line for each targeted layer of which an update may not be seen, here or in PEFT."""
-    kept = kept_past(modules)
-    for path in chosen:
-        if id(modules[path]) in kept:
-            yield f"{path}: {reason_kept_past(kept[id(modules[path])])}"
-    found: dict[tuple[str, str], list[str]] = {}
-    for path in chosen:
-        reader = reader_of(path, modules)
-        if reader is not None:
-            found.setdefault(reader, []).append(path)
-    for (parent, child), paths in found.items():
-        yield (
-            f"{paths[0]} ({len(paths)} in all): {parent}'s own code reads {child}.weight; where it "
-            "does that instead of calling the layer, an update has no effect"
-        )
+            yield full_name((path, role))
 
 
 def _missed(modules: Mapping[str, nn.Module], matches: Matches, size: int) -> Iterator[str]:

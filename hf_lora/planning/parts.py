@@ -15,6 +15,11 @@ def parts_of(module: nn.Module) -> tuple[str, ...]:
     return () if kind is None else kind.lora_parts(module)
 
 
+def texts_of(config: LoRAConfig) -> tuple[str, ...]:
+    """Return the targets of a configuration one by one."""
+    return (config.targets,) if isinstance(config.targets, str) else tuple(config.targets)
+
+
 class Parts:
     """The modules of a model whose parameters are adapted apart, under every name they have."""
 
@@ -38,8 +43,7 @@ class Parts:
             config: What is wanted.
             modules: The paths of the modules that a pattern means by their own names.
         """
-        targets = [config.targets] if isinstance(config.targets, str) else list(config.targets)
-        found = {}
+        targets, found = texts_of(config), {}
         for path in self.of:
             spared = self._of(path, config.exclude, modules)
             meant = self._of(path, targets, modules)

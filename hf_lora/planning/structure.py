@@ -6,6 +6,7 @@ feed-forward network, and where it stands decides the rest. A block whose name s
 """
 
 import collections
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 
@@ -38,29 +39,44 @@ class Structure:
 
     def __init__(self, modules: Mapping[str, nn.Module], linear: Collection[str]):
         self._modules = modules
-        self._classes = {path: host_class(module).__name__ for path, module in modules.items()}
         self._linear = list(linear)
         self._is_linear = set(linear)
-        self._below: dict[str, list[str]] = collections.defaultdict(list)
-        for path in linear:
-            for above in _above(path):
-                self._below[above].append(path)
-        self.experts = [path for path in linear if self._is_expert(path)]
+
+    @functools.cached_property
+    def experts(self) -> list[str]:
         """Those of experts that have layers of their own; stacked ones are no linear layers."""
+        return [path for path in self._linear if self._is_expert(path)]
 
-        networks = self._networks()
-        attention = self._attention(networks)
-        self.attention = [path for path in linear if path in attention]
+    @functools.cached_property
+    def attention(self) -> list[str]:
         """Projections into attention and out of it, and what else is inside of it."""
+        found = self._attention(self._networks)
+        return [path for path in self._linear if path in found]
 
-        others = {*attention, *self.experts}
-        self.mlp = [
+    @functools.cached_property
+    def mlp(self) -> list[str]:
+        """Layers of feed-forward networks in blocks, those of shared experts included.
+
+        Neither routers nor heads and projectors outside of blocks.
+        """
+        others = {*self.attention, *self.experts}
+        return [
             path
-            for path, network in networks.items()
+            for path, network in self._networks.items()
             if path not in others and self._stands_in_a_block(network) and not self._routes(path)
         ]
-        """Layers of feed-forward networks in blocks, those of shared experts included; neither
-        routers nor heads and projectors outside of blocks."""
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, str]:
+        return {path: host_class(module).__name__ for path, module in self._modules.items()}
+
+    @functools.cached_property
+    def _below(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        for path in self._linear:
+            for above in _above(path):
+                found[above].append(path)
+        return found
 
     def _says_attention(self, path: str) -> bool:
         return path not in self._is_linear and bool(
@@ -71,6 +87,7 @@ class Structure:
         by_class = path not in self._is_linear and _MLP_CLASS.search(self._classes[path])
         return bool(by_class or _MLP_NAME.search(_last(path)))
 
+    @functools.cached_property
     def _networks(self) -> dict[str, str]:
         """Return each layer of a feed-forward network, to the path of what says that it is one."""
         found: dict[str, str] = {}

@@ -55,6 +55,9 @@ class Matches:
     overrides: dict[str, str]
     """Path of a chosen layer to the text of the override that holds for it."""
 
+    unseen: tuple[str, ...]
+    """A line for each layer, or for several, of which an update may not be seen."""
+
     notes: tuple[str, ...]
 
 
@@ -71,6 +74,7 @@ NOTHING = Matches(
     ties={},
     rows={},
     overrides={},
+    unseen=(),
     notes=(),
 )
 """Where a model cannot be looked at."""
@@ -84,7 +88,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
     trained = {path: None for path in in_full if not inside(path, fresh)} | dict.fromkeys(fresh)
     ties = owners.ties(trained)
     follow = followers(ties, trained)
-    rows, wrong = match_rows(model, config, owners, tree.unheard)
+    rows, wrong = match_rows(tree, config, owners)
     problems += wrong
     excluded = tree.excluded(config.exclude, problems)
     meant = tree.targets(config, problems)
@@ -148,6 +152,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
         ties=ties,
         rows=rows,
         overrides=tree.overrides(config, chosen, problems),
+        unseen=tuple(tree.unseen([*chosen, *rows])),
         notes=(
             *(
                 f"{text!r} adapts nothing: all of it is left out"

@@ -18,9 +18,9 @@ from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.probe import host_class
 from hf_lora.layers.token_rows import TokenRows
 from hf_lora.layers.trained import copy_dtype
-from hf_lora.planning.heads import output_head
 from hf_lora.planning.ties import Owners
-from hf_lora.targets import compile_target, inside, nearest
+from hf_lora.planning.tree import Tree
+from hf_lora.targets import inside, nearest
 from hf_lora.text import some
 
 Rows = Mapping[str, TokenRows]
@@ -62,24 +62,23 @@ class RowTarget:
 
 
 def match_rows(
-    model: nn.Module, config: LoRAConfig, owners: Owners, silent: Mapping[str, str]
+    tree: Tree, config: LoRAConfig, owners: Owners
 ) -> tuple[dict[str, TokenRows], list[str]]:
-    """Find out what ``config.train_rows`` means on ``model``.
+    """Find out what ``config.train_rows`` means on a model.
 
     Args:
-        model: The model.
+        tree: The model's modules.
         config: The configuration, with numbers in the place of all tokens.
         owners: Which modules share a weight.
-        silent: Path of every layer that is never called, to the reason.
 
     Returns:
         The rows, in the model's order; and a line for each thing that is wrong.
     """
     if not config.train_rows:
         return {}, []
-    modules = dict(model.named_modules())
+    modules = tree.modules
     problems: list[str] = []
-    wanted = dict(_named(model, modules, config, problems))
+    wanted = dict(_named(tree, config, problems))
     found: dict[str, TokenRows] = {}
     for path in modules:
         if path not in wanted or path in found:
@@ -88,7 +87,7 @@ def match_rows(
         shared = owners.others([(path, "weight")], path)
         places = [each for each in modules if each == path or each in shared]
         for each in places:
-            fault = silent.get(each) or rows_fault(modules[each])
+            fault = tree.unheard.get(each) or rows_fault(modules[each])
             tied = f"{each} is tied with {path}, and cannot follow it" if each != path else each
             if fault:
                 problems.append(f"train_rows: {tied}: {fault}")
@@ -110,18 +109,14 @@ def match_rows(
 
 
 def _named(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoRAConfig, problems: list[str]
+    tree: Tree, config: LoRAConfig, problems: list[str]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield each module that a pattern names, and its rows."""
-    first = {id(module): path for path, module in modules.items()}
-    names = [(n, first[id(m)]) for n, m in model.named_modules(remove_duplicate=False)]
     seen: dict[str, str] = {}
     for text, ids in config.train_rows.items():
-        pattern = compile_target(text)
-        meant = dict.fromkeys(path for name, path in names if pattern.fullmatch(name))
+        meant = tree.named(text)
         if not meant:
-            near = nearest(text, _with_rows(model, modules))
-            near = near or sorted(_with_rows(model, modules))
+            near = nearest(text, _with_rows(tree)) or sorted(_with_rows(tree))
             problems.append(
                 f"train_rows {text!r} matches no module; near: {', '.join(near[:8]) or 'nothing'}"
             )
@@ -133,9 +128,9 @@ def _named(
             yield path, tuple(row for row in ids if isinstance(row, int))
 
 
-def _with_rows(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    embeddings = (path for path, module in modules.items() if isinstance(module, nn.Embedding))
-    return [*embeddings, *sorted(output_head(model))]
+def _with_rows(tree: Tree) -> list[str]:
+    embeddings = (path for path, module in tree.modules.items() if isinstance(module, nn.Embedding))
+    return [*embeddings, *sorted(tree.head)]
 
 
 def row_conflicts(

@@ -1,7 +1,7 @@
 """A model's modules under every name that they have, and the questions patterns ask of them."""
 
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -16,9 +16,10 @@ from hf_lora.layers.reading import out_projections
 from hf_lora.layers.trained import tensor_names, train_fault
 from hf_lora.layers.uncalled import kept_past, reader_of, reason_kept_past, uncalled
 from hf_lora.planning.heads import output_head
-from hf_lora.planning.parts import Parts
+from hf_lora.planning.parts import Parts, texts_of
 from hf_lora.planning.stacked import Stack, meant_stacks, stacks
 from hf_lora.planning.structure import Structure
+from hf_lora.planning.ties import full_name
 from hf_lora.planning.unfilled import find_unfilled
 from hf_lora.targets import compile_target, inside, nearest
 
@@ -61,32 +62,32 @@ class Tree:
     def meant(self, text: str) -> list[str]:
         """Return the paths of the modules that a word or a pattern means, in order."""
         if text in WORDS:
-            return self.words[text]
+            return self.word(text)
         if text not in self._meant:
-            self._meant[text] = self._named(text)
+            self._meant[text] = self.named(text)
         return self._meant[text]
 
-    def _named(self, text: str) -> list[str]:
+    def named(self, text: str) -> list[str]:
         """Return the paths of the modules that a pattern means by any of their names."""
         pattern = compile_target(text)
         return list(dict.fromkeys(path for name, path in self.names if pattern.fullmatch(name)))
 
     @functools.cached_property
-    def words(self) -> dict[str, list[str]]:
-        """What each word means on this model."""
-        found = Structure(self.modules, self.linear)
-        experts = {*found.experts, *self.parts.of}
-        return {
-            ALL_LINEAR: self.linear,
-            "attention": found.attention,
-            "mlp": found.mlp,
-            EXPERTS: [path for path in self.modules if path in experts],
-        }
+    def _structure(self) -> Structure:
+        return Structure(self.modules, self.linear)
+
+    def word(self, word: str) -> list[str]:
+        """Return the paths of the modules that a word means on this model."""
+        if word == ALL_LINEAR:
+            return self.linear
+        if word == EXPERTS:
+            return [path for path in self.modules if path in self.experts or path in self.parts.of]
+        return self._structure.attention if word == "attention" else self._structure.mlp
 
     @functools.cached_property
     def experts(self) -> set[str]:
         """The linear layers that experts have each for themselves."""
-        return {path for path in self.words[EXPERTS] if path not in self.parts.of}
+        return {*self._structure.experts} - self.parts.of.keys()
 
     def layers_meant(self, text: str) -> list[str]:
         """Return the same, and the modules of which a pattern names a parameter."""
@@ -103,6 +104,22 @@ class Tree:
         """Return the paths of the last layers of those of the paths that are an attention."""
         outs = out_projections(self.modules, self.modules)
         return [out for out, attention in outs.items() if attention in paths]
+
+    def unseen(self, chosen: Collection[str]) -> Iterator[str]:
+        """Yield a line for targeted layers of which an update may not be seen, here or in PEFT."""
+        for path in chosen:
+            if (kept_by := self._kept_past.get(id(self.modules[path]))) is not None:
+                yield f"{path}: {reason_kept_past(kept_by)}"
+        found: dict[tuple[str, str], list[str]] = {}
+        for path in chosen:
+            reader = reader_of(path, self.modules)
+            if reader is not None:
+                found.setdefault(reader, []).append(path)
+        for (parent, child), paths in found.items():
+            yield (
+                f"{paths[0]} ({len(paths)} in all): {parent}'s own code reads {child}.weight; "
+                "where it does that instead of calling the layer, an update has no effect"
+            )
 
     def missed_stacks(self, config: LoRAConfig, settled: Collection[str]) -> list[Stack]:
         """Return the stacked parameters that the targets mean, outside of what is settled."""
@@ -228,7 +245,7 @@ class Tree:
         """Return the topmost modules that are trained in full."""
         found: dict[str, None] = {}
         for text in patterns:
-            meant = [path for path in self._named(text) if path]
+            meant = [path for path in self.named(text) if path]
             filled = [p for p in meant if next(self.modules[p].parameters(), None) is not None]
             if not filled:
                 what = "only modules without parameters" if meant else "no module"
@@ -282,7 +299,7 @@ class Tree:
         pattern = compile_target(text)
         for path, module in self.modules.items():
             for name, tensor in module._parameters.items():
-                full = _full(path, name)
+                full = full_name((path, name))
                 if tensor is not None and not is_lazy(tensor) and pattern.fullmatch(full):
                     host = host_class(module).__name__
                     return (
@@ -295,7 +312,7 @@ class Tree:
     def _no_word(self, word: str) -> str:
         """Return that a word means nothing here, and what else there is."""
         found = f"{word!r} matches nothing: the model has {_MISSING[word]}"
-        others = [other for other in WORDS if other != word and self.words[other]]
+        others = [other for other in WORDS if other != word and self.word(other)]
         if word == EXPERTS and self.stacks:
             first = self.stacks[0]
             host = host_class(self.modules[first.path]).__name__
@@ -303,7 +320,7 @@ class Tree:
         if word == ALL_LINEAR:
             others = [*others, *self.nameable()]
         means = f"; here mean something: {', '.join(map(repr, others))}" if others else ""
-        of_that_name = self._named(word)
+        of_that_name = self.named(word)
         way = f"; {of_that_name[0]} is meant by {f'.*{word}'!r}" if of_that_name else ""
         return found + means + way
 
@@ -319,12 +336,3 @@ class Tree:
         if not near:
             return "the model has no linear layer at all"
         return f"near: {', '.join(near[:_MOST_NAMES])}"
-
-
-def texts_of(config: LoRAConfig) -> tuple[str, ...]:
-    """Return the targets of a configuration one by one."""
-    return (config.targets,) if isinstance(config.targets, str) else tuple(config.targets)
-
-
-def _full(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
