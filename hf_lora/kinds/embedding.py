@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_lora.functional.low_rank import Product, product, update_norm
+from hf_lora.functional.token_rows import as_scale
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import has_float_weight, taken_names
 from hf_lora.layers.instance_forward import has_foreign_forward
@@ -59,11 +60,8 @@ def _scales(kind: type[nn.Embedding], host: nn.Embedding) -> bool:
         rows = kind.forward(host, ids)
     except Exception:  # it wants something else than ids
         return False
-    return rows.shape == weight[ids].shape and torch.equal(rows, weight[ids] * _as(scale, weight))
-
-
-def _as(scale: Any, rows: torch.Tensor) -> Any:
-    return scale.to(rows.device, rows.dtype) if isinstance(scale, torch.Tensor) else scale
+    wanted = weight[ids] * as_scale(scale, weight)
+    return rows.shape == wanted.shape and torch.equal(rows, wanted)
 
 
 def embedding_fault(host: nn.Embedding, added: Sequence[str]) -> str | None:
@@ -170,7 +168,7 @@ class LoRAEmbedding(Factored):
         host: Any = self
         h = F.embedding(ids, a_RV.t(), host.padding_idx) * s
         scale = getattr(host, "embed_scale", None)  # transformers' scaled embeddings
-        h = h if scale is None else h * _as(scale, h)
+        h = h if scale is None else h * as_scale(scale, h)
         return F.linear(h, b_DR)
 
 

@@ -12,14 +12,12 @@ from torch import nn
 
 from hf_lora.functional.low_rank import Product, delta_weight, product
 from hf_lora.kinds.lora import LOW_RANK, LoRALayer
-from hf_lora.layers.choice import Weights
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import is_float_weight, taken_names
 from hf_lora.layers.kind import Patched, parameter_of
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import DEFAULT, LORA_A, LORA_B
 from hf_lora.layers.reading import OUT, is_attention, read_once, reader
-from hf_lora.layers.replaced import Replaced, Tensors, in_place_of
 from hf_lora.layers.roles import BESIDE, OWN_BIAS, Role, Shapes
 from hf_lora.layers.trained import stored
 
@@ -152,26 +150,6 @@ class LoRAAttention(Factored):
         if weight is None or weight.is_meta or not is_float_weight(weight, shards=False):
             return f"its {IN} is not in memory, or spread over several processes"
         return None
-
-    @torch.no_grad()
-    def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
-        """Return the weight of q, k and v with the sum of the adapters' updates."""
-        own = parameter_of(self, IN)
-        assert own is not None
-        before = None if replaced is None else replaced.read(IN)
-        start = own if before is None else before.to(own.device)
-        total = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
-        for name, factor in adapters:
-            if name in self.lora_slots:
-                total += self.lora_delta(name).to(total.device, total.dtype) * factor
-        return {IN: in_place_of(own, total.to(own.dtype))}
-
-    def lora_merge_damage(self, merged: Tensors) -> str | None:
-        """Return how many values are not finite that were, or None."""
-        before, after = parameter_of(self, IN), merged[IN]
-        assert before is not None
-        bad = int((~torch.isfinite(after) & torch.isfinite(before)).sum())
-        return f"{bad} merged values are not finite in {after.dtype}" if bad else None
 
     in_proj_weight = reader(IN, _with_updates)
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import full_tensor
-from hf_lora.compat.transformers import mark_filled
 from hf_lora.functional.token_rows import NewRows, index_of, looked_up, with_columns
 from hf_lora.kinds.embedding import embedding_fault
 from hf_lora.layers.choice import Weights
@@ -82,9 +81,7 @@ class TrainedRows(Patched):
         if rows.of is None:
             ids = torch.tensor(rows.ids, device=weight.device)
             values = full_tensor(weight.detach())[ids].to(dtype, copy=True)
-            parameter = nn.Parameter(values)
-            mark_filled(parameter)
-            self.register_parameter(parameter_name(ROWS, adapter), parameter)
+            self.lora_hold(parameter_name(ROWS, adapter), nn.Parameter(values))
         for name, index in zip(index_names(adapter), index_of(rows.ids), strict=True):
             self.register_buffer(name, index.to(weight.device), persistent=False)
         self.lora_token_rows = {**self.lora_token_rows, adapter: rows}

@@ -14,7 +14,6 @@ from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import full_tensor
-from hf_lora.compat.transformers import mark_filled
 from hf_lora.functional.low_rank import Product
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.factors import Factored
@@ -123,9 +122,7 @@ class Biased(Factored):
             bias = nn.Parameter(torch.empty(start.shape, dtype=dtype, device=device))
             if not bias.is_meta:
                 bias.data.copy_(start.to(bias.device))
-            mark_filled(bias)
-            self.register_parameter(held, bias)
-            self._parameters[held] = bias
+            self.lora_hold(held, bias)
             self.lora_routing.biased.setdefault(adapter, set()).add(role)
 
     def _starts(self, shapes: Shapes) -> Iterator[tuple[str, torch.Tensor]]:

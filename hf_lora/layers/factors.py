@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
-from hf_lora.compat.transformers import mark_filled
 from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.layers.choice import Weights
@@ -71,10 +70,7 @@ class Factored(Adaptable):
         if init is not None:
             self.lora_start(factors, config, init)
         for held, factor in zip(self.lora_names_of(adapter, config), factors, strict=True):
-            mark_filled(factor)
-            self.register_parameter(held, factor)
-            # accelerate's init_empty_weights has put another there, without values
-            self._parameters[held] = factor
+            self.lora_hold(held, factor)
         self.lora_slots[adapter] = config
         self.lora_routing.starts[adapter] = init or "kaiming"
         self.lora_routing.names.add(adapter)
@@ -157,7 +153,8 @@ class Factored(Adaptable):
 
     def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
         """Return the weight with the sum of the adapters' updates."""
-        return merged_weight(self, adapters, None if replaced is None else replaced.read("weight"))
+        before = None if replaced is None else replaced.read(self.lora_weights[0])
+        return merged_weight(self, adapters, before)
 
     def lora_merge_damage(self, merged: Tensors) -> str | None:
         """Return how many values are not finite that were, or None."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.compat.transformers import COMPUTES_LOCALLY
+from hf_lora.compat.transformers import COMPUTES_LOCALLY, mark_filled
 from hf_lora.functional.low_rank import Product
 from hf_lora.layers.casting import sparing
 from hf_lora.layers.choice import Weights
@@ -85,6 +85,13 @@ class Patched(nn.Module):
     def lora_added(self) -> set[str]:
         """Return the names of the parameters and buffers that hf_lora added to this module."""
         return {role.held for name in self.lora_adapters() for role in self.lora_roles(name)}
+
+    def lora_hold(self, name: str, parameter: nn.Parameter) -> None:
+        """Have a new parameter of an adapter stand on this module."""
+        mark_filled(parameter)
+        self.register_parameter(name, parameter)
+        # accelerate's init_empty_weights has put another there, without values
+        self._parameters[name] = parameter
 
     def lora_remove(self, adapter: str) -> None:
         """Take away what an adapter has here."""

@@ -43,10 +43,11 @@ def merged_weight(
         adapters: What to add.
         base: What to add it to, if other adapters are inside the layer's own weight already.
     """
-    weight = layer._parameters["weight"]
+    name = layer.lora_weights[0]
+    weight = layer._parameters[name]
     assert weight is not None
     start = weight if base is None else base.to(weight.device)
-    return {"weight": in_place_of(weight, with_updates(layer, start, adapters).to(weight.dtype))}
+    return {name: in_place_of(weight, with_updates(layer, start, adapters).to(weight.dtype))}
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def with_updates(layer: "Factored", weight: torch.Tensor, adapters: Weights) -> 
 
 def not_finite(layer: Patched, merged: Tensors) -> str | None:
     """Return what is wrong with a merged weight that the base's was not already, or None."""
-    before, after = layer._parameters["weight"], merged["weight"]
+    name = layer.lora_weights[0]
+    before, after = layer._parameters[name], merged[name]
     assert before is not None
     bad = ~torch.isfinite(after) & torch.isfinite(before)
     if bad.any():

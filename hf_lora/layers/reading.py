@@ -62,12 +62,8 @@ def read_of(path: str, modules: Mapping[str, nn.Module]) -> Read:
 
 def out_projections(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return those of the paths that are the last layer of an attention, each to that one's."""
-    found = {}
-    for path in paths:
-        above, _, name = path.rpartition(".")
-        if name == OUT and above in modules and is_attention(modules[above]):
-            found[path] = above
-    return found
+    found = (path for path in paths if read_of(path, modules) is Read.ALWAYS)
+    return {path: path.rpartition(".")[0] for path in found}
 
 
 def out_slot(config: LayerConfig) -> LayerConfig:

@@ -8,7 +8,7 @@ from hf_lora.layers.roles import Group
 ROWS = "lora_rows"
 """The role of an adapter's rows, (N, D): what they are, and not what is added to the base's."""
 
-ROW_GROUP = Group(4, "rows")
+ROW_GROUP = Group(5, "rows")
 """The parameter group of such rows."""
 
 INDEX = ("lora_row_ids", "lora_row_order")
