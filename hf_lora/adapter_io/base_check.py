@@ -28,6 +28,11 @@ Rows = Mapping[str, Collection[int]]
 NO_ROWS: Rows = MappingProxyType({})
 
 
+def of_tied(rows: Rows, ties: Mapping[str, str]) -> dict[str, Collection[int]]:
+    """Return rows under the name, too, under which a fingerprint has a tied tensor."""
+    return {**rows, **{ties[name]: ids for name, ids in rows.items() if name in ties}}
+
+
 def take_fingerprint(
     base: BaseTensors, trained: Collection[str], moved: Collection[str] = (), rows: Rows = NO_ROWS
 ) -> dict[str, Any]:
@@ -96,8 +101,7 @@ class _Comparison:
         others: Collection[str],
         rows: Rows,
     ):
-        self.rows = {without_wrappers(name): ids for name, ids in rows.items()}
-        self.rows |= {base.ties[n]: ids for n, ids in self.rows.items() if n in base.ties}
+        self.rows = of_tied({without_wrappers(n): ids for n, ids in rows.items()}, base.ties)
         self.then = then
         self.base = base
         self.names = names

@@ -14,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError
 from torch import nn
 
-from hf_lora.adapter_io.base_check import NO_ROWS, Rows
+from hf_lora.adapter_io.base_check import NO_ROWS, Rows, of_tied
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.fingerprint import Sample, difference, from_json, positions, without_rows
 from hf_lora.files.safetensors_io import TensorFile
@@ -53,7 +53,7 @@ def base_changes(
     files = _files(model, name)
     if then is None or not files:
         return found
-    changed, tokens, own = [], None, _of_tied(rows, then.ties)
+    changed, tokens, own = [], None, of_tied(rows, then.ties)
     for key, sample in then.samples.items():
         file = next((files[each] for each in _names(key, model) if each in files), None)
         known = next((each for each in _names(key, model) if each in files), None)
@@ -92,11 +92,6 @@ def describe_changes(changes: Mapping[str, Any]) -> list[str]:
         others = f" and {more} more" if more else ""
         lines.append(f"other weights: {', '.join(map(str, tensors))}{others}")
     return lines
-
-
-def _of_tied(rows: Rows, ties: Mapping[str, str]) -> dict[str, Collection[int]]:
-    """Return rows under the name, too, under which a fingerprint has a tied tensor."""
-    return {**rows, **{ties[name]: ids for name, ids in rows.items() if name in ties}}
 
 
 def _differs(file: TensorFile, name: str, sample: Sample, rows: Collection[int]) -> bool:

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from hf_lora.adapter_io.config_of import config_of
 from hf_lora.adapter_io.match import Match, match_folder
 from hf_lora.adapter_io.owner import holder_of
 from hf_lora.compat.bitsandbytes import keep_gradients
@@ -23,9 +24,6 @@ from hf_lora.errors import (
     TargetError,
     listing,
 )
-from hf_lora.files.attention import without_outs
-from hf_lora.files.biases import trains_biases
-from hf_lora.files.patterns import SPECIAL
 from hf_lora.files.read import read_folder
 from hf_lora.files.set_note import mixture
 from hf_lora.kinds.table import kind_of
@@ -42,7 +40,6 @@ from hf_lora.model.registry import Registry, check_fresh, create, find
 from hf_lora.model.replacing import check_replaceable, replaced
 from hf_lora.model.transaction import Transaction
 from hf_lora.planning.ties import full_name
-from hf_lora.targets import shortest_names
 
 
 def load_folder(
@@ -84,14 +81,24 @@ def load_folder(
     registry = registry or create(model)
     if found is None:
         registry.repacked = keep_gradients(model)
-    config = _config(match, model)
+    config = config_of(match, model)
     if anew and _has_room(registry, adapter, match, values):
         _keep(change, model, registry, adapter, buffers)
         _refill(registry, adapter, config, match, values)
     else:
         with replaced(model, registry, adapter) if anew else contextlib.nullcontext():
-            where = match.slots, match.trained, dtypes, None, match.ties, match.biases, match.rows
-            attach(model, registry, adapter, config, *where)
+            attach(
+                model,
+                registry,
+                adapter,
+                config,
+                match.slots,
+                match.trained,
+                dtypes=dtypes,
+                ties=match.ties,
+                biases=match.biases,
+                rows=match.rows,
+            )
             registry.adapter(adapter).origin = match.folder.origin
             fill(registry, adapter, values)
     fill_buffers(model, registry, adapter, buffers)
@@ -351,50 +358,5 @@ def _place_dtypes(
     return found
 
 
-def _config(match: Match, model: nn.Module) -> LoRAConfig:
-    """Return the adapter's own configuration, or the one that its file amounts to."""
-    if match.folder.config is not None:
-        return match.folder.config
-    slots = without_outs(match.slots)
-    stacks = [f"{path}.{part}" for path, slot in slots.items() for part in slot.parts]
-    layers = [path for path, slot in slots.items() if not slot.parts]
-    first = next(iter(slots.values()), LayerConfig(r=LoRAConfig.r, alpha=LoRAConfig.alpha))
-    by_path = {
-        path: {"r": slot.r, "alpha": slot.alpha}
-        for path, slot in slots.items()
-        if (slot.r, slot.alpha) != (first.r, first.alpha)
-    }
-    return LoRAConfig(
-        targets=[
-            *(_escape(name) for name in shortest_names(layers, dict(model.named_modules()))),
-            *(_escape(name) for name in _parameter_names(stacks, model)),
-        ],
-        r=first.r,
-        alpha=first.alpha,
-        dropout=first.dropout,
-        rslora=first.rslora,
-        bias=trains_biases(match.folder.fields) or "none",
-        lora_bias=any(slot.lora_bias for slot in match.slots.values()),
-        overrides={_escape(path): fields for path, fields in by_path.items()},
-        train=[_escape(path) for path in match.trained],
-        train_rows={_escape(p): rows.ids for p, rows in match.rows.items() if rows.of is None},
-    )
-
-
-def _parameter_names(chosen: Collection[str], model: nn.Module) -> list[str]:
-    """Return names of these parameters: with that of their module alone, if all such are meant."""
-    short: dict[str, bool] = {}
-    for full, _ in model.named_parameters():
-        tail = ".".join(full.split(".")[-2:])
-        short[tail] = short.get(tail, True) and full in chosen
-    tails = ((".".join(full.split(".")[-2:]), full) for full in chosen)
-    return sorted({tail if short.get(tail, False) else full for tail, full in tails})
-
-
-def _escape(name: str) -> str:
-    """Return the pattern that means the module called ``name``; the model itself has no name."""
-    return SPECIAL.sub(r"\\\g<0>", name).replace(".", r"\.") or "(?:)"
-
-
-def _mathematics(slot: LayerConfig | None) -> tuple | None:
-    return slot and (*dataclasses.astuple(dataclasses.replace(slot, dropout=0.0)),)
+def _mathematics(slot: LayerConfig | None) -> LayerConfig | None:
+    return slot and dataclasses.replace(slot, dropout=0.0)

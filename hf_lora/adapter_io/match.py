@@ -41,6 +41,7 @@ from hf_lora.layers.trained import own_tensors, tensor_names, train_fault
 from hf_lora.layers.uncalled import unheard
 from hf_lora.model.places import adapted_twice
 from hf_lora.planning.heads import beside_backbone, output_head
+from hf_lora.planning.ties import full_name
 from hf_lora.planning.token_rows import row_conflicts
 from hf_lora.text import show
 
@@ -106,7 +107,7 @@ class _Matching:
         self.model = model
         self.modules = dict(model.named_modules())
         self.owned = {
-            f"{path}.{role}" if path else role: (path, role)
+            full_name((path, role)): (path, role)
             for path, module in self.modules.items()
             for role in tensor_names(module)
         }
@@ -361,7 +362,7 @@ class _Matching:
         fingerprint = self.folder.header and self.folder.header.get("fingerprint")
         if not isinstance(fingerprint, dict):
             return
-        rows = {".".join(filter(None, (p, "weight"))): r.ids for p, r in self.rows.items()}
+        rows = {full_name((path, "weight")): own.ids for path, own in self.rows.items()}
         found = self.base.differences(fingerprint, self.names, others, rows)
         if found:
             base = self.folder.base or "another model"

@@ -45,7 +45,7 @@ from hf_lora.model.adapter import Adapter
 from hf_lora.model.places import adapted_twice
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.unfrozen import adopt_unfrozen
-from hf_lora.planning.ties import followers
+from hf_lora.planning.ties import followers, full_name
 from hf_lora.targets import shortest_names
 
 
@@ -216,7 +216,7 @@ def collect(
             stacklevel=3,
         )
     left = registry.buffers.left
-    ids = {".".join(filter(None, (path, "weight"))): own.ids for path, own in rows.items()}
+    ids = {full_name((path, "weight")): own.ids for path, own in rows.items()}
     fingerprint = take_fingerprint(BaseTensors(model, together=together), trained, left, ids)
     purpose = _purpose(model, adapter.origin, base, trained_names)
     return AdapterData(

@@ -168,12 +168,12 @@ def as_config(
         config, targets = targets, None
     from_fields = fields if targets is None else {"targets": targets, **fields}
     if config is None:
-        return with_row_numbers(LoRAConfig.from_dict(from_fields), tokenizer)
-    if from_fields:
+        config = LoRAConfig.from_dict(from_fields)
+    elif from_fields:
         given = ", ".join(from_fields)
         raise ConfigError(f"Give either config=LoRAConfig(...) or its fields, not both ({given}).")
-    if is_peft_config(config):
-        return with_row_numbers(LoRAConfig.from_peft(config), tokenizer)
+    elif is_peft_config(config):
+        config = LoRAConfig.from_peft(config)
     if not isinstance(config, LoRAConfig):
         raise ConfigError(
             f"config is {config!r}, not a LoRAConfig; see LoRAConfig.from_dict and from_peft."

@@ -103,9 +103,19 @@ def attach_plan(model: nn.Module, registry: Registry, plan: Plan, name: str) -> 
     slots = {target.path: target.slot for target in plan.targets}
     dtypes = {target.path: target.dtype for target in plan.targets}
     trained = [item.path for item in plan.trained]
-    init, ties, biases = plan.config.init, plan.ties, [item.path for item in plan.biases]
-    where = slots, trained, dtypes, init, ties, biases, plan.all_rows
-    adapter = attach(model, registry, name, plan.config, *where)
+    adapter = attach(
+        model,
+        registry,
+        name,
+        plan.config,
+        slots,
+        trained,
+        dtypes=dtypes,
+        init=plan.config.init,
+        ties=plan.ties,
+        biases=[item.path for item in plan.biases],
+        rows=plan.all_rows,
+    )
     registry.buffers.note(model, registry)
     return adapter
 

@@ -62,8 +62,17 @@ def _bring_back(
 ) -> None:
     if old.name in registry.adapters:
         remove_adapter(registry, old.name)
-    where = list(old.trained), None, None, old.ties, old.biases, old.rows
-    attach(model, registry, old.name, old.config, old.slots, *where)
+    attach(
+        model,
+        registry,
+        old.name,
+        old.config,
+        old.slots,
+        list(old.trained),
+        ties=old.ties,
+        biases=old.biases,
+        rows=old.rows,
+    )
     for path, module, role in list(registry.roles(old.name)):
         tensor = tensors[path, role.name]
         if isinstance(tensor, nn.Parameter):
