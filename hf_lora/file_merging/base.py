@@ -25,6 +25,7 @@ from hf_lora.file_merging.boxes import Box, Traced
 from hf_lora.file_merging.checkpoint import Checkpoint
 from hf_lora.files.read import AdapterFolder
 from hf_lora.layers.roles import Place
+from hf_lora.planning.ties import full_name
 
 
 def model_without_data(
@@ -89,7 +90,7 @@ class CheckpointBase(LoadedBase):
         module = self.model.get_submodule(path)
         if role in module._buffers:
             return False
-        own = tensor_of(self.model, f"{path}.{role}" if path else role)
+        own = tensor_of(self.model, full_name(place))
         stored = next((t for n in self.names(own) if (t := self.read(n)) is not None), None)
         if stored is None:
             return False

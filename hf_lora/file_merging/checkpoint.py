@@ -12,6 +12,7 @@ import torch
 
 from hf_lora.errors import AdapterFileError, BaseLoadError, HfLoRAError, listing
 from hf_lora.file_merging.packed import Packed, packed_in
+from hf_lora.file_merging.side_files import WEIGHTS
 from hf_lora.files.other_kind import adapter_in
 from hf_lora.files.safe_json import read_json
 from hf_lora.files.safetensors_io import TensorFile
@@ -20,7 +21,6 @@ from hf_lora.text import show, some
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Checkpoint:
                 raise AdapterFileError(f"{INDEX} names {some(lost)}, which is not there")
             return index, sorted(shards)
         if SINGLE not in files:
-            held = [name for name in files if name.endswith(_OTHER_WEIGHTS)]
+            held = [name for name in files if name.endswith(WEIGHTS)]
             what = f"its weights are {some(sorted(held))}" if held else "there are no weights"
             raise AdapterFileError(
                 f"neither {SINGLE} nor {INDEX} is in it; {what}. Save it as safetensors first: "

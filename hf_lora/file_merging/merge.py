@@ -1,9 +1,9 @@
 """``merge_checkpoint``: adapters into a checkpoint on disk, file to file."""
 
-import hashlib
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from hf_lora.file_merging.side_files import carried, carry, merged_config, merge
 from hf_lora.file_merging.updates import Adapter, Updates
 from hf_lora.file_merging.verify import verify_shard
 from hf_lora.file_merging.workers import Flushing, Workers
-from hf_lora.files.opened import blocks, opened
+from hf_lora.files.commit_note import file_digest
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.hub.download import locate
 from hf_lora.version import __version__
@@ -291,11 +291,10 @@ def _told(report: MergeReport) -> MergeReport:
 
 def _most(touched: Iterable[Entry]) -> str:
     """Return the type of most of the numbers that change."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for entry in touched:
-        name = dtype_name(entry.dtype)
-        counts[name] = counts.get(name, 0) + torch.Size(entry.shape).numel()
-    return max(counts, key=lambda name: counts[name]) if counts else "none"
+        counts[dtype_name(entry.dtype)] += torch.Size(entry.shape).numel()
+    return counts.most_common(1)[0][0] if counts else "none"
 
 
 def _bytes(entry: Entry) -> int:
@@ -366,7 +365,8 @@ def _identity(
     checkpoint: Checkpoint, updates: Updates, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     adapters = [
-        [_digest(adapter.match.folder.file.path), adapter.weight] for adapter in updates.adapters
+        [file_digest(adapter.match.folder.file.path), adapter.weight]
+        for adapter in updates.adapters
     ]
     return {
         "version": __version__,
@@ -374,14 +374,6 @@ def _identity(
         "adapters": adapters,
         "dtype": None if dtype is None else dtype_name(dtype),
     }
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with opened(path) as (file, size):
-        for block in blocks(file, 0, size):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _check_room(output: Path, plan: Plan) -> None:

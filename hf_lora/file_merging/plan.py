@@ -11,7 +11,6 @@ from hf_lora.compat.checkpoint_names import converted
 from hf_lora.errors import TargetError, listing
 from hf_lora.file_merging.base import CheckpointBase, tensor_of
 from hf_lora.file_merging.boxes import Traced
-from hf_lora.file_merging.checkpoint import SINGLE
 from hf_lora.file_merging.pieces import (
     NoRectangleError,
     Piece,
@@ -302,8 +301,3 @@ def _usual(base: CheckpointBase) -> torch.dtype:
         if dtype.is_floating_point and dtype.itemsize > 1
     )
     return counts.most_common(1)[0][0] if counts else torch.float32
-
-
-def is_sharded(plan: Plan) -> bool:
-    """Say whether the merged checkpoint has an index."""
-    return set(plan.shards) != {SINGLE}

@@ -15,6 +15,7 @@ from hf_lora.kinds.table import layer_class
 from hf_lora.layers.roles import OWN_BIAS
 from hf_lora.layers.token_rows import ROWS
 from hf_lora.layers.trained import stored, tensor_names
+from hf_lora.planning.ties import full_name
 
 Rows = Callable[[int, int], torch.Tensor]
 """Returns the rows from one to another of a rectangle."""
@@ -79,7 +80,10 @@ class Updates:
         first = {id(module): path for path, module in self.base.model.named_modules()}
         for path, module in self.base.model.named_modules(remove_duplicate=False):
             for role in tensor_names(module):
-                yield _full(path, role), tuple(self._of.get(_full(first[id(module)], role), ()))
+                yield (
+                    full_name((path, role)),
+                    tuple(self._of.get(full_name((first[id(module)], role)), ())),
+                )
 
     def seen(self, name: str) -> Stack:
         """Return as which stack of matrices a tensor is seen."""
@@ -107,7 +111,7 @@ class Updates:
             begin, end = ((piece.matrix * height + row) * width for row in (first, last))
             if update.values is None:
                 _, grown = self.base.grown[
-                    id(tensor_of(self.base.model, _full(update.path, update.part)))
+                    id(tensor_of(self.base.model, full_name((update.path, update.part))))
                 ]
                 flat = grown.reshape(-1)[begin:end]
             else:
@@ -139,14 +143,14 @@ class Updates:
                 if part not in tensor_names(module):
                     self.problems.append(f"{path} has no {part} that could take its update")
                 one, two, three = *product.left.shape[:2], product.right.shape[2]
-                self._add(_full(path, part), Update(number, path, part, True))
-                self._seen[_full(path, part)] = (one, two, three)
+                self._add(full_name((path, part)), Update(number, path, part, True))
+                self._seen[full_name((path, part))] = (one, two, three)
         ties, low_rank = dict(match.ties), frozenset(used)
         for path, module in modules.items():
             for role in tensor_names(module):
                 first = ties.get((path, role), (path, role))
                 key = match.keys.get(first) if first not in low_rank else None
-                name = _full(path, role)
+                name = full_name((path, role))
                 if key is not None:
                     used.add(first)
                     if role in module._buffers and self.adapters[number].weight != 1.0:
@@ -159,7 +163,7 @@ class Updates:
             owner = path if rows.of is None else rows.of
             key = match.keys[owner, ROWS]
             used.add((owner, ROWS))
-            name = _full(path, "weight")
+            name = full_name((path, "weight"))
             self._add(name, Update(number, owner, "weight", False, key, rows.ids))
         self.problems += [
             f"{path}: the adapter has a {role}, of which file-to-file merging knows nothing"
@@ -176,10 +180,6 @@ class Updates:
         tensors = {roles[key]: tensor for key, tensor in match.folder.file.read(list(roles))}
         made = layer_class(module).lora_products(module, match.slots[path], tensors)
         return {part: Product(p.left * adapter.weight, p.right) for part, p in made.items()}
-
-
-def _full(path: str, role: str) -> str:
-    return f"{path}.{role}" if path else role
 
 
 def shared_names(model: nn.Module, names: Mapping[str, object]) -> list[list[str]]:

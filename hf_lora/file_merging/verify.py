@@ -22,6 +22,10 @@ _GROUPS = 4
 """In how many places of it they are."""
 
 
+_OTHER = 99
+"""How many places what was to be copied is said to be away if its bytes are others."""
+
+
 def verify_shard(
     path: Path, entries: tuple[Entry, ...], source: TensorFile, updates: Updates
 ) -> Verified:
@@ -59,7 +63,7 @@ def _verify(file: TensorFile, entry: Entry, source: TensorFile, updates: Updates
         base = _base_rows(entry, source, checkpoint, first, count)
         if blend is None or not entry.dtype.is_floating_point:
             same = got.numel() if _same_bytes(got, base if blend is None else got) else 0
-            found = found.joined(Verified(got.numel(), same, 0 if same else 99))
+            found = found.joined(Verified(got.numel(), same, 0 if same else _OTHER))
             continue
         exact = base.double().view(count, columns)
         blend.put_in(exact, first)
