@@ -84,6 +84,7 @@ class LoRAConfig:
 
     lora_bias: bool = False
     """Whether B has a bias of its own, scaled as the update is. It starts at zero."""
+
     train_rows: Mapping[str, Sequence[int | str]] = dataclasses.field(default_factory=dict)
     """Pattern of embeddings or output heads to the numbers of the rows that train and are saved
     with the adapter, and nothing else of them: new tokens, for instance. Tokens may stand for
@@ -144,7 +145,7 @@ class LoRAConfig:
         """
         if not isinstance(fields, Mapping):
             raise ConfigError(f"A LoRAConfig is a mapping of fields, not {fields!r}")
-        _check_names(cls, fields)
+        _check_names(cls, fields)  # a name that is no text could not be passed on
         return cls(**fields)
 
     @classmethod

@@ -25,6 +25,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, words on stderr.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Subfolder = Annotated[str | None, typer.Option(help="Folder inside, for adapters with a name.")]
+OtherBase = Annotated[
+    str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
+]
 Patterns = list[str] | None
 
 # What these warn of when they are imported is about their own speed, not about the command.
@@ -142,9 +145,7 @@ def merge(
         list[str], typer.Argument(help="Adapter folders, or ids on the Hub; NAME=0.5 weighs.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder that is not there yet.")],
-    base: Annotated[
-        str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
-    ] = None,
+    base: OtherBase = None,
     revision: Annotated[str | None, typer.Option(help="Of the base on the Hub.")] = None,
     keep_downloads: Annotated[
         bool, typer.Option(help="Whether files of a base on the Hub stay in the cache.")
@@ -191,9 +192,6 @@ def merge(
 
 
 Dtype = Annotated[str, typer.Option(help="Type to load the base in; auto: as it is stored.")]
-OtherBase = Annotated[
-    str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
-]
 Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer.")]
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="0: always the likeliest token. Above: sampled.")

@@ -68,10 +68,11 @@ class Opened:
         count = batch["input_ids"].shape[1]
         if count == 0:
             raise ConfigError("There is no text to go on with.")
+        pad = self.tokenizer.pad_token_id
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
         config = GenerationConfig(
             max_new_tokens=most,
-            pad_token_id=_first(self.tokenizer.pad_token_id, self.tokenizer.eos_token_id),
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             eos_token_id=_ends(self.model, self.tokenizer),
             **sampling,
         )
@@ -121,10 +122,6 @@ def _ends(model: Any, tokenizer: Any) -> list[int] | None:
     said = model.generation_config.eos_token_id
     ids = {*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id} - {None}
     return sorted(ids) or None
-
-
-def _first(*numbers: int | None) -> int | None:
-    return next((number for number in numbers if number is not None), None)
 
 
 def is_beside(folder: Path) -> bool:

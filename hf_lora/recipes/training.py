@@ -34,9 +34,11 @@ def train_recipe(
     recipe = read_recipe(source, settings, output)
     record = Record(recipe, resume=resume)
     with bars() as progress:
-        tokenizer = _tokenizer(recipe)
+        config = load_config(recipe.base)
+        check_writes_text(config)
+        tokenizer = load_tokenizer(recipe.base)
         wanted = dataclasses.replace(recipe, lora=with_row_numbers(recipe.lora, tokenizer))
-        examples = _examples(recipe, tokenizer, progress)
+        examples = _examples(recipe, config, tokenizer, progress)
         model = load_model(recipe.base)
         best = run_sweep(model, wanted, examples, record, progress)
     # with its chat template, as it was in training, whatever becomes of the base's
@@ -54,14 +56,8 @@ def train_recipe(
     )
 
 
-def _tokenizer(recipe: Recipe) -> Any:
-    check_writes_text(load_config(recipe.base))
-    return load_tokenizer(recipe.base)
-
-
-def _examples(recipe: Recipe, tokenizer: Any, progress: Progress) -> Examples:
+def _examples(recipe: Recipe, config: Any, tokenizer: Any, progress: Progress) -> Examples:
     task = progress.add_task("reading the data", total=None)
-    config = load_config(recipe.base)
     examples = load_examples(
         recipe.data,
         tokenizer,

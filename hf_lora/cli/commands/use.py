@@ -86,8 +86,6 @@ def evaluate(
     Raises:
         HfLoRAError: The adapter, its base or the data cannot be used.
     """
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size: {batch_size} is less than 1")
     opened = open_adapter(adapter, **where)
     model = opened.model
     with bars() as progress:
