@@ -47,6 +47,8 @@ class Checkpoint:
             BaseLoadError: It is none, or is damaged; everything that is wrong is named.
         """
         self.directory = directory
+        if not (directory / CONFIG).is_file():
+            raise BaseLoadError(f"The base {self.name} has no {CONFIG}: it is no model's folder")
         with as_base_error(directory):
             self.config = read_json(directory / CONFIG)
             self.index, names = self._names()

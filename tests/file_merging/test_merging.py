@@ -245,6 +245,14 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path: Path):
     )
 
 
+def test_a_folder_of_no_model_is_told_from_an_adapters(tmp_path: Path):
+    _, adapter, _ = made(PLAIN, tmp_path)
+    with pytest.raises(
+        hf_lora.BaseLoadError, match=r"has no config\.json: it is no model's folder"
+    ):
+        hf_lora.merge_checkpoint(tmp_path, adapter, tmp_path / "out")
+
+
 def test_what_is_there_is_not_written_over(tmp_path: Path):
     base, adapter, _ = made(PLAIN, tmp_path)
     for there in (base, adapter, tmp_path / "base" / "config.json"):
