@@ -92,7 +92,7 @@ def warn_of_plan(plan: Plan, untrainable: list[str], stacklevel: int) -> None:
     unfilled = [f"{p}: {why}" for p, why in plan.unfilled.items() if why != SWITCHED_OFF]
     for headline, lines, advice in (
         ("Updates of these layers may not be seen", plan.warnings, ""),
-        ("The targets mean more of this model than gets an update", plan.missed, ""),
+        ("These parts of the model get no update", plan.missed, ""),
         ("Nothing below these layers, which are no targets, would train", untrainable, ""),
         (
             "The base's checkpoint does not hold these, and they neither train nor are saved with "

@@ -110,6 +110,7 @@ def make_plan(
         ),
         base_parameters=size,
         base_bytes=sum(map(stored_bytes, owners.tensors())),
+        towers=matches.towers,
         untouched=sum(map(numel, owners.outside(parts_adapted(targets), tops))),
         world=world,
         fresh=matches.fresh,
@@ -309,6 +310,7 @@ def _missed(modules: Mapping[str, nn.Module], matches: Matches, size: int) -> It
     for path in matches.unfit:
         reasons.setdefault(matches.left_out[path], []).append(path)
     yield from (left_out_line(paths, reason) for reason, paths in reasons.items())
+    yield from matches.silent
 
 
 def _notes(

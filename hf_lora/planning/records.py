@@ -16,6 +16,7 @@ from hf_lora.layers.roles import Layout, Shapes, Ties
 from hf_lora.layers.token_rows import TokenRows
 from hf_lora.planning.clients import vllm_rank
 from hf_lora.planning.token_rows import RowTarget
+from hf_lora.planning.towers import Tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +171,8 @@ class Plan:
     """What each of them keeps and sends, for each way to share it; empty for one process."""
 
     missed: tuple[str, ...] = ()
-    """What the targets mean and no update reaches: experts, and layers that a word leaves out
-    because they cannot do with one; ``wrap`` warns of it."""
+    """What the targets mean and no update reaches: experts, layers that a word leaves out because
+    they cannot do with one, and towers of which no pattern means a layer; ``wrap`` warns of it."""
 
     fresh: tuple[str, ...] = ()
     """Paths of those in ``trained`` that nobody named: the base's checkpoint did not fill them."""
@@ -203,6 +204,10 @@ class Plan:
 
     untouched: int = 0
     """How many of the base's parameters are in layers that are neither adapted nor trained."""
+
+    towers: tuple[Tower, ...] = ()
+    """The parts of a model that sees and writes, or encodes and decodes, and how many layers
+    of each get an update; none where a model is one row of blocks."""
 
     @property
     def _everything(self) -> tuple[Target | Trained | RowTarget, ...]:
@@ -289,6 +294,9 @@ def _lines(plan: Plan) -> Iterable[str]:
     )
     still = 100 * plan.untouched / max(plan.base_parameters, 1)
     yield f"untouched: {still:.1f} % of the base's parameters, in layers without an update"
+    if plan.towers:
+        each = (f"{t.path} {t.adapted} (of {t.layers} linear)" for t in plan.towers)
+        yield f"layers with an update, by tower: {', '.join(each)}"
     yield from _choices(plan)
     if plan.per_rank:
         yield from _shares(plan)

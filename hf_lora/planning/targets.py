@@ -11,6 +11,7 @@ from hf_lora.layers.token_rows import TokenRows
 from hf_lora.planning.stacked import Stack
 from hf_lora.planning.ties import Owners, followers
 from hf_lora.planning.token_rows import match_rows
+from hf_lora.planning.towers import Tower, find_towers, unnamed
 from hf_lora.planning.tree import Tree
 from hf_lora.targets import inside
 
@@ -58,6 +59,12 @@ class Matches:
     unseen: tuple[str, ...]
     """A line for each layer, or for several, of which an update may not be seen."""
 
+    towers: tuple[Tower, ...]
+    """The model's towers, and how many layers of each get an update."""
+
+    silent: tuple[str, ...]
+    """A line for each tower that gets none, and of which nothing is said."""
+
     notes: tuple[str, ...]
 
 
@@ -75,6 +82,8 @@ NOTHING = Matches(
     rows={},
     overrides={},
     unseen=(),
+    towers=(),
+    silent=(),
     notes=(),
 )
 """Where a model cannot be looked at."""
@@ -135,6 +144,7 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
         names = [] if named else tree.nameable()
         way = f"; patterns can name {', '.join(names)}" if names else ""
         problems.append(f"every matching layer is left out: {_first(left_out)}{way}")
+    towers = find_towers(tree.modules, tree.linear, [*chosen, *trained])
     return Matches(
         chosen=chosen,
         trained=tuple(trained),
@@ -153,6 +163,8 @@ def match(model: nn.Module, config: LoRAConfig, problems: list[str], owners: Own
         rows=rows,
         overrides=tree.overrides(config, chosen, problems),
         unseen=tuple(tree.unseen([*chosen, *rows])),
+        towers=towers,
+        silent=tuple(unnamed(towers, config, tree.linear)),
         notes=(
             *(
                 f"{text!r} adapts nothing: all of it is left out"

@@ -68,7 +68,7 @@ TARGETS = r".*(q_proj|gate_proj|up_proj|down_proj)"
 def adapted(build: Callable, **fields) -> torch.nn.Module:
     with warnings.catch_warnings():
         # that the experts stay frozen is told, and known here
-        warnings.filterwarnings("ignore", message="The targets mean more of this model")
+        warnings.filterwarnings("ignore", message="These parts of the model get no update")
         model = hf_lora.wrap(build(), **{"targets": TARGETS, "r": 2, "alpha": 6.0} | fields)
     for _ in range(3):
         scramble(model)

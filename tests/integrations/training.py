@@ -80,7 +80,9 @@ def tokens(count: int = 24, seed: int = 7) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row[:-3] + [-100] * 3} for row in rows]
 
 
-def arguments(folder: Path, **fields: Any) -> TrainingArguments:
+def arguments(
+    folder: Path, kind: type[TrainingArguments] = TrainingArguments, **fields: Any
+) -> TrainingArguments:
     """Arguments for a short run on the CPU: 6 optimizer steps an epoch with 24 examples."""
     usual = {
         "output_dir": str(folder),
@@ -96,7 +98,7 @@ def arguments(folder: Path, **fields: Any) -> TrainingArguments:
         "save_steps": 4,
         "logging_steps": 1,
     }
-    return TrainingArguments(**{**usual, **fields})
+    return kind(**{**usual, **fields})
 
 
 @functools.cache
@@ -109,6 +111,7 @@ def speed_up_collection() -> None:
 def trainer(model: Any, folder: Path, cls: type[Trainer] = Trainer, **fields: Any) -> Trainer:
     """A trainer on :func:`tokens`; ``callbacks`` and some more of its arguments may be given."""
     own = {"callbacks", "compute_metrics", "model_init", "eval_dataset", "train_dataset"}
+    own |= {"data_collator", "processing_class"}
     given = {name: fields.pop(name) for name in own & fields.keys()}
     speed_up_collection()
     with warnings.catch_warnings():
@@ -216,3 +219,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of every tensor of a model, by name."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, seed: int = 3) -> None:
+    """Move everything that trains, as a long training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
