@@ -180,17 +180,6 @@ def apart(
     return found
 
 
-def delta_stack(update: Factors) -> torch.Tensor:
-    """Return ``s · B A`` of every expert, in float32 (float64 for float64 factors).
-
-    (E, O, I); (E, I, O) if the factors are swapped.
-    """
-    wide = torch.promote_types(update.a.dtype, torch.float32)
-    a_ERI = stack_a(update.a.detach(), update.r).to(wide)
-    b_ERO = stack_b(update.b.detach(), update.r).to(wide)
-    return torch.bmm(b_ERO.transpose(1, 2), a_ERI).mul_(update.s)
-
-
 def stack_product(update: Factors, *, turned: bool) -> Product:
     """Return ``s · B A`` of every expert in its factors, in float32 or wider.
 

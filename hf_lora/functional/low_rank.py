@@ -3,11 +3,17 @@
 Legend: N rows of input, I input features, O output features, R rank.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+_BLOCK = 1 << 17
+"""Numbers of a sum that a core's cache has room for beside what they are made of. On an EPYC with
+1 MiB of it, blocks of 32, 64, 128 and 256 thousand took 1.47, 1.22, 1.07 and 1.00 of the last."""
 
 
 class Product(NamedTuple):
@@ -63,7 +69,41 @@ def product(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float, *, turned: bool = 
     return Product(left[None], right[None])
 
 
-def delta_weight(a_RI: torch.Tensor, b_OR: torch.Tensor, s: float) -> torch.Tensor:
-    """Return ``s · B A``, shape (O, I), in float32 (float64 for float64 factors)."""
-    wide = torch.promote_types(a_RI.dtype, torch.float32)
-    return torch.mm(b_OR.to(wide), a_RI.to(wide)).mul_(s)
+def dense(update: Product) -> torch.Tensor:
+    """Return an update as what it stands for: (O, I) of one matrix, (E, O, I) of several."""
+    return update.left[0] @ update.right[0] if len(update.left) == 1 else update.left @ update.right
+
+
+def plus_products(weight: torch.Tensor, products: Sequence[Product]) -> torch.Tensor:
+    """Return a tensor plus updates: one sum in float32 or wider, rounded once to its type.
+
+    Computed in blocks of rows, so that neither an update nor the sum is ever there as a whole: a
+    block is summed up and rounded while a core's cache has it. Where gradients are recorded it is
+    one step.
+
+    Args:
+        weight: A tensor.
+        products: Updates of it, in any place and of any type.
+    """
+    merged = torch.empty_like(weight)
+    if not products or not weight.numel():
+        return merged.copy_(weight)
+    types = (weight.dtype, *(product.left.dtype for product in products))
+    wide = functools.reduce(torch.promote_types, types, torch.float32)
+    left_EOR = torch.cat([p.left.to(weight.device, wide) for p in products], dim=2)
+    right_ERI = torch.cat([p.right.to(weight.device, wide) for p in products], dim=1)
+    if torch.is_grad_enabled():
+        old_EOI = weight.to(wide).reshape(len(left_EOR), -1, right_ERI.shape[2])
+        new_EOI = torch.stack([*map(torch.addmm, old_EOI, left_EOR, right_ERI)])
+        return new_EOI.view(weight.shape).to(weight.dtype)
+    number, outs, ins = len(left_EOR), left_EOR.shape[1], right_ERI.shape[2]
+    rows = outs if weight.device.type != "cpu" else max(1, min(outs, _BLOCK // ins))
+    block_OI = torch.empty(rows, ins, dtype=wide, device=weight.device)
+    old_EOI = weight.reshape(number, outs, ins)  # a copy where it does not stand row by row
+    new_EOI = merged.view_as(old_EOI) if merged.is_contiguous() else torch.empty_like(old_EOI)
+    for e in range(number):
+        for at in range(0, outs, rows):
+            here = slice(at, at + rows)
+            total_OI = block_OI[: len(old_EOI[e, here])].copy_(old_EOI[e, here])
+            new_EOI[e, here] = total_OI.addmm_(left_EOR[e, here], right_ERI[e])
+    return merged if merged.is_contiguous() else merged.copy_(new_EOI.view(weight.shape))

@@ -135,13 +135,6 @@ class LoRAConv(Biased):
         a, b = (tensors[role].flatten(1) for role in (LORA_A, LORA_B))
         return {"weight": product(a, b, config.scaling)} | bias_products(config, tensors)
 
-    def lora_delta(self, name: str) -> torch.Tensor:
-        """Return an adapter's update of the weight, float32; only without groups there is one."""
-        a, b = (tensor.detach() for tensor in self.lora_pair(name))
-        wide = torch.promote_types(a.dtype, torch.float32)
-        product_OK = b.flatten(1).to(wide) @ a.flatten(1).to(wide)
-        return (product_OK * self.lora_slots[name].scaling).view(len(b), *a.shape[1:])
-
     def lora_merge_fault(self) -> str | None:
         """Return why updates cannot be put into the weight, or None."""
         if self.groups != 1:  # type: ignore[comparison-overlap]

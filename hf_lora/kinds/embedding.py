@@ -147,12 +147,6 @@ class LoRAEmbedding(Factored):
         """Return the update of the weight, (V, D)."""
         return {"weight": product(tensors[A], tensors[B], config.scaling, turned=True)}
 
-    def lora_delta(self, name: str) -> torch.Tensor:
-        """Return an adapter's update of the weight, (V, D), float32."""
-        a_RV, b_DR = (tensor.detach() for tensor in self.lora_pair(name))
-        wide = torch.promote_types(a_RV.dtype, torch.float32)
-        return (a_RV.to(wide).t() @ b_DR.to(wide).t()) * self.lora_slots[name].scaling
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the host's rows plus every active adapter's update of them."""
         y = super().forward(input)

@@ -19,7 +19,6 @@ from hf_lora.functional.experts import Stacks, Update, experts, experts_plain
 from hf_lora.functional.grouped import (
     Factors,
     Routed,
-    delta_stack,
     stack_a,
     stack_b,
     stack_norm,
@@ -27,14 +26,12 @@ from hf_lora.functional.grouped import (
 )
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import Product
-from hf_lora.layers.choice import Weights
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import parameter_name
 from hf_lora.layers.probe import host_class
-from hf_lora.layers.replaced import Replaced, Tensors, in_place_of
 from hf_lora.layers.roles import FACTOR_A, FACTOR_B, Layout, Role, Shapes
 from hf_lora.layers.tensor_parallel import to_local
 
@@ -244,38 +241,10 @@ class LoRAExperts(Factored):
             return "its stacks are not in memory, or spread over several processes"
         return None
 
-    @torch.no_grad()
-    def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
-        """Return the stacks with the sum of the adapters' updates, rounded once."""
-        found: Tensors = {}
-        for part in self.lora_parts(self):
-            stack = self._parameters[part]
-            assert stack is not None
-            before = None if replaced is None else replaced.read(part)
-            start = stack if before is None else before.to(stack.device)
-            total = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
-            some = False
-            for name, factor in adapters:
-                each = self._factors(name, factor).get(part)
-                if each is not None:
-                    delta = delta_stack(each).to(total.device, total.dtype)
-                    total += delta.transpose(1, 2) if _is_turned(self) else delta
-                    some = True
-            if some:
-                found[part] = in_place_of(stack, total.to(stack.dtype))
-            elif before is not None:
-                found[part] = in_place_of(stack, start.to(stack.dtype))
-        return found
-
-    def lora_merge_damage(self, merged: Tensors) -> str | None:
-        """Return how many values are not finite that were, or None."""
-        for part, after in merged.items():
-            before = self._parameters[part]
-            assert before is not None
-            bad = ~torch.isfinite(after) & torch.isfinite(before)
-            if bad.any():
-                return f"{int(bad.sum())} merged values of {part} are not finite in {after.dtype}"
-        return None
+    def lora_changes(self, adapter: str, weight: str) -> bool:
+        """Say whether an adapter has an update of one of the stacks."""
+        config = self.lora_slots.get(adapter)
+        return config is not None and weight in (config.parts or self.lora_parts(self))
 
     def _factors(self, name: str, factor: float) -> dict[str, Factors]:
         config = self.lora_slots.get(name)

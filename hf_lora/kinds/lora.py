@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
-from hf_lora.functional.low_rank import Product, delta_weight, product, update_norm
+from hf_lora.functional.low_rank import Product, product, update_norm
 from hf_lora.layers.biases import Biased, bias_products, on_b_fault
 from hf_lora.layers.dispatch import computed, how_computed
 from hf_lora.layers.hosts import features, rank_fault, why_not
@@ -167,11 +167,6 @@ class LoRALayer(Biased):
         if a_RI is None or b_OR is None:  # the replicas of nn.DataParallel keep plain attributes
             return getattr(self, key_a), getattr(self, key_b)
         return a_RI, b_OR
-
-    def lora_delta(self, name: str) -> torch.Tensor:
-        """Return adapter ``name``'s update of the weight, float32, in the weight's own layout."""
-        delta_OI = delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling)
-        return delta_OI.t() if self.fan_in_fan_out else delta_OI
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the host's output plus every active adapter's update."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.functional.low_rank import Product, delta_weight, product
+from hf_lora.functional.low_rank import Product, plus_products, product
 from hf_lora.kinds.lora import LOW_RANK, LoRALayer
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.hosts import is_float_weight, taken_names
@@ -26,13 +26,11 @@ IN = "in_proj_weight"
 
 def _with_updates(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """Return a weight with the updates of the adapters in use, summed up as a merge does."""
-    updates = layer.lora_updates()
-    if not updates:
+    live = [(name, f) for name, f in layer.lora_routing.now().live if name in layer.lora_slots]
+    if not live:
         return weight
-    total = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for u in updates:
-        total = total + delta_weight(u.a_RI, u.b_OR, u.s).to(total.device, total.dtype)
-    return total.to(weight.dtype)
+    of = layer.lora_weights[0]
+    return plus_products(weight, [layer.lora_scaled_products(*each)[of] for each in live])
 
 
 def _with_biases(layer: "ReadLinear", bias: torch.Tensor) -> torch.Tensor:
@@ -139,10 +137,6 @@ class LoRAAttention(Factored):
     ) -> dict[str, Product]:
         """Return the update of the weight of q, k and v."""
         return {IN: product(tensors[LORA_A], tensors[LORA_B], config.scaling)}
-
-    def lora_delta(self, name: str) -> torch.Tensor:
-        """Return an adapter's update of the weight, (3E, E), float32."""
-        return delta_weight(*self.lora_pair(name), self.lora_slots[name].scaling).detach()
 
     def lora_merge_fault(self) -> str | None:
         """Return why updates cannot be put into the weight, or None."""

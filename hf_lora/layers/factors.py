@@ -8,6 +8,7 @@ from torch import nn
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
+from hf_lora.functional.low_rank import Product, dense
 from hf_lora.layers.choice import Weights
 from hf_lora.layers.host_first import HostFirst
 from hf_lora.layers.kind import Adaptable
@@ -144,8 +145,30 @@ class Factored(Adaptable):
         return None
 
     def lora_delta(self, name: str) -> torch.Tensor:
-        """Return an adapter's update of the weight, float32, in the weight's own layout."""
-        raise NotImplementedError
+        """Return an adapter's update of the weight, float32, in the weight's own layout.
+
+        A class whose update is no product says here what it is.
+        """
+        update = self.lora_scaled_products(name, 1.0)[self.lora_weights[0]]
+        weight = self._parameters.get(self.lora_weights[0])
+        delta_OI = dense(update)
+        # packed ones have a shape of their own, and of DTensors there is no view
+        return delta_OI if weight is None or weight.dim() <= 2 else delta_OI.view(weight.shape)
+
+    @classmethod
+    def lora_has_products(cls) -> bool:
+        """Say whether its updates are products, and none is said by the class in another way."""
+        return cls.lora_delta is Factored.lora_delta
+
+    def lora_scaled_products(self, name: str, factor: float) -> dict[str, Product]:
+        """Return an adapter's updates, times a factor: name of the weight to product."""
+        config, tensors = self.lora_slots[name], self.lora_tensors(name)
+        updates = self.lora_products(self, config, tensors).items()
+        return {weight: Product(each.left * factor, each.right) for weight, each in updates}
+
+    def lora_changes(self, adapter: str, weight: str) -> bool:
+        """Say whether an adapter has an update of one of the layer's weights."""
+        return adapter in self.lora_slots
 
     def lora_merge_fault(self) -> str | None:
         """Return why updates cannot be put into the weight, or None."""
@@ -153,8 +176,12 @@ class Factored(Adaptable):
 
     def lora_merged(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
         """Return the weight with the sum of the adapters' updates."""
-        before = None if replaced is None else replaced.read(self.lora_weights[0])
-        return merged_weight(self, adapters, before)
+        merged: Tensors = {}
+        for name in self.lora_parts(self) or self.lora_weights:
+            before = None if replaced is None else replaced.read(name)
+            if before is not None or any(self.lora_changes(n, name) for n, _ in adapters):
+                merged |= merged_weight(self, name, adapters, before)
+        return merged
 
     def lora_merge_damage(self, merged: Tensors) -> str | None:
         """Return how many values are not finite that were, or None."""

@@ -11,11 +11,12 @@ from hf_lora.functional.experts import Stacks, Update, experts, experts_plain
 from hf_lora.functional.grouped import (
     Factors,
     Routed,
-    delta_stack,
     grouped_outer,
     grouped_product,
     stack_norm,
+    stack_product,
 )
+from hf_lora.functional.low_rank import dense
 from tests.rounding import assert_rounded_alike
 
 E, IN, M, N, K = 5, 6, 4, 9, 2
@@ -68,7 +69,7 @@ def case(
     )
 
 
-def dense(it: Case) -> torch.Tensor:
+def in_full(it: Case) -> torch.Tensor:
     """What it means, from one whole matrix for each expert."""
 
     def whole(stack: torch.Tensor, updates: list[Factors]) -> torch.Tensor:
@@ -110,7 +111,7 @@ def test_outputs_and_gradients_are_those_of_dense_matrices(
     ups: tuple[int, ...], downs: tuple[int, ...], bias: bool
 ):
     it = case(ups, downs, bias)
-    want = with_gradients(it, dense(it))
+    want = with_gradients(it, in_full(it))
     for found in (ours(it), plain(it)):
         torch.testing.assert_close(with_gradients(it, found), want, rtol=1e-12, atol=1e-12)
 
@@ -129,7 +130,7 @@ def test_it_is_rounded_as_its_plain_twin_is(dtype: torch.dtype):
         up=[each._replace(a=wide(each.a), b=wide(each.b)) for each in it.up],
         down=[each._replace(a=wide(each.a), b=wide(each.b)) for each in it.down],
     )
-    want = with_gradients(right, dense(right))
+    want = with_gradients(right, in_full(right))
     assert_rounded_alike((with_gradients(it, ours(it)), with_gradients(it, plain(it)), want))
 
 
@@ -218,7 +219,7 @@ def test_the_grouped_kernel_gives_what_the_loop_gives(monkeypatch: pytest.Monkey
 
 def test_the_dense_update_and_its_norm_are_those_of_the_factors():
     factors = case().up[0]
-    delta = delta_stack(factors)
+    delta = dense(stack_product(factors, turned=False))
     for e in range(E):
         b, a = factors.b[:, e::E], factors.a[3 * e : 3 * e + 3]
         torch.testing.assert_close(delta[e], factors.s * (b @ a).detach())

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lora
 from hf_lora.functional.init import init_low_rank
-from hf_lora.functional.low_rank import delta_weight, low_rank, scaling
+from hf_lora.functional.low_rank import dense, low_rank, product, scaling
 from tests.rounding import assert_rounded_alike
 
 IN, OUT, R = 12, 20, 3
@@ -67,10 +67,10 @@ def test_rslora_scales_by_the_root():
 def test_the_low_rank_product_is_one_formula():
     a, b, x = torch.randn(R, IN), torch.randn(OUT, R), torch.randn(4, IN)
     exact = low_rank(x.double(), a.double(), b.double(), 0.5)
-    assert_rounded_alike((low_rank(x, a, b, 0.5), x @ delta_weight(a, b, 0.5).T, exact))
+    assert_rounded_alike((low_rank(x, a, b, 0.5), x @ dense(product(a, b, 0.5)).T, exact))
     assert torch.equal(exact, low_rank(x.double(), a, b, 0.5))
-    assert delta_weight(a.bfloat16(), b.half(), 1.0).dtype == torch.float32
-    assert delta_weight(a.double(), b.double(), 1.0).dtype == torch.float64
+    assert dense(product(a.bfloat16(), b.half(), 1.0)).dtype == torch.float32
+    assert dense(product(a.double(), b.double(), 1.0)).dtype == torch.float64
 
 
 def test_a_starts_within_its_bounds_and_b_at_zero():

@@ -1,6 +1,6 @@
 """When a merge is refused, or fails in the middle: one error, and the model as it was."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from torch import nn
 
 import hf_lora
 from hf_lora import HfLoRAError, StateError
-from hf_lora.kinds.lora import LoRALayer
+from hf_lora.functional.low_rank import Product
+from hf_lora.layers import merge as layers_merge
 from hf_lora.model.registry import registry_of
 from tests.model.models import TOKENS, llama
 from tests.snapshot import low_rank, snapshot
@@ -114,14 +115,14 @@ def test_an_interruption_at_any_layer_is_undone(
 ):
     model = adapted()
     before, logits = snapshot(model), model(TOKENS).logits
-    original, count = LoRALayer.lora_delta, iter(range(1000))
+    original, count = layers_merge.plus_products, iter(range(1000))
 
-    def failing(self: LoRALayer, name: str) -> torch.Tensor:
+    def failing(weight: torch.Tensor, products: Sequence[Product]) -> torch.Tensor:
         if next(count) == at:
             raise error("out of nowhere")
-        return original(self, name)
+        return original(weight, products)
 
-    monkeypatch.setattr(LoRALayer, "lora_delta", failing)
+    monkeypatch.setattr(layers_merge, "plus_products", failing)
     with pytest.raises(error):
         hf_lora.merge(model)
     monkeypatch.undo()
