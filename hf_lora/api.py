@@ -22,13 +22,13 @@ from hf_lora.hub.download import locate
 from hf_lora.hub.upload import push
 from hf_lora.integrations import diffusers_models, model_methods
 from hf_lora.integrations.import_hooks import when_imported
-from hf_lora.integrations.own_methods import uninstall
+from hf_lora.integrations.own_methods import take_off
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.layers.offload import guard_new_hooks
 from hf_lora.layers.routing import as_at_first
 from hf_lora.model.adapters import as_config
-from hf_lora.model.patch import patch, unpatch
-from hf_lora.model.registry import find, registry_of
+from hf_lora.model.patch import patch
+from hf_lora.model.registry import find
 from hf_lora.model.transaction import Transaction
 from hf_lora.peft_names import PeftConfig
 from hf_lora.planning.cores import core_of
@@ -101,13 +101,7 @@ def unwrap(model: Model) -> Model:
     Raises:
         StateError: The model is not wrapped.
     """
-    registry = registry_of(model)
-    registry.settle_buffers()
-    with Transaction(model, "adapted") as change:
-        inner = unpatch(model)
-        uninstall(inner, registry)
-        change.commit()
-    return inner  # type: ignore[return-value]
+    return take_off(model)  # type: ignore[return-value]
 
 
 def plan(

@@ -42,6 +42,7 @@ LAZY = {
     "bitsandbytes": "optional: quantized bases",
     "torchao": "optional: quantized bases",
     "datasets": "optional: `hf-lora train`",
+    "diffusers": "optional: diffusion models",
     "matplotlib": "optional: figures",
     "transformers.conversion_mapping": "the loading machinery, for whoever loads a base only",
     "transformers.core_model_loading": "likewise",

@@ -20,10 +20,11 @@ from torch import nn
 from hf_lora.adapter_io.load import load_folder
 from hf_lora.compat.libraries import has_own_saving, is_pretrained
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import StateError
+from hf_lora.errors import AdapterFileError, StateError
 from hf_lora.hub.download import locate
 from hf_lora.hub.upload import push
 from hf_lora.integrations import (
+    diffusion_pipelines,
     fsdp1_guard,
     merged_push,
     peft_guard,
@@ -32,6 +33,8 @@ from hf_lora.integrations import (
     vllm_weights,
     wrapped_inside,
 )
+from hf_lora.integrations.diffusion_files import attach
+from hf_lora.integrations.diffusion_verbs import VERBS
 from hf_lora.integrations.own_methods import FLAG, OwnMethod
 from hf_lora.integrations.save_merged import SaveMerged
 from hf_lora.integrations.save_pretrained import save_pretrained
@@ -109,7 +112,7 @@ def install(model: nn.Module) -> None:
     if not pretrained and not has_own_saving(model):
         return
     registry = registry_of(model)
-    for name in (*_METHODS, FLAG):
+    for name in (*_ALL, FLAG):
         before = model.__dict__.get(name)
         if before is not None and name not in registry.methods and not _is_ours(name, before):
             registry.methods[name] = before
@@ -119,15 +122,15 @@ def install(model: nn.Module) -> None:
         # lets a quantized base pass Trainer's guard; whatever else reads the flag is replaced here
         model.__dict__[FLAG] = True
     owner = Owner(model)
-    for name, function in _METHODS.items():
-        if pretrained or hasattr(type(model), name):
+    for name, function in _ALL.items():
+        if (pretrained and name in _METHODS) or hasattr(type(model), name):
             model.__dict__[name] = Bound(function, owner)
 
 
 def _is_ours(name: str, value: Any) -> bool:
     if name == FLAG:
         return value is True
-    return isinstance(value, Bound) and value.function is _METHODS[name]
+    return isinstance(value, Bound) and value.function is _ALL[name]
 
 
 def install_patches() -> None:
@@ -141,6 +144,7 @@ def install_patches() -> None:
         references,
         vllm_weights,
         wrapped_inside,
+        diffusion_pipelines,
     ):
         hooks.install()
 
@@ -178,7 +182,7 @@ def _push_to_hub(
 
 def _load_adapter(
     model: nn.Module,
-    peft_model_id: str | os.PathLike[str],
+    peft_model_id: str | os.PathLike[str] | None = None,
     adapter_name: str | None = None,
     *,
     is_trainable: bool = False,
@@ -188,12 +192,25 @@ def _load_adapter(
     check_base: bool = True,
     hotswap: bool | str = "auto",
     replace: bool = False,
+    peft_config: Any = None,
+    adapter_state_dict: Mapping[str, torch.Tensor] | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> None:
     """Attach another adapter and use it; see :func:`hf_lora.load`.
 
-    ``hotswap=True`` is transformers' word for ``replace=True``.
+    ``hotswap=True`` is transformers' word for ``replace=True``. diffusers' pipelines hand over
+    tensors and PEFT's configuration instead of a folder. Nothing is made twice in any case, so
+    that ``low_cpu_mem_usage`` makes no difference.
     """
     name = adapter_name or DEFAULT
+    if adapter_state_dict is not None:
+        fields = peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict()
+        attach(model, adapter_state_dict, fields, name, replace=replace or hotswap is True)
+        return
+    if peft_model_id is None or peft_config is not None:
+        raise AdapterFileError(
+            "load_adapter needs a folder or a repository, or adapter_state_dict and peft_config."
+        )
     folder = locate(peft_model_id, revision=revision, subfolder=subfolder, token=token)
     with Transaction(model) as change:
         load_folder(
@@ -320,3 +337,11 @@ _METHODS = {
     "delete_adapter": _delete_adapter,
     "get_adapter_state_dict": _get_adapter_state_dict,
 }
+_DIFFUSION = {
+    **VERBS,
+    "enable_lora": _enable_adapters,
+    "disable_lora": _disable_adapters,
+}
+"""What diffusers' models have besides, or instead."""
+
+_ALL = {**_METHODS, **_DIFFUSION}
