@@ -8,8 +8,10 @@ from hf_lora.compat.libraries import is_pretrained
 from hf_lora.integrations.model_methods import Bound, Owner
 from hf_lora.integrations.own_methods import uninstall
 from hf_lora.integrations.save_merged import SaveMerged
-from hf_lora.merging.in_memory import keep_merged, put_in
+from hf_lora.merging.for_good import Later
+from hf_lora.merging.in_memory import put_in
 from hf_lora.model.choices import Names
+from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import wrapped
 from hf_lora.model.transaction import Transaction
 
@@ -21,7 +23,9 @@ _METHOD = "save_pretrained"
 def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     """Merge the active adapters for good and give back a plain model without hf_lora.
 
-    It saves in full and loads anywhere; the base's weights are gone from it. Of hf_lora a
+    It saves in full and loads anywhere; the base's weights are gone from it. There is no second
+    copy of them at any time: what fails does so before the first weight is exchanged, and what
+    interrupts after that, such as Ctrl-C, waits until the last is. Of hf_lora a
     transformers model keeps one method: ``save_pretrained`` refuses a folder that holds an adapter,
     which transformers would apply again to what is merged already.
 
@@ -36,18 +40,21 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
     Raises:
         StateError, TargetError, ConfigError: As for :func:`hf_lora.merge`; the model is as it was.
     """
+    later = Later()
     with Transaction(model) as change:
-        inner = _merge_and_unwrap(model, names)
-        change.commit()
+        inner = _merge_and_unwrap(model, names, later)
+        later.check_room()
+        change.finish(lambda: later.finish(inner))
     return inner  # type: ignore[return-value]
 
 
-def _merge_and_unwrap(model: nn.Module, names: Names | None) -> nn.Module:
+def _merge_and_unwrap(model: nn.Module, names: Names | None, later: Later) -> nn.Module:
     inner, registry = wrapped(model)
     if names is not None or not registry.routing.merged:
-        put_in(inner, names)
+        put_in(inner, names, later)
     merged = (*registry.merged_before, *registry.routing.merged)
-    keep_merged(inner)
+    registry.keep_merged()
+    unpatch(inner)
     uninstall(inner, registry)
     if is_pretrained(inner):
         own = inner.__dict__.pop(_METHOD, None)

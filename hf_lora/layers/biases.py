@@ -196,6 +196,10 @@ class Biased(Factored):
         """Return the weight with the sum of the adapters' updates, and the bias with theirs."""
         return super().lora_merged(adapters, replaced) | self.lora_merged_bias(adapters, replaced)
 
+    def lora_merged_beside(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
+        """Return the merged bias, if adapters have some."""
+        return self.lora_merged_bias(adapters, replaced)
+
     @torch.no_grad()
     def lora_merged_bias(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
         """Return the bias that the layer would have with adapters in it, if they have any."""

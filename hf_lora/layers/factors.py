@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_lora.compat.deepspeed import shape_of
+from hf_lora.compat.dtensor import full_tensor, is_distributed
 from hf_lora.functional.fused import Update
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import Product, dense
@@ -165,6 +166,26 @@ class Factored(Adaptable):
         config, tensors = self.lora_slots[name], self.lora_tensors(name)
         updates = self.lora_products(self, config, tensors).items()
         return {weight: Product(each.left * factor, each.right) for weight, each in updates}
+
+    def lora_products_to_come(
+        self, adapters: Weights, replaced: Replaced | None
+    ) -> dict[str, list[Product]] | None:
+        """Return what a merge adds to each weight, if it is here with no adapter inside yet."""
+        found: dict[str, list[Product]] = {}
+        here = [(adapter, factor) for adapter, factor in adapters if adapter in self.lora_slots]
+        for name in self.lora_parts(self) or self.lora_weights:
+            weight = self._parameters.get(name)
+            before = None if replaced is None else replaced.read(name)
+            if weight is None or weight.is_meta or is_distributed(weight) or before is not None:
+                return None
+            found[name] = []
+        if not self.lora_has_products():
+            return None
+        for each in here:
+            for name, update in self.lora_scaled_products(*each).items():
+                if name in found:
+                    found[name].append(Product(*map(full_tensor, update)))
+        return {name: updates for name, updates in found.items() if updates}
 
     def lora_changes(self, adapter: str, weight: str) -> bool:
         """Say whether an adapter has an update of one of the layer's weights."""

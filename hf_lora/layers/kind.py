@@ -150,6 +150,23 @@ class Patched(nn.Module):
         """
         raise NotImplementedError
 
+    def lora_products_to_come(
+        self, adapters: Weights, replaced: Replaced | None
+    ) -> dict[str, list[Product]] | None:
+        """Return what a merge adds to tensors, if it can be added later, without this class.
+
+        Args:
+            adapters, replaced: As for :meth:`lora_merged`.
+
+        Returns:
+            Name of a tensor to its updates; None if the merged tensors must be made here and now.
+        """
+        return None
+
+    def lora_merged_beside(self, adapters: Weights, replaced: Replaced | None) -> Tensors:
+        """Return the merged tensors that are none of :meth:`lora_products_to_come`."""
+        return {}
+
     def lora_made_of(self, name: str, adapters: Weights) -> Hashable:
         """Return what a tensor of :meth:`lora_merged` is made of, if that may be another's as well.
 

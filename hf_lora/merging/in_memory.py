@@ -1,6 +1,5 @@
 """Merging on a live model: exact to one rounding, and undone to the byte."""
 
-import contextlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,10 +9,10 @@ from torch import nn
 from hf_lora.compat.accelerate import present
 from hf_lora.errors import StateError, TargetError, listing
 from hf_lora.layers.choice import Weights
-from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.replaced import Replaced, Tensors
+from hf_lora.merging.for_good import Later
+from hf_lora.merging.untying import untie
 from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
-from hf_lora.model.patch import unpatch
 from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.transaction import Transaction
 
@@ -53,8 +52,14 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
     return model
 
 
-def put_in(model: nn.Module, names: Names | None) -> None:
-    """Do what :func:`merge` does, as a part of a change."""
+def put_in(model: nn.Module, names: Names | None, later: Later | None = None) -> None:
+    """Do what :func:`merge` does, as a part of a change.
+
+    Args:
+        model: A wrapped model.
+        names: As for :func:`merge`.
+        later: Where to put what can be merged at the end, instead of doing it here.
+    """
     inner, registry = wrapped(model)
     registry.settle_buffers()
     now = registry.routing.now()
@@ -78,8 +83,9 @@ def put_in(model: nn.Module, names: Names | None) -> None:
     _check_layers(registry, {name for name, _ in chosen})
     changed, untied = len(registry.originals), len(registry.untied)
     try:
-        _put_all(registry, {name for name, _ in chosen}, merged)
-        _untie(inner, registry)
+        _put_all(registry, {name for name, _ in chosen}, merged, later)
+        changed_now = {id(original.module) for original in registry.originals}
+        registry.untied += untie(inner, changed_now)
     except BaseException:
         registry.put_weights_back(inner, changed, untied)
         raise
@@ -102,13 +108,6 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def keep_merged(model: nn.Module) -> nn.Module:
-    """Make a merge one for good, and take the patch off; see :func:`hf_lora.merge_and_unwrap`."""
-    inner, registry = wrapped(model)
-    registry.keep_merged()
-    return unpatch(inner)
-
-
 def _check_layers(registry: Registry, chosen: set[str]) -> None:
     problems = [
         f"{path}: {fault}"
@@ -125,7 +124,9 @@ def _check_layers(registry: Registry, chosen: set[str]) -> None:
         )
 
 
-def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
+def _put_all(
+    registry: Registry, chosen: set[str], merged: Weights, later: Later | None = None
+) -> None:
     """Put ``merged`` into every module that one of ``chosen`` is on."""
     problems = []
     made: dict[Hashable, torch.Tensor] = {}
@@ -138,6 +139,11 @@ def _put_all(registry: Registry, chosen: set[str], merged: Weights) -> None:
     buffers = {id(m): (m, found) for m, found in registry.buffers.merged(chosen, merged, own)}
     for path, module in registry.modules.items():
         if chosen & set(module.lora_adapters()):
+            if later is not None and later.take(module, merged, before.get(id(module))):
+                tensors = module.lora_merged_beside(merged, before.get(id(module)))
+                _, moved = buffers.pop(id(module), (module, {}))
+                _replace(registry, module, tensors | moved)
+                continue
             with present(module):
                 tensors = module.lora_merged(merged, before.get(id(module)))
                 fault = module.lora_merge_damage(tensors)
@@ -166,28 +172,3 @@ def _keep_first(registry: Registry) -> None:
     for original in registry.originals:
         first.setdefault(id(original.module), original)
     registry.originals[:] = first.values()
-
-
-def _untie(model: nn.Module, registry: Registry) -> None:
-    """Tell configurations that say so if two tied embeddings have weights of their own now."""
-    changed = {id(original.module) for original in registry.originals}
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        said = getattr(config, "tie_word_embeddings", False) is True
-        ends = _embeddings(part) if said else []
-        weights = {id(parameter_of(end, "weight")) for end in ends}
-        if len(weights) > 1 and any(id(end) in changed for end in ends):
-            registry.untied.append(config)
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        getter = getattr(model, name, None)
-        if callable(getter):
-            # transformers raises where a model has none that it knows of
-            with contextlib.suppress(NotImplementedError, AttributeError):
-                end = getter()
-                found += [end] if isinstance(end, nn.Module) else []
-    return found

@@ -6,7 +6,7 @@ model, and the next change goes on with them first.
 """
 
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
 import torch
@@ -36,6 +36,10 @@ _OF_THE_MODEL = (
 """The same of the model itself, which gets hooks as well."""
 
 
+Note = tuple[Any, type, dict[str, Any], tuple[str, ...], dict[str, Any]]
+"""An object, its class and its fields as they stand, and what is in those that hold others."""
+
+
 class Transaction:
     """The time of one change: when the ``with`` block is left uncommitted, all is undone.
 
@@ -51,6 +55,7 @@ class Transaction:
 
     def __init__(self, model: nn.Module, scope: Literal["model", "adapted", "values"] = "model"):
         self._model, self._scope = model, scope
+        self._rest: Callable[[], None] | None = None
         inside = list(inwards(model))
         for each in inside:
             if (left := vars(each).get(JOURNAL)) is not None:
@@ -63,6 +68,7 @@ class Transaction:
         if not isinstance(model, nn.Module):  # which the change itself will say
             return self
         registry: Registry | None = vars(model).get(REGISTRY)
+        self._let_go()
         self._registry = registry
         parts: list[nn.Module] = []
         if self._scope == "model":
@@ -80,11 +86,6 @@ class Transaction:
             for _, parameter in part._parameters.items()
             if parameter is not None
         ]
-        self._values: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._data: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._originals: list[Any] = []
-        self._merged: list[Any] = []
-        self._stored: list[Any] = []
         configs = _configs(parts)
         if registry is not None:
             known = [registry, registry.modules, registry.routing, registry.buffers]
@@ -115,6 +116,20 @@ class Transaction:
         """Let the change stand: one operation."""
         self._model.__dict__.pop(JOURNAL)
 
+    def finish(self, rest: Callable[[], None]) -> None:
+        """Let the change stand and do the rest of it, from which there is no way back.
+
+        Whatever interrupts the rest, it is done all the same, from its start, before the exception
+        goes on. What was noted is let go of first: the rest may free what it replaces.
+
+        Args:
+            rest: What does no harm to be done again, also after a part of it.
+        """
+        self._rest = rest
+        self._let_go()
+        rest()
+        self.commit()
+
     def keep_flags(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note whether these require gradients, before that changes."""
         self._flags += [(parameter, parameter.requires_grad) for parameter in parameters]
@@ -127,8 +142,25 @@ class Transaction:
         """Note the values of these tensors, before others are written into them."""
         self._values += [(tensor, tensor.detach().clone()) for tensor in tensors]
 
+    def _let_go(self) -> None:
+        self._registry: Registry | None = None
+        self._notes: list[Note] = []
+        self._classes: list[tuple[Any, type]] = []
+        self._flags: list[tuple[torch.Tensor, bool]] = []
+        self._values: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._data: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._originals: list[Any] = []
+        self._merged: list[Any] = []
+        self._stored: list[Any] = []
+        self._tied: list[tuple[Any, bool]] = []
+        self._stack: Any = None
+
     def roll_back(self) -> None:
-        """Make everything what it was."""
+        """Make everything what it was, or what it was about to be where that is the only way."""
+        if self._rest is not None:
+            self._rest()
+            self._model.__dict__.pop(JOURNAL, None)
+            return
         before = {id(original) for original in self._merged}
         for original in reversed(self._originals):
             if id(original) not in before:
@@ -188,10 +220,6 @@ def _configs(parts: Iterable[nn.Module]) -> list[Any]:
     have = [part for part in parts if "config" in vars(part) or hasattr(type(part), "config")]
     configs = {id(config): config for part in have if (config := getattr(part, "config", None))}
     return [config for config in configs.values() if hasattr(config, _TIED)]
-
-
-Note = tuple[Any, type, dict[str, Any], tuple[str, ...], dict[str, Any]]
-"""An object, its class and its fields as they stand, and what is in those that hold others."""
 
 
 def _note(thing: Any, holders: tuple[str, ...]) -> Note:
