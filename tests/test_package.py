@@ -129,7 +129,7 @@ def test_the_command_exists():
         check=True,
     )
     assert entry.value == PROJECT["scripts"]["hf-lora"]
-    for command in ("plan", "train", "show", "push", "pull"):
+    for command in ("init", "plan", "train", "show", "push", "pull"):
         assert command in done.stdout
 
 

@@ -46,10 +46,11 @@ COMMANDS = {
     ),
     "hf-lora eval my-adapter rows.jsonl": ("tests/cli/test_use.py", 'run("eval", adapter, data'),
     "hf-lora chat my-adapter": ("tests/cli/test_use.py", '["chat", *map(str, arguments)'),
-    "hf-lora train examples/configs/completion.yaml": (
-        "tests/cli/test_train.py",
-        "completion.yaml",
+    "hf-lora init MODEL rows.jsonl -o run.yaml": (
+        "tests/cli/test_init.py",
+        'run("init", base, data, "-o", recipe',
     ),
+    "hf-lora train run.yaml": ("tests/cli/test_init.py", 'run("train", recipe'),
 }
 
 

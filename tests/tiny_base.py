@@ -15,7 +15,7 @@ from hf_lora.cli.main import app
 
 Run = Callable[..., Any]
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "hf_lora" / "recipes" / "examples"
 CHATML = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|stop|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -33,7 +33,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = (EXAMPLES / "data" / "notes.txt").read_text()
+    words = (EXAMPLES / "notes.txt").read_text()
     tokenizer.train_from_iterator(words.splitlines(), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -16,7 +16,7 @@ from hf_lora.cli.output import execute, working
 from hf_lora.version import __version__
 
 app = typer.Typer(
-    help="LoRA for Hugging Face models: plan, train, try, look at, merge, push and pull adapters.",
+    help="LoRA for Hugging Face models: init, plan, train, try, show, merge, push and pull.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,7 +59,7 @@ def plan(
     ] = None,
     exclude: Annotated[Patterns, typer.Option(help="Layers to leave alone.")] = None,
     train: Annotated[Patterns, typer.Option(help="Modules to train in full.")] = None,
-    r: Annotated[int | None, typer.Option(help="Rank.")] = None,
+    r: Annotated[int | None, typer.Option("--rank", "--r", "-r", help="Rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Strength.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout before A, in training.")] = None,
     rslora: Annotated[
@@ -102,6 +102,39 @@ def plan(
 
 
 @app.command()
+def init(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of a model, or its id on the Hub.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="A .jsonl, .json, .csv, .parquet, .txt, or a data set.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The recipe to write; not there yet.")
+    ] = Path("run.yaml"),
+    example: Annotated[
+        str | None, typer.Option(help="Copy a shipped recipe and its data instead.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the folder or repo.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe for a model and data, after a look at both."""
+    if (example is None) == (model is None) or (example is None) != (data is not None):
+        raise typer.BadParameter("say MODEL and DATA, or --example NAME")
+    execute(
+        lambda: (
+            _command("hf_lora.cli.commands.init").example(example, output)
+            if example is not None
+            else _command("hf_lora.cli.commands.init").run(
+                model, data, output, split=split, gguf_file=gguf_file
+            )
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe in YAML or JSON.")],
     output: Annotated[
@@ -111,15 +144,34 @@ def train(
         Patterns,
         typer.Option("--set", help="section.field=value, instead of the recipe's; repeatable."),
     ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="lora.r.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora.alpha.")] = None,
+    lr: Annotated[str | None, typer.Option("--lr", help="trainer.learning_rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="trainer.num_train_epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="trainer.max_steps.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="trainer.per_device_train_batch_size.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="data.max_length, in tokens.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter as a recipe says: base, data, lora, trainer, output, push."""
+    short = {
+        "lora.r": rank,
+        "lora.alpha": alpha,
+        "trainer.lr": lr,
+        "trainer.epochs": epochs,
+        "trainer.max_steps": steps,
+        "trainer.batch_size": batch_size,
+        "data.max_length": max_length,
+    }
+    said = [f"{field}={value}" for field, value in short.items() if value is not None]
     execute(
         lambda: _command("hf_lora.cli.commands.train").run(
-            recipe, settings=settings or [], output=output, resume=resume
+            recipe, settings=[*(settings or []), *said], output=output, resume=resume
         ),
         as_json=as_json,
     )

@@ -2,15 +2,16 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_lora.errors import ConfigError, listing
-from hf_lora.recipes.encoding import IGNORED, Encoder, RowFault
-from hf_lora.recipes.recipe import Data, DataSet, Files, Source
+from hf_lora.recipes.data import Data, DataSet, Files, Mix, Part, Source
+from hf_lora.recipes.encoding import IGNORED, Encoder
+from hf_lora.recipes.forms import CHATS, LANGUAGE, Recognized, RowFault, recognize
 from hf_lora.recipes.rows import read_rows
 
 DEFAULT_LENGTH = 1024
@@ -18,6 +19,10 @@ _MOST_FAULTS = 100
 
 Example = dict[str, Any]
 """``input_ids`` and ``labels`` as arrays of int32: a quarter of what lists of ints take."""
+
+
+Shape = Callable[[Mapping[str, Any]], tuple[Example | None, bool]]
+"""From a row to an example, or None if there is nothing to learn in it; and whether it was cut."""
 
 
 @dataclasses.dataclass
@@ -31,6 +36,9 @@ class Counts:
     dropped: int = 0
     """Rows in which nothing is left to learn, for instance because the prompt alone is too long."""
 
+    unused: int = 0
+    """Rows of sources of which there are more than their share."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
@@ -40,6 +48,31 @@ class Examples:
     eval: list[Example] | None
     counts: Counts
     max_length: int
+    sources: tuple[str, ...] = ()
+    """What each source was read as, in words."""
+
+
+def language_rows(tokenizer: Any, data: Data, length: int) -> Shape:
+    """Return what makes examples for a language model out of rows."""
+    _check_tokenizer(tokenizer, data)
+    if data.form == "text" and data.loss == "completions":
+        raise ConfigError(
+            "data.loss: plain text has no completions; use all, or another form of data"
+        )
+    if data.form != "text" and data.packing:
+        raise ConfigError(f"data.packing: for text only, the form is {data.form}")
+    encoder = Encoder(tokenizer, data)
+
+    def shape(row: Mapping[str, Any]) -> tuple[Example | None, bool]:
+        encoded = encoder(row)
+        cut = len(encoded.input_ids) > length and not data.packing
+        ids = np.array(encoded.input_ids[: length if cut else None], dtype=np.int32)
+        labels = np.array(encoded.labels[: length if cut else None], dtype=np.int32)
+        # the first token is predicted by nothing, so its label is never learned
+        nothing = not data.packing and not (labels[1:] != IGNORED).any()
+        return (None if nothing else {"input_ids": ids, "labels": labels}), cut
+
+    return shape
 
 
 def load_examples(
@@ -48,6 +81,9 @@ def load_examples(
     config: Any,
     seed: int,
     progress: Callable[[int], None] = lambda rows: None,
+    *,
+    shapes: Callable[[Any, Data, int], Shape] = language_rows,
+    forms: Collection[str] = LANGUAGE,
 ) -> Examples:
     """Read, encode and cut all rows, and hold some out if the recipe says so.
 
@@ -55,20 +91,20 @@ def load_examples(
         data: The recipe's section.
         tokenizer: The base's tokenizer.
         config: The base's configuration, which says how much it can read and which ids it knows.
-        seed: Decides which rows are held out.
+        seed: Decides which rows are held out, and which of a source that has more than its share.
         progress: Called with the number of rows read.
+        shapes: What makes examples out of rows, for a tokenizer, a source and a length.
+        forms: Those that it takes.
 
     Raises:
         ConfigError: One line for each row that cannot be used; or there is nothing to train on.
     """
-    _check_tokenizer(tokenizer, data)
     length = _length(data, config)
-    counts = Counts()
-    encoder = Encoder(tokenizer, data)
-    train = _read(data.train, data, encoder, length, counts, progress)
+    reader = _Reader(data, tokenizer, length, shapes, forms, seed, progress)
+    train = reader.read(data.train)
     held: list[Example] | None = None
-    if isinstance(data.eval, (Files, DataSet)):
-        held = _read(data.eval, data, encoder, length, counts, progress)
+    if isinstance(data.eval, (Files, DataSet, Mix)):
+        held = reader.read(data.eval)
     elif data.eval is not None:
         train, held = _hold_out(train, data.eval, seed)
     if data.packing:
@@ -78,7 +114,7 @@ def load_examples(
         if found is not None and not found:
             raise ConfigError(f"data.{name}: there is nothing in it to learn from")
     _check_ids([*train, *(held or [])], config)
-    return Examples(train, held, counts, length)
+    return Examples(train, held, reader.counts, length, tuple(reader.sources))
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -96,12 +132,13 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _check_tokenizer(tokenizer: Any, data: Data) -> None:
-    if data.form != "chat":
+    by_template = data.form in CHATS or (data.form == "alpaca" and tokenizer.chat_template)
+    if not by_template:
         return
     if not tokenizer.chat_template:
         raise ConfigError(
-            "data.form: the tokenizer has no chat template; take an instruct model's with "
-            "base.tokenizer, or another form"
+            f"data.form: {data.form} is written down by a chat template, and the tokenizer has no "
+            "chat template; take an instruct model's with base.tokenizer, or another form"
         )
     if not tokenizer.is_fast:
         raise ConfigError("data.form: chat needs a fast tokenizer, and this base has a slow one")
@@ -118,38 +155,87 @@ def _length(data: Data, config: Any) -> int:
     return data.max_length
 
 
-def _read(
-    source: Source,
-    data: Data,
-    encoder: Encoder,
-    length: int,
-    counts: Counts,
-    progress: Callable[[int], None],
-) -> list[Example]:
-    examples: list[Example] = []
-    faults: list[str] = []
-    for where, row in read_rows(source, data):
-        counts.rows += 1
-        progress(counts.rows)
-        try:
-            encoded = encoder(row)
-        except RowFault as fault:
-            faults.append(f"{where}: {fault}")
-            if len(faults) == _MOST_FAULTS:
-                break
-            continue
-        cut = len(encoded.input_ids) > length and not data.packing
-        counts.cut += cut
-        ids = np.array(encoded.input_ids[: length if cut else None], dtype=np.int32)
-        labels = np.array(encoded.labels[: length if cut else None], dtype=np.int32)
-        # the first token is predicted by nothing, so its label is never learned
-        if not data.packing and not (labels[1:] != IGNORED).any():
-            counts.dropped += 1
-            continue
-        examples.append({"input_ids": ids, "labels": labels})
-    if faults:
-        raise ConfigError(listing(f"{source} cannot be read as {data.form}", faults))
-    return examples
+class _Reader:
+    """Reads sources; counts what becomes of their rows, and remembers what they were taken for."""
+
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: Any,
+        length: int,
+        shapes: Callable[[Any, Data, int], Shape],
+        forms: Collection[str],
+        seed: int,
+        progress: Callable[[int], None],
+    ):
+        self._data, self._tokenizer, self._length = data, tokenizer, length
+        self._shapes, self._forms, self._seed, self._progress = shapes, forms, seed, progress
+        self.counts = Counts()
+        self.sources: list[str] = []
+
+    def read(self, source: Source) -> list[Example]:
+        if not isinstance(source, Mix):
+            return self._part(Part(source=source))
+        every = [self._part(part) for part in source.parts]
+        shares = [part.share for part in source.parts]
+        given = [share for share in shares if share is not None]
+        if len(given) < len(every):
+            return [example for examples in every for example in examples]
+        whole = min(len(found) / share for found, share in zip(every, given, strict=True))
+        chosen = []
+        for found, share in zip(every, given, strict=True):
+            count = min(len(found), round(whole * share))
+            picked = random.Random(self._seed).sample(range(len(found)), count)
+            chosen += [found[number] for number in sorted(picked)]
+            self.counts.unused += len(found) - count
+        return chosen
+
+    def _part(self, part: Part) -> list[Example]:
+        data = resolved(part, self._data, self._forms)
+        shape = self._shapes(self._tokenizer, data, self._length)
+        examples: list[Example] = []
+        faults: list[str] = []
+        for where, row in read_rows(part.source, data):
+            self.counts.rows += 1
+            self._progress(self.counts.rows)
+            try:
+                example, cut = shape(row)
+            except RowFault as fault:
+                faults.append(f"{where}: {fault}")
+                if len(faults) == _MOST_FAULTS:
+                    break
+                continue
+            self.counts.cut += cut
+            self.counts.dropped += example is None
+            examples += [] if example is None else [example]
+        if faults:
+            raise ConfigError(listing(f"{part} cannot be read as {data.form}", faults))
+        words = str(Recognized(data.form, data.columns)) if data.form else "nothing"
+        self.sources.append(f"{part}: {len(examples):,} rows as {words}")
+        return examples
+
+
+def resolved(part: Part, data: Data, forms: Collection[str] = LANGUAGE) -> Data:
+    """Return the data section as it is for one source: its form and its columns.
+
+    Raises:
+        ConfigError: The form is not said, and cannot be told; or it is of no use for the task.
+    """
+    form, columns = part.form or data.form, part.columns or data.columns
+    if form is None:
+        plain = dataclasses.replace(data, form="text", columns={})
+        _, row = next(read_rows(part.source, plain), ("", {}))
+        found = recognize(row)
+        if found is None or found.form not in forms:
+            seen = f", which looks like {found}" if found else ""
+            raise ConfigError(
+                f"{part}: the first row has the columns {', '.join(row) or 'none'}{seen}; "
+                f"say the form: {', '.join(forms)}"
+            )
+        form, columns = found.form, found.columns
+    if form not in forms:
+        raise ConfigError(f"data.form: {form} is not one of {', '.join(forms)}, as this task needs")
+    return dataclasses.replace(data, form=form, columns=columns)
 
 
 def _hold_out(
@@ -172,6 +258,8 @@ def _pack(examples: list[Example], length: int) -> list[Example]:
 
 def _check_ids(examples: list[Example], config: Any) -> None:
     known = getattr(config.get_text_config(), "vocab_size", None)
+    if any("input_ids" not in example for example in examples):
+        return  # not encoded here
     most = max(int(example["input_ids"].max()) for example in examples)
     if known is not None and most >= known:
         raise ConfigError(

@@ -2,21 +2,28 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hf_lora.recipes.recipe import FORMS, Data
+from hf_lora.recipes.data import Data
+from hf_lora.recipes.forms import (
+    FORMS,
+    MAY_HAVE,
+    RowFault,
+    alpaca_messages,
+    alpaca_prompt,
+    checked_messages,
+    checked_tools,
+    filled,
+    sharegpt_messages,
+)
 
 IGNORED = -100
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a chat template puts before the text that the assistant wrote, if it marks it at all."""
-
-
-class RowFault(Exception):
-    """What is wrong with one row; the reader of the data knows where that row stands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +39,16 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, data: Data):
         self._tokenizer = tokenizer
-        self._columns = [data.columns.get(name, name) for name in FORMS[data.form]]
+        self._data = data
+        form = data.form or "text"
+        self._form = form
+        self._names = {
+            name: data.columns.get(name, name) for name in (*FORMS[form], *MAY_HAVE.get(form, ()))
+        }
+        self._needed = [self._names[name] for name in FORMS[form]] if data.prompt is None else []
+        if data.prompt is not None and data.completion is None:
+            self._needed = [data.columns.get("completion", "completion")]
         self._completions_only = data.loss == "completions"
-        self._encode: Callable[..., Encoded] = getattr(self, f"_{data.form}")
 
     def __call__(self, row: Mapping[str, Any]) -> Encoded:
         """Encode one row.
@@ -42,10 +56,45 @@ class Encoder:
         Raises:
             RowFault: A column is missing or of another kind, or the chat template says no.
         """
-        missing = [column for column in self._columns if row.get(column) is None]
+        missing = [column for column in self._needed if row.get(column) is None]
         if missing:
             raise RowFault(f"no column {', '.join(missing)}; it has {', '.join(row) or 'none'}")
-        return self._encode(*(row[column] for column in self._columns))
+        named = {name: row[column] for name, column in self._names.items() if column in row}
+        if self._data.prompt is not None:
+            return self._from_template(row)
+        if self._form == "text":
+            return self._text(named["text"])
+        if self._form == "completion":
+            return self._completion(named["prompt"], named["completion"])
+        if self._form == "alpaca":
+            return self._alpaca(named)
+        return self._chat(self.messages(named), checked_tools(named.get("tools")))
+
+    def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the messages of a row of a chat, whose columns have the form's own names."""
+        if self._form == "sharegpt":
+            return sharegpt_messages(row["conversations"], row.get("system"))
+        return row["messages"]
+
+    def _from_template(self, row: Mapping[str, Any]) -> Encoded:
+        assert self._data.prompt is not None
+        prompt = filled(self._data.prompt, row)
+        if self._data.completion is not None:
+            completion: Any = filled(self._data.completion, row)
+        else:
+            completion = row[self._data.columns.get("completion", "completion")]
+        if self._form == "completion":
+            return self._completion(prompt, completion)
+        asked = {"role": "user", "content": prompt}
+        return self._chat([asked, {"role": "assistant", "content": completion}])
+
+    def _alpaca(self, row: Mapping[str, Any]) -> Encoded:
+        for name, value in row.items():
+            if value is not None:
+                _string(value, f"the {name}")
+        if self._tokenizer.chat_template:
+            return self._chat(alpaca_messages(row))
+        return self._completion(alpaca_prompt(row), row["output"])
 
     def _text(self, text: Any) -> Encoded:
         ids = self._ended(self._ids(_string(text, "the text"), special=True))
@@ -60,10 +109,13 @@ class Encoder:
         learned = [IGNORED] * len(before) if self._completions_only else before
         return Encoded(before + after, learned + after)
 
-    def _chat(self, messages: Any) -> Encoded:
-        messages = _messages(messages)
-        text = self._render(messages)
-        spans = self._turns(messages, text) if self._completions_only else [(0, len(text))]
+    def _chat(self, messages: Any, tools: list[dict[str, Any]] | None = None) -> Encoded:
+        messages = checked_messages(messages)
+        if self._data.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._data.system}, *messages]
+        text = self._render(messages, tools=tools)
+        whole = [(0, len(text))]
+        spans = self._turns(messages, text, tools) if self._completions_only else whole
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         labels = [
@@ -74,13 +126,15 @@ class Encoder:
             self._end_turn(text, ids, labels, offsets)
         return Encoded(ids, labels)
 
-    def _turns(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+    def _turns(
+        self, messages: list[dict[str, Any]], text: str, tools: list[dict[str, Any]] | None
+    ) -> list[tuple[int, int]]:
         """Return where in the text the assistant speaks, with the mark that ends its turn.
 
         From the end of what the model is shown before it answers (the generation prompt) to the
         end of the turn; the space after the turn's mark comes from nobody.
         """
-        marked = self._marked(messages)
+        marked = self._marked(messages, tools)
         if marked is not None:
             return marked
         spans = []
@@ -89,8 +143,8 @@ class Encoder:
                 continue
             if number == 0:
                 raise RowFault("the assistant speaks first, so there is nothing to complete")
-            before = self._render(messages[:number], add_generation_prompt=True)
-            after = self._render(messages[: number + 1]).rstrip()
+            before = self._render(messages[:number], tools=tools, add_generation_prompt=True)
+            after = self._render(messages[: number + 1], tools=tools).rstrip()
             if not (text.startswith(after) and after.startswith(before)):
                 raise RowFault(
                     f"the chat template shows message {number + 1} differently depending on what "
@@ -100,13 +154,16 @@ class Encoder:
             spans.append((len(before), len(after)))
         return spans
 
-    def _marked(self, messages: list[dict[str, Any]]) -> list[tuple[int, int]] | None:
+    def _marked(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> list[tuple[int, int]] | None:
         """Return the spans that the template itself marks, or None if it marks none."""
         template = self._tokenizer.get_chat_template()
         if not _MARK.search(template):
             return None
         rendered: Any = render_jinja_template(
             conversations=[messages],
+            tools=tools,  # type: ignore[arg-type]
             chat_template=template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
@@ -148,17 +205,3 @@ def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise RowFault(f"{what} is {type(value).__name__}, not text")
     return value
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise RowFault(f"the messages are {type(value).__name__}, not a list of some")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RowFault(f"message {number} has no role; it is {message!r}")
-        # a data set's table fills the fields that only other rows have with nothing
-        messages.append({name: item for name, item in message.items() if item is not None})
-        if "content" not in messages[-1]:
-            raise RowFault(f"message {number} has no content")
-    return messages

@@ -1,21 +1,21 @@
 """How well a language model predicts some rows: the loss and the share of tokens that are right."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_lora.errors import ConfigError
-from hf_lora.recipes.dataset import Example, collate, load_examples
+from hf_lora.recipes.data import FILE_KINDS, Data, DataSet, Files, Part
+from hf_lora.recipes.dataset import Example, collate, load_examples, resolved
 from hf_lora.recipes.encoding import IGNORED
-from hf_lora.recipes.recipe import FILE_KINDS, FORMS, Data, DataSet, Files, Source
-from hf_lora.recipes.rows import read_rows
+from hf_lora.recipes.forms import LANGUAGE
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Score:
     """How well the learned tokens of some rows are predicted."""
 
@@ -47,7 +47,8 @@ def rows_of(
         data: A file, or the id or folder of a data set.
         tokenizer: The model's.
         config: The model's.
-        form: ``text``, ``completion`` or ``chat``; by default what the first row's columns say.
+        form: One of ``text``, ``completion``, ``chat``, ``sharegpt``, ``alpaca``; by default what
+            the first row's columns say.
         split: Of a data set.
         max_length: Longer rows are cut to so many tokens.
         progress: Called with the number of rows read.
@@ -55,7 +56,7 @@ def rows_of(
     Raises:
         ConfigError: There is no such file, or rows cannot be read in this form; each is named.
     """
-    source: Source
+    source: Files | DataSet
     path = Path(data)
     if path.suffix in FILE_KINDS:
         if not path.is_file():
@@ -63,16 +64,12 @@ def rows_of(
         source = Files((path,))
     else:
         source = DataSet(dataset=data, split=split)
-    known = form or _form_of(source)
-    if known not in FORMS:
-        raise ConfigError(f"{known!r} is not one of {', '.join(FORMS)}")
-    wanted = Data(
-        train=source,
-        form=known,  # type: ignore[arg-type]
-        loss="all" if known == "text" else "completions",
-        max_length=max_length,
-    )
-    return load_examples(wanted, tokenizer, config, 0, progress).train
+    if form is not None and form not in LANGUAGE:
+        raise ConfigError(f"{form!r} is not one of {', '.join(LANGUAGE)}")
+    wanted = Data(train=source, form=form, max_length=max_length)  # type: ignore[arg-type]
+    wanted = resolved(Part(source=source), wanted)
+    loss = "all" if wanted.form == "text" else "completions"
+    return load_examples(replace(wanted, loss=loss), tokenizer, config, 0, progress).train
 
 
 def score(
@@ -105,15 +102,3 @@ def score(
         count += len(labels)
         progress(min(start + batch_size, len(ordered)))
     return Score(loss=loss / count, accuracy=right / count)
-
-
-def _form_of(source: Source) -> str:
-    """Return the form whose columns the first row has."""
-    _, row = next(read_rows(source, Data(train=source, form="text")), ("", {}))
-    found = [form for form, columns in FORMS.items() if all(row.get(c) for c in columns)]
-    if len(found) != 1:
-        raise ConfigError(
-            f"{source}: the first row has the columns {', '.join(row) or 'none'}; "
-            f"say the form: {', '.join(FORMS)}"
-        )
-    return found[0]

@@ -1,15 +1,23 @@
 """Plain data into frozen records: unknown, missing and mistyped fields, all of them at once."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from hf_lora.peft_names import hint
 
 Record = TypeVar("Record")
 Convert = Callable[[Any], Any]
+
+_MOST_NAMES = 16
+"""More of them than this nobody reads."""
 
 _SIMPLE = (str, int, float, bool, type(None))
 _WORDS = {
@@ -27,6 +35,7 @@ def record(
     label: str,
     problems: list[str],
     convert: Mapping[str, Convert] | None = None,
+    hints: Callable[[str], str] = hint,
 ) -> Record | None:
     """Build a frozen record from a mapping; report into ``problems`` and return None if it fails.
 
@@ -37,15 +46,16 @@ def record(
         problems: One line each is added.
         convert: Field to a function that turns its content into its value, instead of a look at
             the field's type; it reports what is wrong itself.
+        hints: As for :func:`report_unknown`.
     """
     convert = convert or {}
     if not isinstance(content, Mapping):
         problems.append(f"{label or 'the recipe'}: {content!r} is not a mapping of fields")
         return None
     before = len(problems)
-    hints = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
     known = dataclasses.fields(cls)  # type: ignore[arg-type]
-    report_unknown(content, [field.name for field in known], label, problems)
+    report_unknown(content, [field.name for field in known], label, problems, hints)
     values = {}
     for field in known:
         where = dotted(label, field.name)
@@ -60,7 +70,7 @@ def record(
         if field.name in convert:
             values[field.name] = convert[field.name](value)
             continue
-        fault = mismatch(value, hints[field.name])
+        fault = mismatch(value, kinds[field.name])
         if fault:
             problems.append(f"{where}: {fault}")
         values[field.name] = value
@@ -68,14 +78,54 @@ def record(
 
 
 def report_unknown(
-    content: Mapping[Any, Any], known: Collection[str], label: str, problems: list[str]
+    content: Mapping[Any, Any],
+    known: Collection[str],
+    label: str,
+    problems: list[str],
+    hints: Callable[[str], str] = hint,
 ) -> None:
-    """Add a line for each field that does not exist, naming those that do."""
+    """Add a line for each field that does not exist: what it is called here, or those like it.
+
+    Args:
+        content: What the file says.
+        known: The fields that there are.
+        label: Where it says it.
+        problems: One line each is added.
+        hints: What to say of a name, if it is known from elsewhere; empty if it is not.
+    """
     for name in content:
         if name not in known:
-            names = ", ".join(known)
-            here = hint(str(name))
-            problems.append(f"{dotted(label, str(name))}: unknown field{here}; known: {names}")
+            said = str(name)
+            problems.append(
+                f"{dotted(label, said)}: unknown field{hints(said) or like(said, known)}"
+            )
+
+
+def like(name: str, known: Collection[str]) -> str:
+    """Return what else somebody may have meant, as the end of a line."""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=3, cutoff=0.7)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; known: {', '.join(known)}" if len(known) <= _MOST_NAMES else ""
+
+
+def folder_or_id(said: str, folder: Path, label: str, problems: list[str]) -> str:
+    """Return the path of a folder, or an id on the Hub as it is; report what is neither."""
+    if (folder / said).exists():
+        return str((folder / said).resolve())
+    try:
+        validate_repo_id(said)
+    except HFValidationError:
+        problems.append(f"{label}: {folder / said} is no folder, and {said!r} no id on the Hub")
+    return said
+
+
+def mapping(value: Any, label: str, problems: list[str]) -> Mapping[str, Any]:
+    """Return a mapping of anything; report what is none."""
+    if not isinstance(value, Mapping):
+        problems.append(f"{label}: {value!r} is not a mapping of fields")
+        return {}
+    return dict(value)
 
 
 def mismatch(value: Any, hint: Any) -> str | None:

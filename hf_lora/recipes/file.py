@@ -12,6 +12,7 @@ import yaml
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, listing
+from hf_lora.recipes.names import SHORT, in_full
 from hf_lora.recipes.recipe import Recipe, as_recipe
 from hf_lora.recipes.trainer_arguments import check_trainer
 
@@ -72,6 +73,8 @@ def read_recipe(
         _set(content, setting, problems)
     if output is not None:
         content["output"] = str(output.resolve())
+    if "trainer" in content:
+        content["trainer"] = in_full(content["trainer"], problems)
     recipe = as_recipe(content, folder, problems)
     data = content.get("data")
     has_eval = isinstance(data, Mapping) and data.get("eval") is not None
@@ -137,4 +140,9 @@ def _set(content: dict[str, Any], setting: str, problems: list[str]) -> None:
         if not isinstance(place, dict):
             problems.append(f"--set {setting}: {section} has no fields")
             return
+    if sections == ["trainer"]:
+        name = SHORT.get(name, name)
+        # what the file calls it by another name is replaced as well
+        for other in [other for other in place if SHORT.get(other, other) == name]:
+            del place[other]
     place[name] = value

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.errors import ConfigError
-from hf_lora.recipes.recipe import Data, DataSet, Source
+from hf_lora.recipes.data import Data, DataSet, Files
 
 Row = tuple[str, dict[str, Any]]
 """Where a row stands, such as ``chat.jsonl line 3``, and its columns."""
 
 
-def read_rows(source: Source, data: Data) -> Iterator[Row]:
+def read_rows(source: Files | DataSet, data: Data) -> Iterator[Row]:
     """Yield the rows of a source.
 
     Raises:
@@ -85,7 +85,7 @@ def _text_rows(path: Path, data: Data) -> Iterator[Row]:
 def _parquet_rows(path: Path) -> Iterator[Row]:
     rows = _datasets(str(path)).Dataset.from_parquet(str(path))
     for number, row in enumerate(rows, 1):
-        yield f"{path.name} row {number}", row
+        yield f"{path.name} row {number}", _whole(row)
 
 
 def _dataset_rows(source: DataSet) -> Iterator[Row]:
@@ -97,7 +97,21 @@ def _dataset_rows(source: DataSet) -> Iterator[Row]:
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         raise ConfigError(f"The data set {source} cannot be loaded: {error}") from error
     for number, row in enumerate(rows, 1):
-        yield f"{source} row {number}", row
+        yield f"{source} row {number}", _whole(row)
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without what only other rows of its table have, inside of its columns.
+
+    A table gives every row the fields of all: a tool call the arguments of all tools.
+    """
+    return {name: _without_nothing(value) for name, value in row.items()}
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nothing(v) for name, v in value.items() if v is not None}
+    return [_without_nothing(each) for each in value] if isinstance(value, list) else value
 
 
 def _datasets(what: str) -> Any:

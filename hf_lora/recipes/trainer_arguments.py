@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_lora.recipes.fields import mismatch, report_unknown
+from hf_lora.recipes.names import elsewhere
 
 RATE = "learning_rate"
 DEFAULT_RATE = 2e-4
@@ -54,7 +55,11 @@ def check_trainer(said: Any, has_eval: bool, problems: list[str]) -> None:
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.name not in _OURS]
     problems.extend(f"trainer.{name}: {_OURS[name]}" for name in trainer if name in _OURS)
     report_unknown(
-        {name: None for name in trainer if name not in _OURS}, known, "trainer", problems
+        {name: None for name in trainer if name not in _OURS},
+        known,
+        "trainer",
+        problems,
+        elsewhere,
     )
     for name, value in trainer.items():
         values = value if name == RATE and isinstance(value, list) else [value]

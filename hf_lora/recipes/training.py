@@ -14,10 +14,11 @@ from hf_lora.hub.card.facts import Training
 from hf_lora.hub.push_folder import push_adapter_folder
 from hf_lora.planning.tokens import with_row_numbers
 from hf_lora.recipes.base_model import check_writes_text, load_config, load_model, load_tokenizer
+from hf_lora.recipes.data import DataSet
 from hf_lora.recipes.dataset import Examples, load_examples
 from hf_lora.recipes.file import read_recipe
 from hf_lora.recipes.progress import bars, say
-from hf_lora.recipes.recipe import DataSet, Recipe
+from hf_lora.recipes.recipe import Recipe
 from hf_lora.recipes.record import Record, Run, Trained
 from hf_lora.recipes.sweep import run_sweep
 from hf_lora.recipes.trainer_arguments import RATE

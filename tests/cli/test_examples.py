@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hf_lora.errors import ConfigError
+from hf_lora.recipes.data import Data, DataSet, Files
 from hf_lora.recipes.dataset import Examples, collate, load_examples
 from hf_lora.recipes.encoding import IGNORED
-from hf_lora.recipes.recipe import Data, DataSet, Files
 from hf_lora.recipes.rows import read_rows
 
 CONFIG = LlamaConfig(vocab_size=400, max_position_embeddings=64)

@@ -95,7 +95,7 @@ def scene(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scen
     before = contents(adapter)
     repo = "user/first"
     settings = [f"base.model={base}", "trainer.max_steps=2", "push.repo_id=user/opposites"]
-    recipe = EXAMPLES / "configs" / "completion.yaml"
+    recipe = EXAMPLES / "completion.yaml"
     settings = [word for setting in settings for word in ("--set", setting)]
     calls = {
         "push": ["push", adapter, repo, "--private", "--base", "me/base", "-m", "Hello", "--json"],

@@ -114,7 +114,14 @@ def test_a_list_of_learning_rates_is_that_many_trainings_apart(
     expected = hands[best][1]
     assert kept.keys() == expected.keys()
     assert all(torch.equal(kept[key], expected[key]) for key in kept)
-    assert found["examples"] == {"train": 9, "eval": 9, "rows": 18, "cut": 0, "dropped": 0}
+    assert found["examples"] == {
+        "train": 9,
+        "eval": 9,
+        "rows": 18,
+        "cut": 0,
+        "dropped": 0,
+        "unused": 0,
+    }
     assert found["bytes"] == len(weights(tmp_path / "out"))
     assert found["pushed"] is None
 
@@ -340,9 +347,7 @@ def _nf4() -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_an_example_runs(run: Run, path: Path, base: Path, tmp_path: Path):
     """As it stands, but on the tiny base, and for a few steps."""
     before = copy.deepcopy(sorted(EXAMPLES.rglob("*.json")))
@@ -361,7 +366,7 @@ def test_an_example_runs(run: Run, path: Path, base: Path, tmp_path: Path):
 
 
 def test_the_examples_are_all_there():
-    found = {path.name for path in (EXAMPLES / "configs").iterdir()}
+    found = {path.name for path in EXAMPLES.glob("*.yaml")}
     assert found == {"chat.yaml", "completion.yaml", "text.yaml", "lr_sweep.yaml"}
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from hf_lora.recipes.data import Data, Files
 from hf_lora.recipes.encoding import IGNORED, Encoder, RowFault
-from hf_lora.recipes.recipe import Data, Files
 from tests.tiny_base import CHATML, tiny_tokenizer
 
 # The same turns with the assistant's words marked, as templates made for training do it.

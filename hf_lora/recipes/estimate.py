@@ -1,0 +1,101 @@
+"""What a training will take, before any weight is loaded: memory by arithmetic, time by a try."""
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from hf_lora.planning.records import Plan
+
+_PASSES = 4
+"""Times that a product with each frozen weight is computed in a step: once forward and once
+backward, with two operations (times, plus) for each weight and token."""
+
+_TRIED_SECONDS = 0.2
+_IN_LAYER = (10, 4)
+"""Numbers kept for backward for each token and block, in hidden and in inner widths: the inputs
+of norms, queries, keys, values, both sides of the gate. Frozen linear layers keep nothing."""
+
+_LOGITS_BYTES = 12
+"""For each token and word: logits, the same in float32, and their gradient."""
+
+
+def available_bytes() -> int:
+    """Return the memory of the accelerator, or of the machine if there is none."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.get_memory_info()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def step_bytes(config: Any, tokens: int, itemsize: int, *, checkpointing: bool = False) -> int:
+    """Return what a step keeps beside weights, by arithmetic on the shape of a decoder.
+
+    Args:
+        config: The base's configuration.
+        tokens: In a batch, padding included.
+        itemsize: Bytes of a number in the base's type.
+        checkpointing: Whether blocks are computed again instead of kept.
+    """
+    text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", 0) or 0
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    blocks = getattr(text, "num_hidden_layers", 1) or 1
+    block = _IN_LAYER[0] * hidden + _IN_LAYER[1] * inner
+    kept = block + blocks * hidden if checkpointing else blocks * block
+    words = getattr(text, "vocab_size", 0) or 0
+    return tokens * (kept * itemsize + words * _LOGITS_BYTES)
+
+
+def base_bytes(plan: Plan, *, bits: int | None) -> int:
+    """Return what the base's weights take, quantized to ``bits`` if it is said."""
+    if bits is None:
+        return plan.base_bytes
+    # blocks of 64 share an absolute maximum in half a bit more
+    return int(plan.base_parameters * (bits + 0.5) / 8)
+
+
+def adapter_bytes(plan: Plan) -> int:
+    """Return what the adapter takes in training: its weights, gradients and Adam's moments."""
+    return plan.weight_bytes + plan.gradient_bytes + plan.adam_bytes
+
+
+def seconds(plan: Plan, tokens: int, dtype: torch.dtype) -> float:
+    """Return how long training on so many tokens will take here.
+
+    The operations of all products over the speed of one product of a middling size, tried now.
+
+    Args:
+        plan: Of the base.
+        tokens: In all, over all epochs, padding included.
+        dtype: The base's type.
+    """
+    operations = 2 * _PASSES / 2 * plan.base_parameters * tokens
+    return operations / _operations_per_second(dtype)
+
+
+def _operations_per_second(dtype: torch.dtype) -> float:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    side = 1024
+    left = torch.ones(side, side, dtype=dtype, device=device)
+    right = torch.ones(side, side, dtype=dtype, device=device)
+
+    def product() -> float:
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        return time.perf_counter() - start
+
+    product()
+    taken, count = 0.0, 0
+    while taken < _TRIED_SECONDS:
+        taken, count = taken + product(), count + 1
+    return 2 * side**3 * count / taken
+
+
+def in_words(wanted: float) -> str:
+    """Return seconds as people say them."""
+    if wanted < 90:
+        return f"{max(round(wanted), 1)} s"
+    if wanted < 90 * 60:
+        return f"{wanted / 60:.0f} min"
+    return f"{wanted / 3600:.1f} h"
