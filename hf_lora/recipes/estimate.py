@@ -13,6 +13,9 @@ _PASSES = 4
 backward, with two operations (times, plus) for each weight and token."""
 
 _TRIED_SECONDS = 0.2
+_SLOW = 5e9
+"""Operations in a second below which a larger product would take long to try."""
+
 _IN_LAYER = (10, 4)
 """Numbers kept for backward for each token and block, in hidden and in inner widths: the inputs
 of norms, queries, keys, values, both sides of the gate. Frozen linear layers keep nothing."""
@@ -47,10 +50,10 @@ def step_bytes(config: Any, tokens: int, itemsize: int, *, checkpointing: bool =
     return tokens * (kept * itemsize + words * _LOGITS_BYTES)
 
 
-def base_bytes(plan: Plan, *, bits: int | None) -> int:
-    """Return what the base's weights take, quantized to ``bits`` if it is said."""
+def base_bytes(plan: Plan, dtype: torch.dtype, *, bits: int | None = None) -> int:
+    """Return what the base's weights take in a type, or quantized to ``bits`` if it is said."""
     if bits is None:
-        return plan.base_bytes
+        return plan.base_parameters * dtype.itemsize
     # blocks of 64 share an absolute maximum in half a bit more
     return int(plan.base_parameters * (bits + 0.5) / 8)
 
@@ -71,12 +74,28 @@ def seconds(plan: Plan, tokens: int, dtype: torch.dtype) -> float:
         dtype: The base's type.
     """
     operations = 2 * _PASSES / 2 * plan.base_parameters * tokens
-    return operations / _operations_per_second(dtype)
+    return operations / operations_per_second(dtype)
 
 
-def _operations_per_second(dtype: torch.dtype) -> float:
+def faster_type(dtype: torch.dtype) -> str | None:
+    """Return ``"float32"`` if products of a 16-bit type are much slower here, else None.
+
+    A CPU without instructions for them takes a hundred times as long.
+    """
+    if dtype.itemsize != 2:
+        return None
+    slow = operations_per_second(torch.float32) > 2 * operations_per_second(dtype)
+    return "float32" if slow else None
+
+
+def operations_per_second(dtype: torch.dtype) -> float:
+    """Return the speed of products of a type here, tried now."""
+    small = _speed(dtype, 256, least=0.0)
+    return small if small < _SLOW else _speed(dtype, 1024, least=_TRIED_SECONDS)
+
+
+def _speed(dtype: torch.dtype, side: int, least: float) -> float:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    side = 1024
     left = torch.ones(side, side, dtype=dtype, device=device)
     right = torch.ones(side, side, dtype=dtype, device=device)
 
@@ -86,8 +105,8 @@ def _operations_per_second(dtype: torch.dtype) -> float:
         return time.perf_counter() - start
 
     product()
-    taken, count = 0.0, 0
-    while taken < _TRIED_SECONDS:
+    taken, count = product(), 1
+    while taken < least:
         taken, count = taken + product(), count + 1
     return 2 * side**3 * count / taken
 

@@ -12,7 +12,7 @@ import yaml
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, listing
-from hf_lora.recipes.names import SHORT, in_full
+from hf_lora.recipes.names import SHORT, elsewhere, in_full
 from hf_lora.recipes.recipe import Recipe, as_recipe
 from hf_lora.recipes.trainer_arguments import check_trainer
 
@@ -75,7 +75,7 @@ def read_recipe(
         content["output"] = str(output.resolve())
     if "trainer" in content:
         content["trainer"] = in_full(content["trainer"], problems)
-    recipe = as_recipe(content, folder, problems)
+    recipe = as_recipe(content, folder, problems, elsewhere)
     data = content.get("data")
     has_eval = isinstance(data, Mapping) and data.get("eval") is not None
     check_trainer(content.get("trainer"), has_eval, problems)

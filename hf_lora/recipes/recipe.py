@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError
+from hf_lora.peft_names import hint
 from hf_lora.recipes.data import Data, as_data
 from hf_lora.recipes.fields import folder_or_id, mapping, record, report_unknown
-from hf_lora.recipes.names import elsewhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,13 +76,19 @@ class Recipe:
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def as_recipe(content: Mapping[str, Any], folder: Path, problems: list[str]) -> Recipe | None:
+def as_recipe(
+    content: Mapping[str, Any],
+    folder: Path,
+    problems: list[str],
+    elsewhere: Callable[[str], str] = hint,
+) -> Recipe | None:
     """Build a recipe from what a file says; report what is wrong and return None if anything is.
 
     Args:
         content: The file's content.
         folder: The folder that its paths are relative to.
         problems: One line each is added.
+        elsewhere: What to say of a field that is unknown where it stands.
     """
     before = len(problems)
     recipe = record(
@@ -91,9 +97,9 @@ def as_recipe(content: Mapping[str, Any], folder: Path, problems: list[str]) -> 
         "",
         problems,
         {
-            "base": lambda value: _base(value, folder, problems),
+            "base": lambda value: _base(value, folder, problems, elsewhere),
             "data": lambda value: as_data(value, folder, problems, elsewhere),
-            "lora": lambda value: _lora(value, problems),
+            "lora": lambda value: _lora(value, problems, elsewhere),
             "output": lambda value: _output(value, folder, problems),
             "trainer": lambda value: mapping(value, "trainer", problems),
             "push": lambda value: value and _push(value, problems),
@@ -103,7 +109,9 @@ def as_recipe(content: Mapping[str, Any], folder: Path, problems: list[str]) -> 
     return recipe if len(problems) == before else None
 
 
-def _base(value: Any, folder: Path, problems: list[str]) -> Base | None:
+def _base(
+    value: Any, folder: Path, problems: list[str], elsewhere: Callable[[str], str]
+) -> Base | None:
     base = record(
         Base,
         {"model": value} if isinstance(value, str) else value,
@@ -125,7 +133,7 @@ def _base(value: Any, folder: Path, problems: list[str]) -> Base | None:
     return dataclasses.replace(base, **names)
 
 
-def _lora(value: Any, problems: list[str]) -> LoRAConfig | None:
+def _lora(value: Any, problems: list[str], elsewhere: Callable[[str], str]) -> LoRAConfig | None:
     if not isinstance(value, Mapping):
         problems.append(f"lora: {value!r} is not a mapping of fields")
         return None

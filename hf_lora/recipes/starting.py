@@ -18,7 +18,13 @@ from hf_lora.planning.records import Plan, size
 from hf_lora.recipes.base_model import load_config, load_tokenizer, skeleton
 from hf_lora.recipes.data import FILE_KINDS, Data, DataSet, Files, Part
 from hf_lora.recipes.dataset import DEFAULT_LENGTH, language_rows, resolved
-from hf_lora.recipes.estimate import adapter_bytes, available_bytes, step_bytes
+from hf_lora.recipes.estimate import (
+    adapter_bytes,
+    available_bytes,
+    base_bytes,
+    faster_type,
+    step_bytes,
+)
 from hf_lora.recipes.forms import Recognized, RowFault
 from hf_lora.recipes.recipe import Base
 from hf_lora.recipes.rows import read_rows
@@ -55,6 +61,9 @@ class Looked:
     """What all but one row in a hundred fits into."""
 
     chat_template: bool
+    dtype: str
+    """To load the base in."""
+
     batch_size: int
     accumulation: int
     epochs: int
@@ -176,8 +185,11 @@ def _looked(
     can = getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
     fits = lengths[min(len(lengths) - 1, int(len(lengths) * 0.99))]
     longest = min(can, max(_ROUND_TO, -(-fits // _ROUND_TO) * _ROUND_TO))
-    itemsize = (config.dtype or torch.float32).itemsize
-    weights, available = found.base_bytes + adapter_bytes(found), available_bytes()
+    stored = config.dtype or torch.float32
+    faster = faster_type(stored)
+    dtype = getattr(torch, faster) if faster else stored
+    itemsize = dtype.itemsize
+    weights, available = base_bytes(found, dtype) + adapter_bytes(found), available_bytes()
     few = max(1, min(_EXAMPLES_A_STEP, len(lengths) // 4))
     batch = 1
     while 2 * batch <= few and (
@@ -195,6 +207,7 @@ def _looked(
         longest=lengths[-1],
         max_length=longest,
         chat_template=template,
+        dtype=faster or "auto",
         batch_size=batch,
         accumulation=max(1, few // batch),
         epochs=3 if len(lengths) < MOST_ROWS else 1,
@@ -224,6 +237,11 @@ def _text(looked: Looked, source: Files | DataSet, base: Base, output: Path, fou
         "base:",
         f"  model: {_quoted(_place(base.model, output))}    # {found.base_parameters:,} parameters",
         *([f"  gguf_file: {_quoted(base.gguf_file)}"] if base.gguf_file else []),
+        *(
+            [f"  dtype: {looked.dtype}    # 16-bit products are slow on this machine"]
+            if looked.dtype != "auto"
+            else []
+        ),
         "  # load_in_4bit: true          # QLoRA: a quarter of the memory for the frozen weights",
         "",
         "data:",

@@ -114,14 +114,8 @@ def test_a_list_of_learning_rates_is_that_many_trainings_apart(
     expected = hands[best][1]
     assert kept.keys() == expected.keys()
     assert all(torch.equal(kept[key], expected[key]) for key in kept)
-    assert found["examples"] == {
-        "train": 9,
-        "eval": 9,
-        "rows": 18,
-        "cut": 0,
-        "dropped": 0,
-        "unused": 0,
-    }
+    none = dict.fromkeys(("cut", "dropped", "unused"), 0)
+    assert found["examples"] == {"train": 9, "eval": 9, "rows": 18, **none}
     assert found["bytes"] == len(weights(tmp_path / "out"))
     assert found["pushed"] is None
 

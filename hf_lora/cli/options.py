@@ -1,0 +1,30 @@
+"""Options that several commands have, and how what carries a command out is imported."""
+
+import importlib
+import logging
+import os
+from typing import Annotated, Any
+
+import typer
+
+from hf_lora.cli.output import working
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, words on stderr.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Folder inside, for adapters with a name.")]
+OtherBase = Annotated[
+    str | None, typer.Option(help="Folder or id of the base, instead of the adapter's.")
+]
+Patterns = list[str] | None
+
+# What these warn of when they are imported is about their own speed, not about the command.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
+
+def command(module: str) -> Any:
+    """Import the module that carries out a command; this takes seconds."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with working("loading torch and transformers"):
+        return importlib.import_module(module)
