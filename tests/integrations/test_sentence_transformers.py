@@ -212,6 +212,39 @@ def test_saved_it_loads_again(kind: Kind, folder: Path, tmp_path: Path):
     assert same(adapter_tensors(ours), adapter_tensors(model))
 
 
+def test_from_a_plan_to_the_base_again(kind: Kind, folder: Path, tmp_path: Path):
+    model = kind.build(folder)
+    plain, before = kind.answers(model), tensors(model)
+    plan = hf_lora.plan(model, **FIELDS, **kind.fields)
+    assert len(plan.targets) == 4
+    assert not plan.problems
+    with training.seeded(1):
+        hf_lora.wrap(model, **FIELDS, **kind.fields)
+    torch.testing.assert_close(kind.answers(model), plain, rtol=1e-5, atol=1e-6)
+    kind.trainer(model, tmp_path / "run", save_strategy="no").train()
+    adapted = kind.answers(model)
+    assert (adapted - plain).abs().max() > 1e-3
+    hf_lora.merge(model)
+    torch.testing.assert_close(kind.answers(model), adapted, rtol=1e-4, atol=1e-5)
+    hf_lora.unmerge(model)
+    assert torch.equal(kind.answers(model), adapted)
+    hf_lora.unwrap(model)
+    own = {k: v for k, v in tensors(model).items() if not k.startswith("2.")}  # the layer after it
+    assert same(own, {k: v for k, v in before.items() if not k.startswith("2.")})
+
+
+def test_a_merged_model_is_saved_whole(kind: Kind, folder: Path, tmp_path: Path):
+    """And needs neither hf_lora nor PEFT to be opened."""
+    model = wrapped(kind, folder)
+    kind.trainer(model, tmp_path / "run", save_strategy="no").train()
+    adapted = kind.answers(model)
+    hf_lora.merge_and_unwrap(model)
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "adapter_config.json").exists()
+    again = kind.reload(tmp_path / "saved")
+    torch.testing.assert_close(kind.answers(again), adapted, rtol=1e-4, atol=1e-5)
+
+
 def test_every_verb_means_the_transformer_inside(folder: Path, tmp_path: Path):
     model = bi_encoder(folder)
     before = BI.answers(model)
