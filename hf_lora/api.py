@@ -23,6 +23,7 @@ from hf_lora.hub.upload import push
 from hf_lora.integrations import diffusers_models, model_methods
 from hf_lora.integrations.import_hooks import when_imported
 from hf_lora.integrations.own_methods import take_off
+from hf_lora.integrations.quantize_experts import quantize_experts as pack_experts
 from hf_lora.layers.names import DEFAULT, check_adapter_name
 from hf_lora.layers.offload import guard_new_hooks
 from hf_lora.layers.routing import as_at_first
@@ -243,6 +244,7 @@ def from_pretrained(
     token: str | bool | None = None,
     check_base: bool = True,
     missing: str = "error",
+    quantize_experts: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """Load an adapter together with the base model that it names.
@@ -255,6 +257,8 @@ def from_pretrained(
             the auto class for the adapter's task if it has one for this base, or the class that the
             adapter names, or the class that the base was saved from.
         trainable, revision, subfolder, token, check_base, missing: As for :func:`load`.
+        quantize_experts: Whether to pack the base's experts in 4 bits when it is loaded, before the
+            adapter is; see :func:`quantize_experts`.
         **model_kwargs: Handed to ``model_class.from_pretrained``, for instance ``dtype`` or
             ``device_map``.
 
@@ -270,7 +274,8 @@ def from_pretrained(
     """
     folder = locate(source, revision=revision, subfolder=subfolder, token=token)
     if isinstance(base, nn.Module):
-        given = [*(["model_class"] if model_class is not None else []), *model_kwargs]
+        own = {"model_class": model_class is not None, "quantize_experts": quantize_experts}
+        given = [*(name for name, some in own.items() if some), *model_kwargs]
         if given:
             raise ConfigError(f"The base is loaded already, so {', '.join(given)} cannot be used.")
         return load(base, folder, trainable=trainable, check_base=check_base, missing=missing)
@@ -289,6 +294,8 @@ def from_pretrained(
     model, why = load_base(content, asked, model_class, model_kwargs)
     fit_vocabulary(model, content)
     make_room(model, content)
+    if quantize_experts:
+        pack_experts(model)
     try:
         return load(model, folder, trainable=trainable, check_base=check_base, missing=missing)
     except BaseMismatchError:

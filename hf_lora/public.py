@@ -25,6 +25,7 @@ from hf_lora.file_merging.report import MergeReport
 from hf_lora.integrations.accelerate_state import register
 from hf_lora.integrations.base_view import base_view
 from hf_lora.integrations.merged import merge_and_unwrap
+from hf_lora.integrations.quantize_experts import dequantize_experts, quantize_experts
 from hf_lora.integrations.trainer.mixin import LoRATrainerMixin
 from hf_lora.kinds.linear import LoRALinear
 from hf_lora.kinds.lora import LoRALayer
@@ -71,6 +72,7 @@ __all__ = [
     "apply_lora",
     "base_view",
     "delete_adapter",
+    "dequantize_experts",
     "disable_auto",
     "enable_auto",
     "freeze",
@@ -83,6 +85,7 @@ __all__ = [
     "optimizer_groups",
     "plan",
     "push_to_hub",
+    "quantize_experts",
     "register",
     "register_layer",
     "save",

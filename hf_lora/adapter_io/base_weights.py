@@ -15,6 +15,7 @@ from hf_lora.compat.offload_stores import entry_of
 from hf_lora.files.keys import without_wrappers
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import float_values
+from hf_lora.layers.quantized import shape_of as packed_shape
 from hf_lora.layers.replaced import Replaced
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import find
@@ -130,7 +131,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(getattr(getattr(tensor, "quant_state", None), "shape", None) or shape_of(tensor))
+    return packed_shape(tensor) or tuple(shape_of(tensor))
 
 
 def _source(held: BaseTensor, at: range) -> tuple[torch.Tensor, range] | None:
@@ -138,7 +139,7 @@ def _source(held: BaseTensor, at: range) -> tuple[torch.Tensor, range] | None:
     tensor = held.tensor()
     if held.quantized:
         with present(held.module):
-            values = float_values(held.module, at) if held.role == "weight" else None
+            values = float_values(held.module, at, held.role)
         return None if values is None else (values, range(len(values)))
     if not tensor.is_meta:
         return tensor, at

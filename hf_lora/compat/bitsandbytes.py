@@ -1,6 +1,7 @@
 """What bitsandbytes' layers keep, and do to their weights. Seen in bitsandbytes 0.50."""
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -80,6 +81,41 @@ def four_bit_values(weight: torch.Tensor, positions: torch.Tensor) -> torch.Tens
     pairs = weight.data.reshape(-1).view(torch.uint8)[positions // 2].int()
     codes = torch.where(positions % 2 == 0, pairs >> 4, pairs & 15)
     return state.code[codes] * _largest(state, positions // state.blocksize)
+
+
+def pack(matrix: torch.Tensor, kind: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a matrix in 4 bits: its numbers, two in a byte, and the scale of each block.
+
+    By the function and not by ``Linear4bit``, which on some processors repacks what it holds in a
+    forward in eval mode, after which nothing can be unpacked and no gradient passes.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    numbers, state = quantize_4bit(matrix.contiguous(), blocksize=block, quant_type=kind)
+    return numbers.reshape(-1), state.absmax
+
+
+def unpack(
+    numbers: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    kind: str,
+    block: int,
+) -> torch.Tensor:
+    """Return the matrix that :func:`pack` was given, as far as 4 bits say it."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = QuantState(scales, torch.Size(shape), codes(kind, numbers.device), block, kind, dtype)
+    return dequantize_4bit(numbers[:, None], state)
+
+
+@functools.cache
+def codes(kind: str, device: torch.device) -> torch.Tensor:
+    """Return the 16 numbers that 4 bits stand for, before they are scaled."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(kind, device=device)
 
 
 def eight_bit(module: Any) -> torch.Tensor | None:

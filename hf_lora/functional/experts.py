@@ -19,15 +19,16 @@ from hf_lora.functional.grouped import (
     grouped_product,
     stacked,
 )
+from hf_lora.functional.packed import Stack, times
 
 
 class Stacks(NamedTuple):
     """What a layer of experts computes with."""
 
-    up: torch.Tensor
+    up: Stack
     """(E, I, M'): what the first product is with; M' is 2M where there is a gate."""
 
-    down: torch.Tensor
+    down: Stack
     """(E, M, O)."""
 
     up_bias: torch.Tensor | None
@@ -69,7 +70,7 @@ def experts_plain(
 
 def _linear(
     x_SI: torch.Tensor,
-    w_EIO: torch.Tensor,
+    w_EIO: Stack,
     bias_EO: torch.Tensor | None,
     routed: Routed,
     update: Update,
@@ -84,8 +85,8 @@ def _linear(
     return y_SO
 
 
-def _each(x_SI: torch.Tensor, w_EIO: torch.Tensor, routed: Routed) -> torch.Tensor:
-    parts = [x_SI[a:z] @ w_EIO[e] for e, a, z in routed.spans]
+def _each(x_SI: torch.Tensor, w_EIO: Stack, routed: Routed) -> torch.Tensor:
+    parts = [times(x_SI[a:z], w_EIO, e) for e, a, z in routed.spans]
     return torch.cat(parts) if parts else x_SI.new_empty(0, w_EIO.shape[-1])
 
 
@@ -140,8 +141,8 @@ class _Experts(torch.autograd.Function):
         frame: _Frame,
         x_NI: torch.Tensor,
         weights_NK: torch.Tensor,
-        w_up: torch.Tensor,
-        w_down: torch.Tensor,
+        w_up: Stack,
+        w_down: Stack,
         up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         *tensors: torch.Tensor,
@@ -154,7 +155,8 @@ class _Experts(torch.autograd.Function):
             weights_S = weights_NK.reshape(-1)[routed.order]
             y_NO = routed.sum_by_token(out * weights_S.unsqueeze(-1)).to(x_NI.dtype)
         ctx.frame = frame
-        saved = (x_NI, weights_NK, w_up, w_down, down_bias, between, h_SR)
+        kept = [w if isinstance(w, torch.Tensor) else None for w in (w_up, w_down)]
+        saved = (x_NI, weights_NK, *kept, down_bias, between, h_SR)
         ctx.save_for_backward(*saved, *tensors)
         return y_NO
 
@@ -163,6 +165,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dy_NO: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         frame: _Frame = ctx.frame
         x_NI, weights_NK, w_up, w_down, down_bias, between, h_SR, *tensors = ctx.saved_tensors
+        w_up = frame.stacks.up if w_up is None else w_up
+        w_down = frame.stacks.down if w_down is None else w_down
         routed, (up, down) = frame.routed, frame.factors(tensors)
         with _without_autocast(x_NI):
             dy_SO = dy_NO.to(w_down.dtype)[routed.token]
@@ -195,7 +199,7 @@ class _Experts(torch.autograd.Function):
 
 def _forward(
     x_SI: torch.Tensor,
-    w_EIO: torch.Tensor,
+    w_EIO: Stack,
     bias_EO: torch.Tensor | None,
     routed: Routed,
     updates: Sequence[Factors],
@@ -214,7 +218,7 @@ def _forward(
 def _backward(
     x_SI: torch.Tensor | None,
     dy_SO: torch.Tensor,
-    w_EIO: torch.Tensor,
+    w_EIO: Stack,
     routed: Routed,
     updates: Sequence[Factors],
     weights_S1: torch.Tensor | None,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_lora.functional.low_rank import Product
+from hf_lora.functional.packed import Stack
 
 _KERNEL_BYTES = 16
 """What the grouped kernel wants the rows' strides to be a multiple of."""
@@ -68,9 +69,11 @@ class Routed:
 
 
 def grouped_product(
-    x_SI: torch.Tensor, w_EIO: torch.Tensor, routed: Routed, onto: torch.Tensor | None = None
+    x_SI: torch.Tensor, w_EIO: Stack, routed: Routed, onto: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return each row times its expert's matrix, (S, O).
+
+    Packed matrices are unpacked one by one, and those without rows not at all.
 
     Args:
         x_SI: Rows, sorted by expert.
@@ -78,7 +81,7 @@ def grouped_product(
         routed: Which rows are whose.
         onto: What to add it to, in place.
     """
-    if _has_kernel(x_SI, w_EIO):
+    if isinstance(w_EIO, torch.Tensor) and _has_kernel(x_SI, w_EIO):
         y_SO = F.grouped_mm(x_SI, w_EIO, offs=routed.ends)
         return y_SO if onto is None else onto.add_(y_SO)
     if onto is None:

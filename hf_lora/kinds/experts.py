@@ -6,19 +6,17 @@ Legend: E experts, I input and O output features, R rank.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_lora.compat.dtensor import is_distributed
-from hf_lora.compat.experts import Declared, activation, declared, forward_below, is_expert_parallel
+from hf_lora.compat.experts import declared, forward_below, is_expert_parallel
 from hf_lora.errors import StateError
-from hf_lora.functional.experts import Stacks, Update, experts, experts_plain
 from hf_lora.functional.grouped import (
     Factors,
-    Routed,
     stack_a,
     stack_b,
     stack_norm,
@@ -26,6 +24,16 @@ from hf_lora.functional.grouped import (
 )
 from hf_lora.functional.init import init_low_rank
 from hf_lora.functional.low_rank import Product
+from hf_lora.functional.packed import PackedStack
+from hf_lora.kinds.packed_experts import is_packed
+from hf_lora.kinds.stacked import (
+    activation_fault,
+    is_stack,
+    is_turned,
+    run,
+    sizes,
+    trial_rows,
+)
 from hf_lora.layers.factors import Factored
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import parameter_of
@@ -37,9 +45,6 @@ from hf_lora.layers.tensor_parallel import to_local
 
 PARTS = ("gate_up_proj", "up_proj", "down_proj")
 """The parameters that can be adapted, in the order in which experts have them."""
-
-_ROWS = 8
-"""Of the trial of whether a class computes what it says that it does."""
 
 
 def part_roles(part: str) -> tuple[str, str]:
@@ -112,11 +117,11 @@ class LoRAExperts(Factored):
         assert said is not None
         if is_expert_parallel(host):
             return f"the experts of this {name} are spread over several processes"
-        if forward_below(kind, said) is None:
+        if not is_packed(host) and forward_below(kind, said) is None:
             return f"the forward of {name} has other arguments than those of stacked experts"
         for part in (said.up, said.down):
             stack = parameter_of(host, part)
-            if stack is None or not _is_stack(stack):
+            if stack is None or not (is_stack(stack) or isinstance(stack, PackedStack)):
                 return f"the {part} of this {name} is not there, or packed, quantized or spread"
         if has_foreign_forward(host):
             return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
@@ -125,15 +130,15 @@ class LoRAExperts(Factored):
     @classmethod
     def lora_rank_fault(cls, host: nn.Module, r: int) -> str | None:
         """Return what is wrong with a rank: it is at most the smaller side of an expert."""
-        most = min(min(_sizes(host, part)[1:]) for part in cls.lora_parts(host))
+        most = min(min(sizes(host, part)[1:]) for part in cls.lora_parts(host))
         return f"r={r} is larger than an expert's smaller side, {most}" if r > most else None
 
     @classmethod
     def lora_probe_key(cls, host: nn.Module) -> tuple:
         """Return what is common to layers of experts of which one is tried."""
         kind = host_class(host)
-        sizes = [_sizes(host, part) for part in cls.lora_parts(host)]
-        return kind, declared(host), *sizes
+        each = [sizes(host, part) for part in cls.lora_parts(host)]
+        return kind, declared(host), *each
 
     @classmethod
     @torch.no_grad()
@@ -144,11 +149,12 @@ class LoRAExperts(Factored):
         assert said is not None
         own = forward_below(kind, said)
         stack = parameter_of(host, said.up)
-        if certain or own is None or stack is None or stack.is_meta:
+        # what is packed was tried before
+        if certain or own is None or stack is None or stack.is_meta or is_packed(host):
             return None
-        rows = _trial_rows(host, stack, said)
+        rows = trial_rows(host, stack, said)
         try:
-            wanted, given = own(host, *rows), _run(host, said, rows, {})
+            wanted, given = own(host, *rows), run(host, said, rows, {})
         except Exception as error:
             return f"it cannot be computed with as it declares itself ({error})"
         # some compute in float32 whatever they are given
@@ -156,14 +162,14 @@ class LoRAExperts(Factored):
         wide = unit**0.5 * wanted.abs().max()
         if not bool(((wanted - given).abs() <= wide).all()):
             return "its own forward gives something else than the layout that it declares"
-        return _activation_fault(host, said, stack)
+        return activation_fault(host, said, stack)
 
     @classmethod
     def lora_shapes(cls, host: nn.Module, config: LayerConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A and B of each part."""
         found: dict[str, tuple[int, ...]] = {}
         for part in config.parts or cls.lora_parts(host):
-            number, wide_in, wide_out = _sizes(host, part)
+            number, wide_in, wide_out = sizes(host, part)
             a, b = part_roles(part)
             found |= {a: (number * config.r, wide_in), b: (wide_out, config.r * number)}
         return found
@@ -174,7 +180,7 @@ class LoRAExperts(Factored):
         for part, (a, b) in _pairs(shapes).items():
             if part not in cls.lora_parts(host):
                 return f"the adapter is for a {part}, and {type(host).__name__} has none"
-            number, *widths = _sizes(host, part)
+            number, *widths = sizes(host, part)
             if [a[1], b[0]] != widths or a[0] % number:
                 return (
                     f"the adapter has lora_A {a} and lora_B {b} for {part}, which is {number} "
@@ -188,7 +194,7 @@ class LoRAExperts(Factored):
     ) -> dict[str, Product]:
         """Return the update of each stack."""
         return {
-            part: stack_product(Factors(a, b, config.r, config.scaling), turned=_is_turned(host))
+            part: stack_product(Factors(a, b, config.r, config.scaling), turned=is_turned(host))
             for part, (a, b) in _pairs(tensors).items()
         }
 
@@ -239,6 +245,11 @@ class LoRAExperts(Factored):
         stacks = [self._parameters[part] for part in self.lora_parts(self)]
         if any(stack is None or stack.is_meta or is_distributed(stack) for stack in stacks):
             return "its stacks are not in memory, or spread over several processes"
+        if is_packed(self):
+            return (
+                "its stacks are packed in 4 bits; hf_lora.dequantize_experts(model) before it was "
+                "wrapped, or hf_lora.merge_checkpoint on the base's files, gives it room for that"
+            )
         return None
 
     def lora_changes(self, adapter: str, weight: str) -> bool:
@@ -279,91 +290,7 @@ class LoRAExperts(Factored):
             args = tuple(
                 inspect.signature(super().forward).bind(*args, **kwargs).arguments.values()
             )
-        return _run(self, said, args, found, self.lora_routing.plain)
+        return run(self, said, args, found, self.lora_routing.plain)
 
 
 LoRAExperts.lora_mixin = LoRAExperts
-
-
-def _run(
-    host: Any,
-    said: Declared,
-    inputs: tuple[Any, ...],
-    updates: Mapping[str, Sequence[tuple[Factors, float]]],
-    plain: bool = False,
-) -> torch.Tensor:
-    """Compute a layer of experts as it declares itself, with updates of its parameters."""
-    up, down = (getattr(host, name) for name in (said.up, said.down))
-    x_NI, experts_NK, weights_NK = _each_in_turn(inputs[0], len(up)) if said.takes_every else inputs
-    stacks = Stacks(
-        up if said.transposed else up.transpose(1, 2),
-        down if said.transposed else down.transpose(1, 2),
-        getattr(host, f"{said.up}_bias") if said.has_bias else None,
-        getattr(host, f"{said.down}_bias") if said.has_bias else None,
-        activation(host, said),
-        host.post_expert_norm if said.has_norm else None,
-    )
-    routed = Routed(experts_NK, len(up))
-    parts = [updates.get(name, ()) for name in (said.up, said.down)]
-    trains = any(p.requires_grad for p in stacks[:4] if p is not None)  # type: ignore[union-attr]
-    if plain or trains or said.has_norm or any(dropout for part in parts for _, dropout in part):
-        each = [
-            Update(*map(tuple, zip(*part, strict=True))) if part else Update() for part in parts
-        ]
-        return experts_plain(x_NI, weights_NK, routed, stacks, *each)
-    factors = [[factors for factors, _ in part] for part in parts]
-    return experts(x_NI, weights_NK, routed, stacks, *factors)
-
-
-def _each_in_turn(
-    x_NI: torch.Tensor, number: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what others are given, for experts of which each has as many rows, in order."""
-    turns = torch.arange(number, device=x_NI.device)
-    chosen = turns.repeat_interleave(len(x_NI) // number)[:, None]
-    return x_NI, chosen, torch.ones_like(chosen, dtype=x_NI.dtype)
-
-
-def _is_stack(tensor: torch.Tensor) -> bool:
-    floating = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-    return type(tensor) is nn.Parameter and tensor.dim() == 3 and floating
-
-
-def _sizes(host: nn.Module, part: str) -> tuple[int, int, int]:
-    """Return how many experts there are, and what one of a part reads and gives."""
-    stack = parameter_of(host, part)
-    assert stack is not None
-    number, one, other = stack.shape
-    return (number, one, other) if _is_turned(host) else (number, other, one)
-
-
-def _is_turned(host: nn.Module) -> bool:
-    """Say whether the stacks are (E, in, out) where A and B are made for that."""
-    said = declared(host)
-    # PEFT goes by what a class says
-    return said is not None and said.transposed and not said.peft_swaps
-
-
-def _trial_rows(host: nn.Module, stack: torch.Tensor, said: Declared) -> tuple[torch.Tensor, ...]:
-    """Return a few rows, two experts for each, and what these count."""
-    number, wide = len(stack), stack.shape[1 if said.transposed else 2]
-    drawn = torch.Generator().manual_seed(0)
-    if said.takes_every:
-        rows = torch.randn(2 * number, wide, generator=drawn)
-        return (rows.to(stack.device, stack.dtype),)
-    rows = torch.randn(_ROWS, wide, generator=drawn).to(stack.device, stack.dtype)
-    first = torch.arange(_ROWS, device=stack.device) % number
-    chosen = torch.stack([first, (first + 1) % number], 1)
-    counts = torch.rand(_ROWS, 2, generator=drawn).to(stack.device, stack.dtype)
-    return rows, chosen, counts
-
-
-def _activation_fault(host: nn.Module, said: Declared, stack: torch.Tensor) -> str | None:
-    """Return whether the activation changes its input, of which it is made again; or None."""
-    act: Callable[[torch.Tensor], torch.Tensor] = activation(host, said)
-    wide = stack.shape[2 if said.transposed else 1]
-    rows = torch.linspace(-9, 9, 2 * wide).to(stack.device, stack.dtype)
-    rows = rows.view(2, -1)
-    before = rows.clone()
-    act(rows)
-    return None if torch.equal(rows, before) else "its activation writes into its input"
