@@ -3,6 +3,8 @@
 from hf_lora.adapter_io.save import save
 from hf_lora.api import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
 from hf_lora.auto_classes import disable_auto, enable_auto
+from hf_lora.clients.export import export, servable
+from hf_lora.clients.records import Exported, Servable
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import (
     AdapterFileError,
@@ -47,6 +49,7 @@ __all__ = [
     "BaseLoadError",
     "BaseMismatchError",
     "ConfigError",
+    "Exported",
     "GradientError",
     "HfLoRAError",
     "HfLoRAWarning",
@@ -58,6 +61,7 @@ __all__ = [
     "MergeReport",
     "Plan",
     "SaveError",
+    "Servable",
     "StateError",
     "Summary",
     "TargetError",
@@ -75,6 +79,7 @@ __all__ = [
     "dequantize_experts",
     "disable_auto",
     "enable_auto",
+    "export",
     "freeze",
     "from_pretrained",
     "load",
@@ -89,6 +94,7 @@ __all__ = [
     "register",
     "register_layer",
     "save",
+    "servable",
     "summary",
     "train",
     "unfreeze",

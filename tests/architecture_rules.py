@@ -24,7 +24,7 @@ LAYERS = (
     ("adapter_io",),
     ("merging",),
     ("hub",),
-    ("file_merging",),
+    ("file_merging", "clients"),
     ("integrations",),
     ("api",),
     ("auto_classes",),
@@ -41,6 +41,7 @@ NEIGHBOURS = {("config", "peft_names"), ("errors", "text"), ("targets", "errors"
 LAZY = {
     "bitsandbytes": "optional: quantized bases",
     "torchao": "optional: quantized bases",
+    "gguf": "optional: files for llama.cpp",
     "datasets": "optional: `hf-lora train`",
     "diffusers": "optional: diffusion models",
     "matplotlib": "optional: figures",

@@ -40,6 +40,7 @@ COMMANDS = {
     ),
     'pip install "torch==2.13.0" -e ".[test]" && pytest': (".ci/run", "pytest"),
     "hf-lora --help": ("tests/test_package.py", '"--help"'),
+    "hf-lora export my-adapter": ("tests/clients/test_export.py", 'run("export", tmp_path'),
     "hf-lora merge my-adapter -o merged --verify": (
         "tests/cli/test_merge.py",
         '"merge", adapter, "-o", tmp_path / "merged", "--verify"',

@@ -109,6 +109,45 @@ def show(
 
 
 @app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, or its id on the Hub.")],
+    client: Annotated[
+        str | None,
+        typer.Option(
+            "--client",
+            "-c",
+            help="peft, vllm, llama.cpp, mlx, diffusers or kohya; without it, who can use it.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder that is not there yet.")
+    ] = None,
+    base: OtherBase = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; else the adapter's own.")
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter as other software reads it. Exit code 1: that software cannot use it."""
+    if (client is None) != (output is None):
+        raise typer.BadParameter("--client and --output go together; without both it only tells")
+    execute(
+        lambda: _command("hf_lora.cli.commands.export").run(
+            adapter,
+            client,
+            output,
+            base=base,
+            dtype=dtype,
+            revision=revision,
+            subfolder=subfolder,
+        ),
+        as_json=as_json,
+    )
+
+
+@app.command()
 def merge(
     adapters: Annotated[
         list[str], typer.Argument(help="Adapter folders, or ids on the Hub; NAME=0.5 weighs.")

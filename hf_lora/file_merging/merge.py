@@ -29,7 +29,7 @@ from hf_lora.file_merging.checkpoint import (
 )
 from hf_lora.file_merging.hub_checkpoint import HubCheckpoint
 from hf_lora.file_merging.measure import DTYPES, Sums, dtype_name, in_all
-from hf_lora.file_merging.output import NOTE, Unfinished, building, check_free
+from hf_lora.file_merging.output import NOTE, WHAT, Unfinished, building
 from hf_lora.file_merging.plan import Entry, Plan, make_plan
 from hf_lora.file_merging.report import MergedTensor, MergeReport, Verified
 from hf_lora.file_merging.shard import MergedRows, is_copied, write_shard
@@ -38,6 +38,7 @@ from hf_lora.file_merging.updates import Adapter, Updates
 from hf_lora.file_merging.verify import verify_shard
 from hf_lora.file_merging.workers import Flushing, Workers
 from hf_lora.files.commit_note import file_digest
+from hf_lora.files.new_folder import check_free
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.hub.download import locate
 from hf_lora.version import __version__
@@ -104,7 +105,7 @@ def merge_checkpoint(
     """
     wanted, target = _dtype(dtype), Path(output)
     if not dry_run:
-        check_free(target)
+        check_free(target, WHAT)
     weights = _weights(adapter)
     folders = {source: read_folder(locate(source, token=token)) for source in weights}
     first = next(iter(folders.values()))

@@ -21,9 +21,13 @@ from hf_lora.files.atomic import (
     staged,
     sync_directory,
 )
+from hf_lora.files.new_folder import check_free
 from hf_lora.files.safe_json import read_json
 
 NOTE = "hf_lora_merge.json"
+WHAT = "a merged checkpoint"
+"""What is built here, for messages."""
+
 _PART = ".part"
 
 
@@ -78,7 +82,7 @@ def building(output: Path, identity: Mapping[str, Any], *, resume: bool) -> Iter
         SaveError: Something is there already, the disk refuses, or what was left is of another
             merge.
     """
-    check_free(output)
+    check_free(output, WHAT)
     work = output.parent / f".{output.name}.merging"
     with (
         refused_as_save_error(f"{output} could not be written"),
@@ -86,7 +90,7 @@ def building(output: Path, identity: Mapping[str, Any], *, resume: bool) -> Iter
     ):
         work.mkdir(exist_ok=True)
         with alone_in(work):
-            check_free(output)  # another process may have been at it
+            check_free(output, WHAT)  # another process may have been at it
             done = _left(work, identity) if resume else {}
             if not done:
                 _clear(work)
@@ -96,19 +100,6 @@ def building(output: Path, identity: Mapping[str, Any], *, resume: bool) -> Iter
                 output.rmdir()
             os.replace(work, output)
             sync_directory(output.parent)
-
-
-def check_free(output: Path) -> None:
-    """Raise SaveError unless nothing is at a path, or an empty folder."""
-    if not os.path.lexists(output):
-        return
-    if not output.is_dir() or output.is_symlink():
-        raise SaveError(f"{output} is no folder; a merged checkpoint is one. Nothing was written.")
-    if any(output.iterdir()):
-        raise SaveError(
-            f"{output} is not empty; merge into a folder that is not there yet. Nothing was "
-            "written."
-        )
 
 
 def _left(work: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Sums]]:

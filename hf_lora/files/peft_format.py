@@ -46,6 +46,12 @@ _KNOWN = {
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "target_parameters", "task_type", FIELD, "use_rslora",
 }  # fmt: skip
+# What a configuration is reduced to, beside its numbers.
+_SAID_PLAINLY = {
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "layers_pattern", "layers_to_transform", "lora_bias", "lora_dropout", "modules_to_save",
+    "revision", "target_modules", "target_parameters", "task_type", FIELD, "ensure_weight_tying",
+}  # fmt: skip
 # The names by which PEFT knows embeddings, and that it ties on request.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -94,6 +100,46 @@ def to_peft(content: AdapterData) -> dict[str, Any]:
         "use_rslora": content.config.rslora,
     }
     return asked_for | {name: value for name, value in different.items() if value}
+
+
+def plain_fields(
+    fields: Mapping[str, Any], slots: Mapping[str, LayerConfig], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a configuration that says the same without what only newer readers know.
+
+    What is at its default is left out, and so is what readers do without; the updates are scaled by
+    alpha / r, also where the adapter is rank-stabilized.
+
+    Args:
+        fields: A configuration that was read and checked.
+        slots: Path of each layer to its numbers.
+        ranks: The same to the rank that its factors are given.
+    """
+    by_weight = TailIndex(weights_named(fields, "the configuration"))
+    said = {}
+    for path, slot in without_outs(slots).items():
+        kept = not slot.rslora and ranks[path] == slot.r
+        alpha = slot.alpha if kept else slot.scaling * ranks[path]
+        names = _names_at(path, slot, [path] if by_weight.means(f"{path}.weight") else [])
+        said |= dict.fromkeys(names, (ranks[path], alpha))
+    r = _most_common((rank for rank, _ in said.values()), fields.get("r", 8))
+    alpha = _most_common((alpha for _, alpha in said.values()), fields.get("lora_alpha", 8))
+    set_ = {name: fields[name] for name in sorted(_SAID_PLAINLY & fields.keys()) if fields[name]}
+    numbers = {
+        "alpha_pattern": _exceptions({name: alpha for name, (_, alpha) in said.items()}, alpha),
+        "rank_pattern": _exceptions({name: rank for name, (rank, _) in said.items()}, r),
+    }
+    return {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": _plain(alpha),
+        "peft_type": "LORA",
+        "r": r,
+        **set_,
+        **{name: value for name, value in numbers.items() if value},
+    }
 
 
 def check_supported(fields: Mapping[str, Any], source: str) -> list[str]:

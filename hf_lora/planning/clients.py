@@ -1,10 +1,12 @@
-"""Who else can use an adapter as it is saved, and why not: vLLM and llama.cpp.
+"""Who else can use an adapter, and why not: vLLM as it is saved, llama.cpp as it is exported.
 
 What they do was seen with vLLM 0.32 and llama.cpp's converter and runtime of November 2026; which
 architectures vLLM gives adapters to is its own list.
 """
 
+import collections
 from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
 from hf_lora.layers.layer_config import LayerConfig
 
@@ -43,12 +45,51 @@ _WITH_A_LANGUAGE_MODEL = (
     "Qwen3_5MoeForConditionalGeneration", "SmolVLMForConditionalGeneration",
 )  # fmt: skip
 _LANGUAGE_MODEL = ("language_model", "text_model", "lm_head")
-# Those whose linear layers the converter keeps or permutes as a whole; Llama was run.
-_LLAMA_CPP = (
-    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "GraniteForCausalLM",
-    "LlamaForCausalLM", "MistralForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM",
-    "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM",
-)  # fmt: skip
+
+
+class Architecture(NamedTuple):
+    """What llama.cpp calls a model's class, and what its converter does to its weights."""
+
+    name: str
+    """``general.architecture``."""
+
+    halves: bool = False
+    """Whether rows of q and k are put into its order of the rotary halves."""
+
+    mixed: bool = False
+    """Whether rows of a fused q, k and v stand head by head and are put one after the other."""
+
+
+# Those whose linear layers the converter keeps as a whole; all were compared with its own output.
+LLAMA_CPP: Mapping[str, Architecture] = {
+    "Cohere2ForCausalLM": Architecture("cohere2"),
+    "CohereForCausalLM": Architecture("command-r"),
+    "Exaone4ForCausalLM": Architecture("exaone4"),
+    "GPT2LMHeadModel": Architecture("gpt2"),
+    "GPTNeoXForCausalLM": Architecture("gptneox", mixed=True),
+    "Gemma2ForCausalLM": Architecture("gemma2"),
+    "Gemma3ForCausalLM": Architecture("gemma3"),
+    "Gemma3ForConditionalGeneration": Architecture("gemma3"),
+    "GemmaForCausalLM": Architecture("gemma"),
+    "Glm4ForCausalLM": Architecture("glm4"),
+    "GraniteForCausalLM": Architecture("granite", halves=True),
+    "LlamaForCausalLM": Architecture("llama", halves=True),
+    "MistralForCausalLM": Architecture("llama", halves=True),
+    "MixtralForCausalLM": Architecture("llama", halves=True),
+    "NemotronForCausalLM": Architecture("nemotron"),
+    "Olmo2ForCausalLM": Architecture("olmo2"),
+    "OlmoForCausalLM": Architecture("olmo", halves=True),
+    "Phi3ForCausalLM": Architecture("phi3"),
+    "PhiForCausalLM": Architecture("phi2"),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen2MoeForCausalLM": Architecture("qwen2moe"),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe"),
+    "SeedOssForCausalLM": Architecture("seed_oss"),
+    "SmolLM3ForCausalLM": Architecture("smollm3", halves=True),
+    "StableLmForCausalLM": Architecture("stablelm"),
+    "Starcoder2ForCausalLM": Architecture("starcoder2"),
+}
 
 
 def vllm_reasons(
@@ -108,37 +149,60 @@ def vllm_rank(slots: Mapping[str, LayerConfig]) -> int:
     return next((rank for rank in _VLLM_RANKS if rank >= highest), highest)
 
 
+def common_scaling(slots: Iterable[LayerConfig]) -> float:
+    """Return the factor that most layers have, for clients that know one."""
+    return _most_common(slot.scaling for slot in slots)
+
+
+def one_alpha(slots: Iterable[LayerConfig]) -> float:
+    """Return the alpha by which most layers are scaled as alpha / r, for clients that know one."""
+    return _most_common(map(_alpha, slots))
+
+
+def scaling_for(alpha: float, slot: LayerConfig) -> float:
+    """Return by what a client that knows one alpha scales a layer: its own factor if it is that."""
+    return slot.scaling if _alpha(slot) == alpha else alpha / slot.r
+
+
+def _alpha(slot: LayerConfig) -> float:
+    """Return the alpha by which a layer is scaled as alpha / r."""
+    return slot.scaling * slot.r if slot.rslora else slot.alpha
+
+
+def scaled_otherwise(slots: Mapping[str, LayerConfig]) -> list[str]:
+    """Return the layers that llama.cpp's own conversion of a saved adapter scales otherwise."""
+    alpha = _most_common(slot.alpha for slot in slots.values())
+    return [path for path, slot in slots.items() if slot.scaling != alpha / slot.r]
+
+
+def _most_common(values: Iterable[float]) -> float:
+    counts = collections.Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value), default=1.0)
+
+
 def llama_cpp_reasons(
     classes: Collection[str],
     slots: Mapping[str, LayerConfig],
     trained: Iterable[str],
     *,
-    alpha: float,
     tied: Collection[str] = (),
     not_linear: Collection[str] = (),
     buffers: Collection[str] = (),
     biases: Collection[str] = (),
     rows: Collection[str] = (),
 ) -> list[str]:
-    """Return why llama.cpp computes something else with an adapter, or refuses it.
+    """Return why llama.cpp cannot use an adapter, whatever file it is given.
 
     Args:
         classes, slots, trained, buffers, biases, rows: As for :func:`vllm_reasons`.
-        alpha: The one strength that it reads.
         tied: Those of the layers that share their weight with another module, or may do so.
         not_linear: As for :func:`vllm_reasons`.
     """
     reasons = [] if slots else ["there is no adapted layer"]
-    if classes and {*classes}.isdisjoint(_LLAMA_CPP):
+    if classes and {*classes}.isdisjoint(LLAMA_CPP):
         reasons.append(
             f"{_first(classes)} is none of the architectures for which its conversion of adapters "
             "is known to be right"
-        )
-    other = [path for path, slot in slots.items() if slot.scaling != alpha / slot.r]
-    if other:
-        reasons.append(
-            f"it scales every update by {alpha:g} / r, without a word: rsLoRA and other alphas are "
-            f"not read, here {_some(other)}"
         )
     kept = list(trained)
     if kept:

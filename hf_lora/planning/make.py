@@ -1,6 +1,5 @@
 """Making a plan: what the patterns mean on a model, what it costs and what is worth telling."""
 
-import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -101,7 +100,6 @@ def make_plan(
                 classes,
                 slots,
                 tops,
-                alpha=common_alpha(slots.values()),
                 tied=[target.path for target in targets if target.tied_to],
                 not_linear=not_linear,
                 biases=others_biased,
@@ -136,12 +134,6 @@ def class_names(model: nn.Module) -> list[str]:
 def parts_adapted(targets: Iterable[Target]) -> dict[str, tuple[str, ...]]:
     """Return the path of each adapted module, and which of its parameters; none stands for all."""
     return {target.path: target.slot.parts for target in targets}
-
-
-def common_alpha(slots: Iterable[LayerConfig]) -> float:
-    """Return the strength that most layers have, which is the one that a file names."""
-    counts = collections.Counter(slot.alpha for slot in slots)
-    return min(counts, key=lambda alpha: (-counts[alpha], alpha), default=0.0)
 
 
 def foreign_wrapper(model: nn.Module) -> Iterator[str]:

@@ -14,7 +14,7 @@ from hf_lora.config import WORDS, LoRAConfig
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.roles import Layout, Shapes, Ties
 from hf_lora.layers.token_rows import TokenRows
-from hf_lora.planning.clients import vllm_rank
+from hf_lora.planning.clients import scaled_otherwise, vllm_rank
 from hf_lora.planning.token_rows import RowTarget
 from hf_lora.planning.towers import Tower
 
@@ -348,9 +348,15 @@ def served_by(
     else:
         yield f"vLLM can serve it, started with --max-lora-rank {vllm_rank(slots)} or more"
     if llama_cpp:
-        yield f"llama.cpp cannot use it as it is: {'; '.join(llama_cpp)}"
+        yield f"llama.cpp cannot use it: {'; '.join(llama_cpp)}"
     else:
-        yield "llama.cpp can use it, converted by its convert_lora_to_gguf.py"
+        other = scaled_otherwise(slots)
+        yield 'llama.cpp can use it, exported: hf_lora.export(..., client="llama.cpp")' + (
+            "; its own convert_lora_to_gguf.py reads neither rsLoRA nor other alphas, without a "
+            f"word, here of {some_paths(other)}"
+            if other
+            else ""
+        )
 
 
 def _shares(plan: Plan) -> Iterable[str]:

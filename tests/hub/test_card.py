@@ -177,7 +177,9 @@ class TestOtherSoftware:
         model = llama(r=4, alpha=8)
         text = card(model)
         assert "- vLLM can serve it, started with --max-lora-rank 8 or more.\n" in text
-        assert "- llama.cpp can use it, converted by its convert_lora_to_gguf.py.\n" in text
+        assert (
+            '- llama.cpp can use it, exported: hf_lora.export(..., client="llama.cpp").\n' in text
+        )
         hf_lora.save(model, tmp_path)
         saved = folder_card({"default": read_folder(tmp_path)}, "me/mine", base=None)
         assert "- vLLM can serve it, started with --max-lora-rank 8 or more.\n" in saved
@@ -188,10 +190,10 @@ class TestOtherSoftware:
         [
             (
                 {"rslora": True},
-                "llama.cpp cannot use it as it is: it scales every update by 32 / r",
+                "its own convert_lora_to_gguf.py reads neither rsLoRA nor other alphas",
             ),
             ({"train": ["norm"]}, "vLLM cannot serve it: it refuses modules trained in full"),
-            ({"train": ["norm"]}, "llama.cpp cannot use it as it is: it drops or refuses"),
+            ({"train": ["norm"]}, "llama.cpp cannot use it: it drops or refuses"),
         ],
     )
     def test_why_one_cannot(self, tmp_path: Path, fields: dict[str, Any], words: str):
@@ -209,8 +211,9 @@ class TestOtherSoftware:
         model = llama(r=4)
         hf_lora.add_adapter(model, "fr", targets="q_proj", r=4, rslora=True)
         text = card(model)
-        assert "- `default`: llama.cpp can use it" in text
-        assert "- `fr`: llama.cpp cannot use it as it is" in text
+        assert 'client="llama.cpp").\n' in text
+        assert "- `fr`: llama.cpp can use it, exported" in text
+        assert "nor other alphas, without a word, here of" in text
 
     def test_a_model_that_nobody_serves(self):
         text = card(hf_lora.wrap(nn.Sequential(nn.Linear(4, 4)), r=1), base=None)

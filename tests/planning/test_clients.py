@@ -87,25 +87,40 @@ class TestLlamaCpp:
             {"targets": "all-linear"},
         ],
     )
-    def test_one_alpha_over_the_rank_is_what_it_computes(self, fields: dict[str, Any]):
+    def test_what_its_own_converter_reads_as_well(self, fields: dict[str, Any]):
         found = plan(**fields)
         assert not found.llama_cpp
-        assert "llama.cpp can use it" in str(found)
+        assert 'llama.cpp can use it, exported: hf_lora.export(..., client="llama.cpp")' in str(
+            found
+        )
+        assert "convert_lora" not in str(found)
 
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
-            ({"rslora": True}, "rsLoRA and other alphas are not read"),
-            ({"overrides": {"layers.0.self_attn.q_proj": {"alpha": 3.0}}}, "other alphas"),
+            ({"rslora": True}, "here of model.layers.0.self_attn.q_proj and 1 more"),
+            ({"overrides": {"layers.0.self_attn.q_proj": {"alpha": 3.0}}}, "here of model.layers"),
             (
                 {"targets": ["q_proj", "v_proj"], "overrides": {"v_proj": {"r": 4, "alpha": 16.0}}},
-                "not read, here model.layers.0.self_attn.q_proj and 1 more",
+                "here of model.layers.0.self_attn.q_proj and 1 more",
             ),
+        ],
+    )
+    def test_what_its_own_converter_scales_otherwise(self, fields: dict[str, Any], words: str):
+        found = plan(**fields)
+        assert not found.llama_cpp
+        line = next(line for line in str(found).splitlines() if line.startswith("llama.cpp"))
+        assert "reads neither rsLoRA nor other alphas" in line
+        assert words in line
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
             ({"train": ["norm"]}, "modules trained in full, here model.norm"),
             ({"train": ["lm_head"]}, "modules trained in full, here lm_head"),
         ],
     )
-    def test_what_it_computes_otherwise(self, fields: dict[str, Any], words: str):
+    def test_what_it_cannot_do(self, fields: dict[str, Any], words: str):
         (reason,) = plan(**fields).llama_cpp
         assert words in reason
 
@@ -115,8 +130,7 @@ class TestLlamaCpp:
         assert not plan(LLAMA, ["lm_head"]).llama_cpp
 
     def test_transposed_layers(self):
-        (reason,) = plan(BY_NAME["gpt2"], "c_attn").llama_cpp
-        assert reason.startswith("GPT2LMHeadModel is none of the architectures")
+        assert not plan(BY_NAME["gpt2"], "c_attn").llama_cpp
 
 
 def test_saving_says_nothing_of_it(tmp_path):

@@ -142,7 +142,7 @@ def test_a_plan_as_text():
         == f"untouched: {share:.1f} % of the base's parameters, in layers without an update"
     )
     assert lines[7].startswith("vLLM cannot serve it: BertForSequenceClassification is none of")
-    assert lines[8].startswith("llama.cpp cannot use it as it is: BertForSequenceClassification")
+    assert lines[8].startswith("llama.cpp cannot use it: BertForSequenceClassification")
     assert len(lines) == 9
 
 

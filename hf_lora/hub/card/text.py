@@ -9,7 +9,6 @@ from hf_lora.hub.card.snippet import MOST_LABELS, are_made_up, snippet
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import DEFAULT
 from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
-from hf_lora.planning.make import common_alpha
 from hf_lora.planning.records import served_by, size
 
 
@@ -78,7 +77,6 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             model.classes,
             adapter.slots,
             adapter.trained,
-            alpha=common_alpha(adapter.slots.values()),
             tied=adapter.tied,
             not_linear=adapter.not_linear,
             buffers=adapter.buffers,

@@ -1,0 +1,1 @@
+"""Adapters in other software: who can use one and why not, and files as each of them reads them."""
