@@ -90,10 +90,32 @@ CALLS: Mapping[str, str] = MappingProxyType(
         "print_trainable_parameters": "print(summary(model))",
         "get_nb_trainable_parameters": "summary(model)",
         "load_adapter": "load(model, source, adapter=name)",
-        "add_weighted_adapter": 'activate(model, {"a": 0.7, "b": 0.3}) weighs adapters in use',
+        "add_weighted_adapter": 'combine({"a": 0.7, "b": 0.3}, model=model) makes one of them, '
+        'activate(model, {"a": 0.7, "b": 0.3}) weighs adapters in use',
     }
 )
 """Classes and functions of PEFT's, to what does the same here."""
+
+_DENSE = "which here acts on the matrices of the factors' shared spaces, with density="
+
+METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "linear": "'linear' adds up A and B each for itself, and the product of two sums is not "
+        "the sum of the products. 'cat' is the sum itself; 'svd', with rank=, is the nearest of a "
+        "rank",
+        "ties_svd": f"'ties_svd' is 'ties' here, {_DENSE} and rank=",
+        "dare_linear": f"'dare_linear' drops entries of A and B; here 'dare', {_DENSE}",
+        "dare_linear_svd": f"'dare_linear_svd' is 'dare' here, {_DENSE} and rank=",
+        "dare_ties": "'dare_ties' is two methods in turn; here 'dare' or 'ties', with density=",
+        "dare_ties_svd": "'dare_ties_svd' is two methods in turn; here 'dare' or 'ties', with "
+        "density= and rank=",
+        "magnitude_prune": "'magnitude_prune' is for entries of A and B, which depend on how an "
+        "update is factored; 'svd' keeps what is largest of the update itself",
+        "magnitude_prune_svd": "'magnitude_prune_svd' is none here; 'svd', with rank=, keeps what "
+        "is largest of an update",
+    }
+)
+"""Ways to combine adapters in PEFT's ``add_weighted_adapter``, to what to say of each here."""
 
 # Fields of a LoraConfig that say nothing about what is to be trained, or that are told otherwise.
 _OF_NO_EFFECT = {

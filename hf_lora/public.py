@@ -1,6 +1,9 @@
 """The public names, all of them; ``hf_lora`` itself hands them out when the first is asked for."""
 
 from hf_lora.adapter_io.save import save
+from hf_lora.algebra.combine import combine, resize, subtract
+from hf_lora.algebra.record import DerivedAdapter
+from hf_lora.algebra.similarity import Similarity, similarity
 from hf_lora.api import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
 from hf_lora.auto_classes import disable_auto, enable_auto
 from hf_lora.clients.export import export, servable
@@ -49,6 +52,7 @@ __all__ = [
     "BaseLoadError",
     "BaseMismatchError",
     "ConfigError",
+    "DerivedAdapter",
     "Exported",
     "GradientError",
     "HfLoRAError",
@@ -62,6 +66,7 @@ __all__ = [
     "Plan",
     "SaveError",
     "Servable",
+    "Similarity",
     "StateError",
     "Summary",
     "TargetError",
@@ -75,6 +80,7 @@ __all__ = [
     "add_adapter",
     "apply_lora",
     "base_view",
+    "combine",
     "delete_adapter",
     "dequantize_experts",
     "disable_auto",
@@ -93,8 +99,11 @@ __all__ = [
     "quantize_experts",
     "register",
     "register_layer",
+    "resize",
     "save",
     "servable",
+    "similarity",
+    "subtract",
     "summary",
     "train",
     "unfreeze",

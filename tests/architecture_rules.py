@@ -25,6 +25,7 @@ LAYERS = (
     ("merging",),
     ("hub",),
     ("file_merging", "clients"),
+    ("algebra",),
     ("integrations",),
     ("api",),
     ("auto_classes",),

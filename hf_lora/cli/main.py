@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_lora.cli import making
+from hf_lora.cli import computing, making
 from hf_lora.cli.options import Json, OtherBase, Patterns, Revision, Subfolder
 from hf_lora.cli.options import command as _command
 from hf_lora.cli.output import execute
@@ -197,6 +197,11 @@ def merge(
         ),
         as_json=as_json,
     )
+
+
+app.command()(computing.combine)
+app.command()(computing.resize)
+app.command()(computing.similarity)
 
 
 Dtype = Annotated[str, typer.Option(help="Type to load the base in; auto: as it is stored.")]

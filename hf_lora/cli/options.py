@@ -3,11 +3,13 @@
 import importlib
 import logging
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hf_lora.cli.output import working
+from hf_lora.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, words on stderr.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -28,3 +30,24 @@ def command(module: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     with working("loading torch and transformers"):
         return importlib.import_module(module)
+
+
+def weighed(adapters: list[str]) -> dict[str, float]:
+    """Return each adapter with its factor, which may stand behind it.
+
+    Raises:
+        ConfigError: What stands there is no number, or an adapter is named twice.
+    """
+    found: dict[str, float] = {}
+    for each in adapters:
+        name, sign, factor = each.rpartition("=")
+        known = sign and not Path(each).exists()
+        try:
+            weight = float(factor) if known else 1.0
+        except ValueError:
+            raise ConfigError(f"{each!r}: {factor!r} is no factor; write NAME=0.5") from None
+        name = name if known else each
+        if name in found:
+            raise ConfigError(f"{name!r} is named twice; give it one factor")
+        found[name] = weight
+    return found

@@ -45,6 +45,21 @@ def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
     return math.hypot(*(update_norm(a, b, config.scaling) for a, b in parts))
 
 
+def _split(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> dict[str, Product]:
+    """Return B (G, O/G, R/G) and A (G, R/G, I·K): each group's rows of B read its part of A."""
+    a_RK, b_OR = tensors[LORA_A].flatten(1), tensors[LORA_B].flatten(1)
+    each = b_OR.shape[1]
+    groups = len(a_RK) // each
+    return {"weight": Product(b_OR.view(groups, -1, each), a_RK.view(groups, each, -1))}
+
+
+def _join(products: Mapping[str, Product], shapes: Shapes) -> dict[str, torch.Tensor]:
+    left, right = products["weight"]
+    ones = (1,) * (len(shapes[LORA_A]) - 2)
+    a, b = right.flatten(0, 1), left.flatten(0, 1)
+    return {LORA_A: a.view(-1, *shapes[LORA_A][1:]), LORA_B: b.view(*b.shape, *ones)}
+
+
 CONVOLUTION = Layout(
     roles=(LORA_A, LORA_B),
     fault=_fault,
@@ -52,6 +67,8 @@ CONVOLUTION = Layout(
     norm=_norm,
     beside=(LORA_BIAS,),
     widths=lambda shapes: (shapes[LORA_A][1], shapes[LORA_B][0]),
+    split=_split,
+    join=_join,
 )
 """A (R, I, K...) and B (O, R / G, 1...) of a convolution."""
 

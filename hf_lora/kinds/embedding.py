@@ -36,6 +36,15 @@ def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
     return update_norm(tensors[A], tensors[B], config.scaling)
 
 
+def _split(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> dict[str, Product]:
+    return {"weight": Product(tensors[B][None], tensors[A][None])}
+
+
+def _join(products: Mapping[str, Product], shapes: Shapes) -> dict[str, torch.Tensor]:
+    left, right = products["weight"]
+    return {A: right[0], B: left[0]}
+
+
 EMBEDDING = Layout(
     roles=(A, B),
     fault=_fault,
@@ -43,6 +52,8 @@ EMBEDDING = Layout(
     norm=_norm,
     ending="",
     widths=lambda shapes: (shapes[A][1], shapes[B][0]),
+    split=_split,
+    join=_join,
 )
 """A (R, V) and B (D, R) of an embedding, as PEFT has them."""
 

@@ -79,11 +79,29 @@ def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
     return float(sum(stack_norm(factors) ** 2 for factors in each) ** 0.5)
 
 
+def _split(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> dict[str, Product]:
+    """Return B (E, O, R) and A (E, R, I) of each parameter."""
+    return {
+        part: Product(stack_b(b, config.r).transpose(1, 2), stack_a(a, config.r))
+        for part, (a, b) in _pairs(tensors).items()
+    }
+
+
+def _join(products: Mapping[str, Product], shapes: Shapes) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for part, (left, right) in products.items():
+        a, b = part_roles(part)
+        found |= {a: right.flatten(0, 1), b: left.permute(1, 2, 0).flatten(1)}
+    return found
+
+
 EXPERTS = Layout(
     roles=tuple(role for part in PARTS for role in part_roles(part)),
     fault=_fault,
     rank=lambda shapes: None,  # how many experts there are is not in the file
     norm=_norm,
+    split=_split,
+    join=_join,
 )
 """A (E·R, I) and B (O, R·E) of each parameter, as PEFT has them."""
 

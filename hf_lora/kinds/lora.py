@@ -36,6 +36,15 @@ def _norm(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> float:
     return update_norm(tensors[LORA_A], tensors[LORA_B], config.scaling)
 
 
+def _split(tensors: Mapping[str, torch.Tensor], config: LayerConfig) -> dict[str, Product]:
+    return {"weight": Product(tensors[LORA_B][None], tensors[LORA_A][None])}
+
+
+def _join(products: Mapping[str, Product], shapes: Shapes) -> dict[str, torch.Tensor]:
+    left, right = products["weight"]
+    return {LORA_A: right[0], LORA_B: left[0]}
+
+
 LOW_RANK = Layout(
     roles=(LORA_A, LORA_B),
     fault=_fault,
@@ -43,6 +52,8 @@ LOW_RANK = Layout(
     norm=_norm,
     beside=(LORA_BIAS,),
     widths=lambda shapes: (shapes[LORA_A][1], shapes[LORA_B][0]),
+    split=_split,
+    join=_join,
 )
 """A (r, in) and B (out, r) of a linear layer."""
 

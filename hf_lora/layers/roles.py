@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from hf_lora.functional.low_rank import Product
 from hf_lora.layers.layer_config import LayerConfig
 
 Shape = tuple[int, ...]
@@ -90,6 +91,14 @@ class Layout:
 
     widths: Callable[[Shapes], tuple[int, int]] | None = None
     """What a layer reads and gives for each row, (in, out), if that is what it does."""
+
+    split: Callable[[Mapping[str, Any], LayerConfig], dict[str, Product]] | None = None
+    """The factors as the tensors have them, without s: part of the module to a product of which s
+    times is its update; None where an update is none. All parts of a module have one rank."""
+
+    join: Callable[[Mapping[str, Product], Shapes], dict[str, Any]] | None = None
+    """The tensors that :attr:`split` gives these products of, whatever their rank; the shapes are
+    those of tensors of any rank of the same module, and tell its kernel and its groups."""
 
     def sizes(self, shapes: Shapes) -> str:
         """Return for people what a layer turns into what: ``"64 -> 128"``."""

@@ -1,0 +1,1 @@
+"""Arithmetic on adapters in factored form: sums, differences, other ranks; no model is needed."""
