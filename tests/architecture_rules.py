@@ -33,6 +33,7 @@ LAYERS = (
     ("public",),
     ("hf_lora",),  # __init__.py, which hands out the public names when they are asked for
     ("cli",),
+    ("__main__",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 # Units of one row do not know each other, except for these.
@@ -44,6 +45,7 @@ LAZY = {
     "torchao": "optional: quantized bases",
     "gguf": "optional: files for llama.cpp",
     "datasets": "optional: `hf-lora train`",
+    "trl": "optional: recipes for rewards and preferences",
     "diffusers": "optional: diffusion models",
     "matplotlib": "optional: figures",
     "transformers.conversion_mapping": "the loading machinery, for whoever loads a base only",

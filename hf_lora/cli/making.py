@@ -62,6 +62,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted training stopped.")
     ] = False,
+    more: Annotated[
+        float | None, typer.Option(help="Epochs to add to a finished training.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show rows, memory and time; train nothing.")
     ] = False,
@@ -84,7 +87,7 @@ def train(
             command("hf_lora.cli.commands.dry_run").run(recipe, settings=every, output=output)
             if dry_run
             else command("hf_lora.cli.commands.train").run(
-                recipe, settings=every, output=output, resume=resume
+                recipe, settings=every, output=output, resume=resume, more=more
             )
         ),
         as_json=as_json,

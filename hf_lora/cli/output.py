@@ -1,7 +1,8 @@
 """What a command prints and how it ends: results on stdout, everything else on stderr, exit codes.
 
 Exit code 0: done. 1: the library refused, or a file is missing; the reason is on stderr. 2: wrong
-usage (typer's own). With ``--json`` stdout is exactly one JSON document, also after a refusal.
+usage (typer's own). 130: Ctrl-C. With ``--json`` stdout is exactly one JSON document, also after a
+refusal.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from rich.console import Console
 
 from hf_lora.errors import HfLoRAError, HfLoRAWarning
 from hf_lora.text import printable
+
+_INTERRUPTED = 130  # as shells have it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,13 @@ def execute(command: Callable[[], Result], *, as_json: bool) -> None:
             if as_json:
                 _write(stdout, {"error": {"type": type(error).__name__, "message": str(error)}})
             raise typer.Exit(1) from None
+        except KeyboardInterrupt as stopped:
+            tell(str(stopped) or "stopped")
+            if as_json:
+                _write(stdout, {"error": {"type": "KeyboardInterrupt", "message": str(stopped)}})
+            raise typer.Exit(_INTERRUPTED) from None
+        if int(os.environ.get("RANK", "0")) > 0:
+            return  # the first of several processes tells
         if as_json:
             _write(stdout, result.data)
         else:

@@ -1,7 +1,7 @@
 """The base model from a recipe or the command line: configuration, tokenizer, weights, skeleton."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,15 @@ def load_tokenizer(base: Base) -> Any:
         return AutoTokenizer.from_pretrained(base.tokenizer or base.model, **where, **SAFE)
 
 
-def load_model(base: Base) -> Any:
-    """Load a causal language model, quantized if the recipe says so.
+def load_model(
+    base: Base, loader: str = "AutoModelForCausalLM", more: Mapping[str, Any] | None = None
+) -> Any:
+    """Load a model, quantized if the recipe says so.
+
+    Args:
+        base: Which.
+        loader: The auto class.
+        more: What else ``from_pretrained`` is told.
 
     Raises:
         ConfigError: transformers cannot; its words are in the message.
@@ -76,19 +83,27 @@ def load_model(base: Base) -> Any:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=_compute_dtype(base),
             )
-        return AutoModelForCausalLM.from_pretrained(base.model, **_where(base), **options, **SAFE)
+        return getattr(transformers, loader).from_pretrained(
+            base.model, **_where(base), **options, **(more or {}), **SAFE
+        )
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any, loader: str | None = None) -> nn.Module:
     """Build the model that a configuration describes, on the meta device: all but the weights.
 
     If they lie in the same folder their names are read, and tell what the checkpoint lacks.
+
+    Args:
+        config: Of the model.
+        loader: The auto class to build it with; by default it is the class that it was saved as.
 
     Raises:
         ConfigError: transformers has no model for it.
     """
     dtype = config.dtype or torch.float32
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    named: list[Any] = [getattr(transformers, n, None) for n in config.architectures or ()]
+    if loader is not None and (made := class_in(loader, config)) is not None:
+        named = [made]
     if named and named[0] is not None and _has_plain_weights(config):
         with explained(config.name_or_path, "model"):
             return named[0].from_pretrained(

@@ -5,7 +5,7 @@ from typing import Any
 from rich.progress import Progress
 from transformers import TrainerCallback
 
-_LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
+_LOGGED = ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm", "epoch")
 
 
 class TrainingBars(TrainerCallback):

@@ -51,6 +51,9 @@ class Examples:
     sources: tuple[str, ...] = ()
     """What each source was read as, in words."""
 
+    labels: tuple[str | int, ...] = ()
+    """The classes that a classifier tells apart; their number in a row is the place here."""
+
 
 def language_rows(tokenizer: Any, data: Data, length: int) -> Shape:
     """Return what makes examples for a language model out of rows."""

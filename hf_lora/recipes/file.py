@@ -14,6 +14,7 @@ from hf_lora.config import LoRAConfig
 from hf_lora.errors import ConfigError, listing
 from hf_lora.recipes.names import SHORT, elsewhere, in_full
 from hf_lora.recipes.recipe import Recipe, as_recipe
+from hf_lora.recipes.tasks import LANGUAGE_MODELING, TASKS
 from hf_lora.recipes.trainer_arguments import check_trainer
 
 _BOOLS = "tag:yaml.org,2002:bool"
@@ -78,7 +79,8 @@ def read_recipe(
     recipe = as_recipe(content, folder, problems, elsewhere)
     data = content.get("data")
     has_eval = isinstance(data, Mapping) and data.get("eval") is not None
-    check_trainer(content.get("trainer"), has_eval, problems)
+    task = TASKS.get(str(content.get("task")), TASKS[LANGUAGE_MODELING])
+    check_trainer(content.get("trainer"), has_eval, task, problems)
     if problems or recipe is None:
         raise ConfigError(listing(f"{name} cannot be used", problems))
     return recipe

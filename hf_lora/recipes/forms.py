@@ -40,7 +40,7 @@ MAY_HAVE: Mapping[str, tuple[str, ...]] = MappingProxyType(
 CHATS = ("chat", "sharegpt")
 """The forms that nothing but a chat template can write down."""
 
-LANGUAGE = ("text", "completion", "chat", "sharegpt", "alpaca")
+LANGUAGE: tuple[Form, ...] = ("text", "completion", "chat", "sharegpt", "alpaca")
 """The forms that a language model learns from."""
 
 _PAIRS = (

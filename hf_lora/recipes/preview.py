@@ -14,7 +14,7 @@ from hf_lora.api import plan
 from hf_lora.errors import TargetError, listing
 from hf_lora.planning.records import Plan
 from hf_lora.planning.tokens import with_row_numbers
-from hf_lora.recipes.base_model import check_writes_text, load_config, load_tokenizer, skeleton
+from hf_lora.recipes.base_model import load_config, load_tokenizer, skeleton
 from hf_lora.recipes.dataset import Counts, Example, load_examples
 from hf_lora.recipes.encoding import IGNORED
 from hf_lora.recipes.estimate import (
@@ -28,6 +28,7 @@ from hf_lora.recipes.estimate import (
 from hf_lora.recipes.file import read_recipe
 from hf_lora.recipes.progress import bars
 from hf_lora.recipes.recipe import Recipe
+from hf_lora.recipes.tasks import TASKS, labelled
 from hf_lora.recipes.trainer_arguments import arguments, learning_rates
 
 _SHOWN = 3
@@ -111,28 +112,36 @@ def preview(
     """
     recipe = read_recipe(source, settings, output)
     config = load_config(recipe.base)
-    check_writes_text(config)
+    task = TASKS[recipe.task]
+    task.check(config)
     tokenizer = load_tokenizer(recipe.base)
     lora = with_row_numbers(recipe.lora, tokenizer)
     with bars() as progress:
-        task = progress.add_task("reading the data", total=None)
+        bar = progress.add_task("reading the data", total=None)
         examples = load_examples(
             recipe.data,
             tokenizer,
             config,
             int(recipe.trainer.get("seed", 42)),
-            lambda rows: progress.update(task, completed=rows),
+            lambda rows: progress.update(bar, completed=rows),
+            shapes=task.shapes,
+            forms=task.forms,
         )
-    found = plan(skeleton(config), config=lora)
+        if recipe.task == "classification":
+            examples = labelled(examples)
+    for name, value in task.load_options(examples, tokenizer).items():
+        setattr(config, name, value)
+    found = plan(skeleton(config, task.loader), config=lora)
     if found.problems:
         raise TargetError(listing("The adapter does not fit the base", found.problems))
     return _preview(recipe, config, tokenizer, examples, found)
 
 
 def _preview(recipe: Recipe, config: Any, tokenizer: Any, examples: Any, found: Plan) -> Preview:
-    rates = learning_rates(recipe.trainer)
-    args = arguments(recipe.trainer, rates[0], recipe.output)
-    lengths = [len(example["input_ids"]) for example in examples.train]
+    rates = learning_rates(recipe)
+    args = arguments(recipe, rates[0], recipe.output)
+    shown = [pieces(example, tokenizer, examples.labels) for example in examples.train]
+    lengths = [min(sum(p.tokens for p in row), examples.max_length) for row in shown]
     batch = args.per_device_train_batch_size
     per_step = batch * args.gradient_accumulation_steps
     an_epoch = max(1, math.ceil(math.ceil(len(lengths) / batch) / args.gradient_accumulation_steps))
@@ -144,13 +153,13 @@ def _preview(recipe: Recipe, config: Any, tokenizer: Any, examples: Any, found: 
     largest = sum(sorted(lengths)[-1:]) * min(batch, len(lengths))
     return Preview(
         sources=examples.sources,
-        rows=tuple(pieces(example, tokenizer) for example in examples.train[:_SHOWN]),
+        rows=tuple(shown[:_SHOWN]),
         train_examples=len(examples.train),
         eval_examples=len(examples.eval or []),
         counts=examples.counts,
         max_length=examples.max_length,
         tokens=sum(lengths),
-        learned=sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples.train),
+        learned=sum(p.tokens for row in shown for p in row if p.learned),
         padded=padded,
         batch=per_step,
         steps=steps,
@@ -159,7 +168,7 @@ def _preview(recipe: Recipe, config: Any, tokenizer: Any, examples: Any, found: 
         base_bytes=base_bytes(found, dtype, bits=quantized[0] if quantized else None),
         adapter_bytes=adapter_bytes(found),
         step_bytes=step_bytes(
-            config, largest, dtype.itemsize, checkpointing=bool(args.gradient_checkpointing)
+            config, largest, dtype.itemsize, checkpointing=bool(args.activation_checkpointing)
         ),
         available_bytes=available_bytes(),
         seconds=len(rates) * seconds(found, round(padded * steps / an_epoch), dtype),
@@ -169,9 +178,22 @@ def _preview(recipe: Recipe, config: Any, tokenizer: Any, examples: Any, found: 
     )
 
 
-def pieces(example: Example, tokenizer: Any) -> tuple[Piece, ...]:
-    """Return a row's text in pieces that are learned, and pieces that are not."""
-    ids, labels = example["input_ids"], example["labels"]
+def pieces(example: Example, tokenizer: Any, names: Sequence[str | int] = ()) -> tuple[Piece, ...]:
+    """Return a row's text in pieces that are learned, and pieces that are not.
+
+    Args:
+        example: As the task's trainer is given it.
+        tokenizer: The base's.
+        names: A classifier's labels.
+    """
+    if "chosen" in example:
+        return _preference_pieces(example, tokenizer)
+    ids = example["input_ids"]
+    if "label" in example:
+        read = Piece(text=tokenizer.decode(ids), tokens=len(ids), learned=False)
+        answer = Piece(text=str(names[example["label"]]), tokens=0, learned=True)
+        return (read, Piece(text="\nlabel: ", tokens=0, learned=False), answer)
+    labels = example["labels"]
     learned = [number > 0 and label != IGNORED for number, label in enumerate(labels)]
     found, start = [], 0
     for stop in range(1, len(ids) + 1):
@@ -180,6 +202,23 @@ def pieces(example: Example, tokenizer: Any) -> tuple[Piece, ...]:
             found.append(Piece(text=text, tokens=stop - start, learned=learned[start]))
             start = stop
     return tuple(found)
+
+
+def _preference_pieces(example: Example, tokenizer: Any) -> tuple[Piece, ...]:
+    """Return a prompt and its two answers; TRL puts messages through the chat template."""
+
+    def piece(name: str) -> Piece:
+        said = example.get(name, "")
+        text = said if isinstance(said, str) else "\n".join(str(m.get("content", m)) for m in said)
+        count = len(tokenizer(text)["input_ids"]) if text else 0
+        return Piece(text=text, tokens=count, learned=name != "prompt")
+
+    def words(text: str) -> Piece:
+        return Piece(text=text, tokens=0, learned=False)
+
+    prompt = (piece("prompt"), words("\n")) if "prompt" in example else ()
+    chosen, rejected = piece("chosen"), piece("rejected")
+    return (*prompt, words("chosen: "), chosen, words("\nrejected: "), rejected)
 
 
 def _padded(lengths: Sequence[int], batch: int, seed: int) -> int:

@@ -1,5 +1,7 @@
 """Bars on stderr for what takes long, and lines above them."""
 
+import os
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,7 +17,7 @@ from hf_lora.text import printable
 
 def bars() -> Progress:
     """Return progress bars for stderr: gone when done, and nothing without a terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) > 0)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

@@ -16,6 +16,8 @@ from hf_lora.peft_names import hint
 from hf_lora.recipes.data import Data, as_data
 from hf_lora.recipes.fields import folder_or_id, mapping, record, report_unknown
 
+TaskName = Literal["language-modeling", "classification", "reward", "dpo"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Base:
@@ -69,6 +71,14 @@ class Recipe:
 
     push: Push | None = None
 
+    task: TaskName = "language-modeling"
+    """What is trained: a language model; a classifier of texts; a reward from pairs of answers, or
+    a language model that prefers as they do (DPO), both by TRL's trainers."""
+
+    continue_from: str | None = None
+    """An adapter, a folder or an id on the Hub, to go on training instead of a fresh one. It says
+    itself what ``lora`` would."""
+
     @property
     def digest(self) -> str:
         """A digest of everything that decides the result."""
@@ -103,6 +113,7 @@ def as_recipe(
             "output": lambda value: _output(value, folder, problems),
             "trainer": lambda value: mapping(value, "trainer", problems),
             "push": lambda value: value and _push(value, problems),
+            "continue_from": lambda value: _adapter(value, content, folder, problems),
         },
         elsewhere,
     )
@@ -145,6 +156,19 @@ def _lora(value: Any, problems: list[str], elsewhere: Callable[[str], str]) -> L
         lines = str(error).splitlines()
         problems.extend(f"lora.{line.removeprefix('  - ')}" for line in lines[1:] or lines)
         return None
+
+
+def _adapter(
+    value: Any, content: Mapping[str, Any], folder: Path, problems: list[str]
+) -> str | None:
+    if value is None:
+        return None
+    if content.get("lora"):
+        problems.append("continue_from: the adapter says itself what lora would; leave lora out")
+    if not isinstance(value, str) or not value:
+        problems.append(f"continue_from: {value!r} is not a folder or an id on the Hub")
+        return None
+    return folder_or_id(value, folder, "continue_from", problems)
 
 
 def _output(value: Any, folder: Path, problems: list[str]) -> Path:

@@ -14,6 +14,7 @@ def train(
     settings: Iterable[str] = (),
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    more: float | None = None,
 ) -> Trained:
     """Train an adapter as a recipe says: base, data, lora, trainer, output, push.
 
@@ -27,15 +28,20 @@ def train(
         settings: ``"section.field=value"`` each, taken instead of what the recipe says.
         output: Likewise, the folder for the adapter, relative to the current folder.
         resume: Go on where an interrupted training with the same recipe stopped.
+        more: Epochs to add to a finished training with the same recipe: the optimizer goes on as it
+            was, with a schedule of the new steps alone.
 
     Returns:
         Where the adapter is, and what each learning rate came to.
 
     Raises:
         ConfigError: The recipe, the data or the base cannot be used; everything that is wrong with
-            the recipe is told at once. Or the output holds a training, and ``resume`` was not said.
+            the recipe is told at once. Or the output holds a training, and neither ``resume`` nor
+            ``more`` was said.
         GradientError: Training cannot work, or diverged.
         HubError: The adapter is trained, and could not be pushed.
+        KeyboardInterrupt: Ctrl-C was pressed. The step that was being done is saved as a
+            checkpoint, and ``resume`` goes on from there.
 
     Example:
         >>> trained = hf_lora.train("recipe.yaml", settings=["trainer.max_steps=20"])
@@ -43,4 +49,5 @@ def train(
     """
     from hf_lora.recipes.training import train_recipe
 
-    return train_recipe(recipe, settings, None if output is None else Path(output), resume=resume)
+    folder = None if output is None else Path(output)
+    return train_recipe(recipe, settings, folder, resume=resume, more=more)

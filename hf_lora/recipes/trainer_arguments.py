@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from hf_lora.errors import ConfigError
 from hf_lora.recipes.fields import mismatch, report_unknown
 from hf_lora.recipes.names import elsewhere
+from hf_lora.recipes.recipe import Recipe
+from hf_lora.recipes.tasks import TASKS, Task
 
 RATE = "learning_rate"
-DEFAULT_RATE = 2e-4
-"""What few adapters are far from; Trainer's own 5e-5 is meant for training every weight."""
-
 _OURS = {
     "output_dir": "set output instead",
     "push_to_hub": "set push instead",
     "resume_from_checkpoint": "run with --resume instead",
     "disable_tqdm": "hf-lora shows its own progress",
+    "max_length": "set data.max_length instead",
+    "model_init_kwargs": "set base instead",
 }
 _OURS |= dict.fromkeys(
     ("hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push"),
@@ -30,29 +32,52 @@ _OURS |= dict.fromkeys(
 _OURS["hub_revision"] = "set push instead"
 
 
-def learning_rates(trainer: Mapping[str, Any]) -> list[float]:
+def learning_rates(recipe: Recipe) -> list[float]:
     """Return the learning rates to try, one if the recipe has no list."""
-    said = trainer.get(RATE, DEFAULT_RATE)
+    return _rates(recipe.trainer, TASKS[recipe.task])
+
+
+def _rates(trainer: Mapping[str, Any], task: Task) -> list[float]:
+    said = trainer.get(RATE, task.rate)
     return [float(rate) for rate in (said if isinstance(said, list) else [said])]
 
 
-def arguments(trainer: Mapping[str, Any], rate: float, output: Path) -> TrainingArguments:
-    """Return transformers' arguments for training at one learning rate."""
+def arguments(recipe: Recipe, rate: float, output: Path) -> TrainingArguments:
+    """Return transformers' arguments, or TRL's, for training at one learning rate."""
+    task = TASKS[recipe.task]
+    longest = {"max_length": recipe.data.max_length} if recipe.data.max_length else {}
+    return _arguments(task, {**recipe.trainer, **(longest if task.trl else {})}, rate, output)
+
+
+def _arguments(
+    task: Task, trainer: Mapping[str, Any], rate: float, output: Path
+) -> TrainingArguments:
+    usual: dict[str, Any] = {
+        # pinned memory is for copying to an accelerator; without one torch warns in every loader
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    if task.trl is not None:
+        # as in every other recipe, where TRL has another mind; autocast is slow on most CPUs
+        usual |= {"bf16": False, "logging_steps": 500}
+        if "gradient_checkpointing" not in trainer:
+            usual["activation_checkpointing"] = False
     ours = {RATE: rate, "output_dir": str(output), "disable_tqdm": True}
-    # pinned memory is for copying to an accelerator; without one torch warns in every loader
-    return TrainingArguments(
-        **{"dataloader_pin_memory": torch.accelerator.is_available(), **trainer, **ours}
-    )
+    return task.arguments(**{**usual, **trainer, **ours})
 
 
-def check_trainer(said: Any, has_eval: bool, problems: list[str]) -> None:
+def check_trainer(said: Any, has_eval: bool, task: Task, problems: list[str]) -> None:
     """Report everything that is wrong with the section; nothing is created or loaded."""
     trainer = {} if said is None else said
     if not isinstance(trainer, Mapping):
         return  # reported by the recipe
     before = len(problems)
-    hints = typing.get_type_hints(TrainingArguments)
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.name not in _OURS]
+    try:
+        kind = task.arguments
+    except ConfigError as error:
+        problems.append(f"task: {error}")
+        return
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in _OURS]
     problems.extend(f"trainer.{name}: {_OURS[name]}" for name in trainer if name in _OURS)
     report_unknown(
         {name: None for name in trainer if name not in _OURS},
@@ -72,17 +97,19 @@ def check_trainer(said: Any, has_eval: bool, problems: list[str]) -> None:
         if len(rates) > 1 and not has_eval:
             problems.append(f"trainer.{RATE}: several to choose from need data.eval")
     if len(problems) == before:
-        _check_values(trainer, has_eval, problems)
+        _check_values(trainer, has_eval, task, problems)
 
 
-def _check_values(trainer: Mapping[str, Any], has_eval: bool, problems: list[str]) -> None:
+def _check_values(
+    trainer: Mapping[str, Any], has_eval: bool, task: Task, problems: list[str]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again when it is done in earnest
-        for rate in learning_rates(trainer):
+        for rate in _rates(trainer, task):
             if not rate > 0:
                 problems.append(f"trainer.{RATE}: {rate!r} is not above 0")
         try:
-            made = arguments(trainer, 1.0, Path("unused"))
+            made = _arguments(task, trainer, 1.0, Path("unused"))
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
             problems.append(f"trainer: {error}")
             return

@@ -7,20 +7,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.progress import Progress
 
+from hf_lora.adapter_io.collective import is_main_process
 from hf_lora.errors import HfLoRAWarning
 from hf_lora.hub.card.facts import Training
 from hf_lora.hub.push_folder import push_adapter_folder
 from hf_lora.planning.tokens import with_row_numbers
-from hf_lora.recipes.base_model import check_writes_text, load_config, load_model, load_tokenizer
-from hf_lora.recipes.data import DataSet
+from hf_lora.recipes.base_model import load_config, load_model, load_tokenizer
+from hf_lora.recipes.data import DataSet, Mix
 from hf_lora.recipes.dataset import Examples, load_examples
 from hf_lora.recipes.file import read_recipe
 from hf_lora.recipes.progress import bars, say
 from hf_lora.recipes.recipe import Recipe
 from hf_lora.recipes.record import Record, Run, Trained
 from hf_lora.recipes.sweep import run_sweep
+from hf_lora.recipes.tasks import TASKS, labelled
 from hf_lora.recipes.trainer_arguments import RATE
 
 
@@ -30,20 +33,31 @@ def train_recipe(
     output: Path | None,
     *,
     resume: bool,
+    more: float | None = None,
 ) -> Trained:
     """Do what :func:`hf_lora.train` promises."""
     recipe = read_recipe(source, settings, output)
-    record = Record(recipe, resume=resume)
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if together:
+        PartialState(cpu=bool(recipe.trainer.get("use_cpu")))
+    record = Record(recipe, resume=resume, more=more)
+    if together:
+        PartialState().wait_for_everyone()  # none writes before all have looked
+    task = TASKS[recipe.task]
     with bars() as progress:
         config = load_config(recipe.base)
-        check_writes_text(config)
+        task.check(config)
         tokenizer = load_tokenizer(recipe.base)
         wanted = dataclasses.replace(recipe, lora=with_row_numbers(recipe.lora, tokenizer))
         examples = _examples(recipe, config, tokenizer, progress)
-        model = load_model(recipe.base)
-        best = run_sweep(model, wanted, examples, record, progress)
-    # with its chat template, as it was in training, whatever becomes of the base's
-    tokenizer.save_pretrained(recipe.output)
+        waiting = progress.add_task("loading the weights", total=None)
+        options = task.load_options(examples, tokenizer)
+        model = load_model(recipe.base, task.loader, options)
+        progress.remove_task(waiting)
+        best = run_sweep(model, tokenizer, wanted, examples, record, progress)
+    if is_main_process():
+        # with its chat template, as it was in training, whatever becomes of the base's
+        tokenizer.save_pretrained(recipe.output)
     training = _training(recipe, best, examples)
     record.finish(training)
     return Trained(
@@ -65,7 +79,11 @@ def _examples(recipe: Recipe, config: Any, tokenizer: Any, progress: Progress) -
         config,
         int(recipe.trainer.get("seed", 42)),
         lambda rows: progress.update(task, completed=rows),
+        shapes=TASKS[recipe.task].shapes,
+        forms=TASKS[recipe.task].forms,
     )
+    if recipe.task == "classification":
+        examples = labelled(examples)
     progress.remove_task(task)
     found, held = len(examples.train), len(examples.eval or [])
     say(progress, f"{found} examples to train on, {held} to evaluate")
@@ -89,7 +107,7 @@ def _warn_of_losses(examples: Examples) -> None:
 
 
 def _push(recipe: Recipe, training: Training) -> str | None:
-    if recipe.push is None:
+    if recipe.push is None or not is_main_process():
         return None
     fields = dataclasses.asdict(recipe.push)
     return push_adapter_folder(recipe.output, training=training, **fields).url
@@ -97,14 +115,19 @@ def _push(recipe: Recipe, training: Training) -> str | None:
 
 def _training(recipe: Recipe, best: Run, examples: Examples) -> Training:
     source = recipe.data.train
-    ids = (
-        [source.dataset]
-        if isinstance(source, DataSet) and not Path(source.dataset).is_dir()
-        else ()
-    )
+    parts = [part.source for part in source.parts] if isinstance(source, Mix) else [source]
+    ids = [
+        part.dataset
+        for part in parts
+        if isinstance(part, DataSet) and not Path(part.dataset).is_dir()
+    ]
     return Training(
         datasets=ids,
         dataset_words=f"{len(examples.train):,} examples.",
-        metrics={} if best.eval_loss is None else {"eval_loss": best.eval_loss},
+        metrics={
+            name: value
+            for name in ("eval_loss", "eval_accuracy")
+            if (value := getattr(best, name)) is not None
+        },
         hyperparameters={**recipe.trainer, RATE: best.learning_rate, "steps": best.steps},
     )

@@ -119,7 +119,7 @@ def test_an_example_comes_with_its_data(run: Run, tmp_path: Path, name: str):
 def test_wrong_usage(run: Run):
     for arguments in ([], ["model"], ["model", "data", "--example", "chat"]):
         assert "MODEL and DATA, or --example NAME" in run("init", *arguments, code=2).stderr
-    assert "there are chat, completion" in run("init", "--example", "poem", code=1).stderr
+    assert "there are chat, classification" in run("init", "--example", "poem", code=1).stderr
 
 
 def test_short_names_of_the_command_line_and_of_recipes(

@@ -28,6 +28,7 @@ ROWS = [
     for word in ("rank", "alpha", "model", "matrix", "small", "large", "weight", "train", "file")
 ]
 RATES = [1e-5, 2e-2, 1e-3]
+NAMES = ("chat", "completion", "text", "lr_sweep", "classification", "dpo", "reward")
 
 
 @pytest.fixture
@@ -361,7 +362,7 @@ def test_an_example_runs(run: Run, path: Path, base: Path, tmp_path: Path):
 
 def test_the_examples_are_all_there():
     found = {path.name for path in EXAMPLES.glob("*.yaml")}
-    assert found == {"chat.yaml", "completion.yaml", "text.yaml", "lr_sweep.yaml"}
+    assert found == {f"{name}.yaml" for name in NAMES}
 
 
 class TestABaseThatIsNoCausalLanguageModel:

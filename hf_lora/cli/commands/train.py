@@ -7,19 +7,33 @@ from pathlib import Path
 from hf_lora.cli.output import Result, plain
 from hf_lora.files.data import WEIGHTS_FILE
 from hf_lora.planning.records import size
+from hf_lora.recipes.going_on import TrainingStopped
 from hf_lora.recipes.history import HISTORY_FILE, PICTURE
 from hf_lora.recipes.opened import TOKENIZER_FILE
 from hf_lora.recipes.record import RECORD_FILE, Trained
 from hf_lora.recipes.train import train
 
 
-def run(path: Path, *, settings: Sequence[str], output: Path | None, resume: bool) -> Result:
+def run(
+    path: Path,
+    *,
+    settings: Sequence[str],
+    output: Path | None,
+    resume: bool,
+    more: float | None = None,
+) -> Result:
     """Train what a recipe says, and push it if the recipe says so.
 
     Raises:
         HfLoRAError: The recipe, the data or the base cannot be used, or training cannot work.
     """
-    trained = train(path, settings=settings, output=output, resume=resume)
+    try:
+        trained = train(path, settings=settings, output=output, resume=resume, more=more)
+    except TrainingStopped as stopped:
+        words = [f"--set {shlex.quote(setting)}" for setting in settings]
+        words += [f"--output {shlex.quote(str(output))}"] if output else []
+        again = " ".join(["hf-lora train", shlex.quote(str(path)), *words, "--resume"])
+        raise KeyboardInterrupt(f"{stopped}. Go on with:\n  {again}") from stopped
     return Result(
         data={
             "adapter": trained.adapter,
