@@ -29,7 +29,7 @@ from hf_lora.layers.offload import guard_new_hooks
 from hf_lora.layers.routing import as_at_first
 from hf_lora.model.adapters import as_config
 from hf_lora.model.patch import patch
-from hf_lora.model.registry import find
+from hf_lora.model.registry import find, returned_by_wrap
 from hf_lora.model.transaction import Transaction
 from hf_lora.peft_names import PeftConfig
 from hf_lora.planning.cores import core_of
@@ -97,12 +97,13 @@ def unwrap(model: Model) -> Model:
     A merged model is unmerged first; :func:`merge_and_unwrap` keeps the merged weights.
 
     Returns:
-        The model itself, also if a DDP or compiled wrapper of it was given.
+        What was wrapped, also if a DDP or compiled wrapper of it is given; of sentence-transformers
+        the whole model, as from :func:`wrap`.
 
     Raises:
         StateError: The model is not wrapped.
     """
-    return take_off(model)  # type: ignore[return-value]
+    return returned_by_wrap(model, take_off(model))  # type: ignore[return-value]
 
 
 def plan(

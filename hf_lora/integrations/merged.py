@@ -12,7 +12,7 @@ from hf_lora.merging.for_good import Later
 from hf_lora.merging.in_memory import put_in
 from hf_lora.model.choices import Names
 from hf_lora.model.patch import unpatch
-from hf_lora.model.registry import wrapped
+from hf_lora.model.registry import returned_by_wrap, wrapped
 from hf_lora.model.transaction import Transaction
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +35,8 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
             for :func:`hf_lora.activate`. What is merged already stays so.
 
     Returns:
-        The model itself, also if a DDP or compiled wrapper of it was given.
+        What was wrapped, also if a DDP or compiled wrapper of it is given; of sentence-transformers
+        the whole model, as from :func:`hf_lora.wrap`.
 
     Raises:
         StateError, TargetError, ConfigError: As for :func:`hf_lora.merge`; the model is as it was.
@@ -45,7 +46,7 @@ def merge_and_unwrap(model: Model, names: Names | None = None) -> Model:
         inner = _merge_and_unwrap(model, names, later)
         later.check_room()
         change.finish(lambda: later.finish(inner))
-    return inner  # type: ignore[return-value]
+    return returned_by_wrap(model, inner)  # type: ignore[return-value]
 
 
 def _merge_and_unwrap(model: nn.Module, names: Names | None, later: Later) -> nn.Module:

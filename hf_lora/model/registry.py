@@ -301,6 +301,11 @@ def inwards(model: nn.Module) -> Iterator[nn.Module]:
         model = inner[0] if alone else core_of(model)  # type: ignore[assignment]
 
 
+def returned_by_wrap(model: nn.Module, inner: nn.Module) -> nn.Module:
+    """Return what ``wrap`` gave back for a wrapped model: of sentence-transformers the whole."""
+    return next((each for each in inwards(model) if core_of(each) is inner), inner)
+
+
 def is_wrapped(model: nn.Module) -> bool:
     """Say whether this very module was given to ``wrap`` or ``load``."""
     return REGISTRY in vars(model)

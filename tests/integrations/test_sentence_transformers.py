@@ -265,6 +265,27 @@ def test_every_verb_means_the_transformer_inside(folder: Path, tmp_path: Path):
     assert torch.equal(BI.answers(model), before)
 
 
+def test_what_wrap_was_given_comes_back(kind: Kind, folder: Path, tmp_path: Path):
+    """Not the transformers model inside, which is no such model; nor a wrapper around it."""
+    model = wrapped(kind, folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.add_(0.1)
+    expected = kind.answers(model)
+    assert hf_lora.merge_and_unwrap(model) is model
+    torch.testing.assert_close(kind.answers(model), expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(str(tmp_path / "whole"))
+    again = kind.reload(tmp_path / "whole")
+    assert find(again) is None
+    assert torch.equal(kind.answers(again), kind.answers(model))
+    for around in (lambda given: given, torch.compile):
+        model = wrapped(kind, folder)
+        assert hf_lora.unwrap(around(model)) is model
+    inner = wrapped(kind, folder).transformers_model
+    assert hf_lora.unwrap(inner) is inner
+
+
 def test_the_base_in_memory_need_not_be_the_one_on_disk(folder: Path, tmp_path: Path):
     """Loading a second model from the checkpoint would put the disk's base into the model."""
 
