@@ -84,6 +84,9 @@ class Description:
     """Tensors that hold a nan or an infinity; such an adapter cannot be loaded."""
 
     file_bytes: int
+    format: str = "PEFT's format"
+    """Whose format the file is in."""
+
     left_out_bytes: int = 0
     """Bytes of tensors that repeat others, or the base's, beside modules trained in full."""
 
@@ -179,6 +182,7 @@ def describe(
         config=folder.config,
         not_finite=tuple(broken),
         file_bytes=folder.file.path.stat().st_size,
+        format=folder.format,
         left_out_bytes=_left_out(folder),
     )
 
@@ -241,7 +245,7 @@ def _fingerprint(found: Any) -> dict[str, Any] | None:
 
 def _lines(facts: Description) -> Iterable[str]:
     if facts.header is None:
-        yield f"{facts.folder}: a LoRA adapter in PEFT's format, not made by hf_lora"
+        yield f"{facts.folder}: a LoRA adapter in {facts.format}, not made by hf_lora"
     else:
         yield f"{facts.folder}: a LoRA adapter made by hf_lora, format {facts.header['format']}"
     at = f" at revision {facts.revision}" if facts.revision else ""

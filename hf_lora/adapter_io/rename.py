@@ -161,6 +161,22 @@ def _ways(names: list[str], real: Collection[str], model: nn.Module) -> Iterator
             yield _with_prefix(start, f"{prefix}.")
         for lead in _common_leads(names, real, start):
             yield _without_lead(start, lead)
+    if names and not any("." in name for name in names):
+        yield _flat(real)
+
+
+def _flat(real: Collection[str]) -> KeyMapping:
+    """Return the way of kohya's names, which have ``_`` for ``.``; what could be two is neither."""
+    known: dict[str, str | None] = {}
+    for name in real:
+        flat = name.replace(".", "_")
+        known[flat] = None if flat in known else name
+
+    def there(name: str) -> str:
+        # transformers 5 took this off the names of CLIP
+        return known.get(name) or known.get(name.removeprefix("text_model_")) or name
+
+    return KeyMapping(there, there, lambda path: path.replace(".", "_"))
 
 
 def _with_prefix(start: KeyMapping, prefix: str) -> KeyMapping:

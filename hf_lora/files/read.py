@@ -12,6 +12,7 @@ from hf_lora.files.biases import biased_slots, with_biases
 from hf_lora.files.bounded_regex import Budget
 from hf_lora.files.commit_note import noted_fields
 from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE, LayerTensors
+from hf_lora.files.foreign import find_foreign
 from hf_lora.files.header import OwnHeader, contradictions, read_header
 from hf_lora.files.keys import sort_keys
 from hf_lora.files.labels import read_labels
@@ -83,6 +84,9 @@ class AdapterFolder:
     labels: dict[str, Any]
     """A classifier's labels, as arguments of a model's configuration; empty if it names none."""
 
+    format: str = "PEFT's format"
+    """Whose format it is in, for people."""
+
     @property
     def header(self) -> dict[str, Any] | None:
         """What hf_lora wrote into the weights' header, as it stands there."""
@@ -130,16 +134,23 @@ def read_folder(directory: Path) -> AdapterFolder:
         AdapterFileError: Missing, damaged or contradictory; everything that is wrong is named.
         UnsupportedAdapterError: Of a kind that hf_lora does not implement.
     """
+    if directory.name == WEIGHTS_FILE and os.path.isfile(directory):
+        directory = directory.parent
     weights = directory / WEIGHTS_FILE
-    if not os.path.isfile(weights):
+    foreign = None if os.path.isfile(weights) else find_foreign(directory)
+    if foreign is None and not os.path.isfile(weights):
         raise AdapterFileError(_what_is_there(directory))
-    file = TensorFile(weights)
+    file = TensorFile(weights) if foreign is None else foreign.file
     file.check_digest()
-    own = read_header(file.metadata, weights)
-    fields, told = _configuration(directory, own)
-    mixed = mixture(directory)
-    told += [mixed] if mixed else []
-    source = str(directory / CONFIG_FILE)
+    if foreign is None:
+        own = read_header(file.metadata, weights)
+        fields, told = _configuration(directory, own)
+        mixed = mixture(directory)
+        told += [mixed] if mixed else []
+        source = str(directory / CONFIG_FILE)
+    else:
+        own, fields, told, weights = None, foreign.fields, [*foreign.told], file.path
+        source = str(weights)
     unknown = check_supported(fields, source)
     if unknown:
         told.append(f"{CONFIG_FILE} has fields that nobody here knows; ignored: {some(unknown)}")
@@ -151,7 +162,8 @@ def read_folder(directory: Path) -> AdapterFolder:
     patience = Budget(source)
     factors, outs = with_attention(factors)
     ranks = {path: held.rank for path, held in factors.items() if path not in outs}
-    slots = read_slots(fields, ranks, source, patience, parts)
+    slots = foreign and foreign.slots(ranks)
+    slots = slots or read_slots(fields, ranks, source, patience, parts)
     slots = biased_slots(attention_slots(slots, factors, outs, source), factors)
     trained_names = read_trained_names(fields, source)
     rows, tied_rows = read_rows(fields, keys.rows, file.shapes, source)
@@ -185,6 +197,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         told=told,
         patience=patience,
         labels={} if own is None else read_labels(own.raw, shapes, str(weights)),
+        format="PEFT's format" if foreign is None else foreign.format,
     )
 
 

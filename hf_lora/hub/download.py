@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_lora.errors import AdapterFileError
 from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.foreign import FOREIGN_FILES, find_foreign
 from hf_lora.files.read import is_own, read_folder
 from hf_lora.files.write import copy_folder
 from hf_lora.hub.errors import asked, file_names, reading, what_is_there
@@ -69,6 +70,11 @@ def pull(
     check_subfolder(subfolder)
     found = _fetch(repo_id, revision=revision, subfolder=subfolder, token=token)
     read_folder(found)
+    if find_foreign(found) is not None:
+        raise AdapterFileError(
+            f"{repo_id} holds an adapter in another format than PEFT's; "
+            'hf_lora.export(repo_id, output, "peft") writes it in that one'
+        )
     copy_folder(found, directory)
     return directory
 
@@ -100,11 +106,32 @@ def _fetch(
         # the header of weights that hf_lora wrote has the whole configuration
         if isinstance(weights, Path) and (isinstance(config, Path) or is_own(weights)):
             return weights.parent
+        foreign = _foreign(repo_id, inside, at, token)
+        if foreign is not None:
+            return foreign
         found = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
         errors = ((name, e) for name, e in found.items() if isinstance(e, EntryNotFoundError))
         name, error = next(errors)
         words = what_is_there(repo_id, subfolder, name, _files(repo_id, at, token))
         raise AdapterFileError(words) from error
+
+
+def _foreign(
+    repo_id: str, inside: PurePosixPath, revision: str | None, token: str | bool | None
+) -> Path | None:
+    """Return the cache's folder with an adapter in another format, if there is one.
+
+    The last part of ``inside`` may be the component that is meant.
+    """
+    for folder in dict.fromkeys((inside, inside.parent)):
+        for name in FOREIGN_FILES:
+            try:
+                weights = _download(repo_id, folder / name, revision, token)
+            except LocalEntryNotFoundError:
+                return None
+            if isinstance(weights, Path):
+                return weights.parent if folder == inside else weights.parent / inside.name
+    return None
 
 
 def _download(
