@@ -73,6 +73,20 @@ def four_bit(weight: torch.Tensor) -> torch.Tensor | None:
     return None if _is_repacked(state) else dequantize_4bit(weight.data, state)
 
 
+def packed_like(weight: Any, numbers: torch.Tensor) -> nn.Parameter:
+    """Return numbers as a 4-bit weight of the same kind as another one."""
+    state, device = weight.quant_state, weight.device
+    made = type(weight)(
+        numbers.to(state.dtype),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=weight.quant_storage,
+    )
+    return made.to(device)  # which is when it is packed
+
+
 def four_bit_values(weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
     """Return the numbers at these positions of a flattened 4-bit weight, unpacking no other."""
     state: Any = getattr(weight, _STATE)

@@ -101,10 +101,16 @@ def pack(stack: torch.Tensor, kind: str, block: int) -> PackedStack:
     packing = Packing(tuple(stack.shape[1:]), stack.dtype, kind, block)  # type: ignore[arg-type]
     data = torch.zeros(len(stack), packing.width, dtype=torch.uint8, device=stack.device)
     for own, matrix in zip(data, stack.detach(), strict=True):
-        numbers, scales = bitsandbytes.pack(matrix, kind, block)
-        own[: len(numbers)] = numbers
-        own[packing.packed :] = scales.to(SCALE).view(torch.uint8)
+        pack_matrix(matrix, packing, own)
     return as_packed(data, packing)
+
+
+def pack_matrix(matrix: torch.Tensor, packing: Packing, into: torch.Tensor) -> None:
+    """Write one expert's matrix (O, I) as bytes (L,)."""
+    numbers, scales = bitsandbytes.pack(matrix, packing.kind, packing.block)
+    into.zero_()
+    into[: len(numbers)] = numbers
+    into[packing.packed :] = scales.to(SCALE).view(torch.uint8)
 
 
 def unpack(stack: PackedStack) -> torch.Tensor:

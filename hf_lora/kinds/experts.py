@@ -265,8 +265,8 @@ class LoRAExperts(Factored):
             return "its stacks are not in memory, or spread over several processes"
         if is_packed(self):
             return (
-                "its stacks are packed in 4 bits; hf_lora.dequantize_experts(model) before it was "
-                "wrapped, or hf_lora.merge_checkpoint on the base's files, gives it room for that"
+                "its stacks are packed in 4 bits (hf_lora.unwrap, hf_lora.dequantize_experts and "
+                "hf_lora.load make plain ones of them; hf_lora.merge_checkpoint merges files)"
             )
         return None
 

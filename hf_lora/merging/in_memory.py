@@ -1,15 +1,18 @@
 """Merging on a live model: exact to one rounding, and undone to the byte."""
 
-from collections.abc import Hashable
+import warnings
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_lora.compat.accelerate import present
-from hf_lora.errors import StateError, TargetError, listing
+from hf_lora.errors import HfLoRAWarning, StateError, TargetError, listing
 from hf_lora.layers.choice import Weights
+from hf_lora.layers.factors import Factored
 from hf_lora.layers.replaced import Replaced, Tensors
+from hf_lora.layers.requantize import Loss, requantize_fault, requantized
 from hf_lora.merging.for_good import Later
 from hf_lora.merging.untying import untie
 from hf_lora.model.choices import Names, check_compatible, note_fresh, weigh
@@ -17,7 +20,7 @@ from hf_lora.model.registry import Registry, wrapped
 from hf_lora.model.transaction import Transaction
 
 
-def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
+def merge(model: nn.Module, names: Names | None = None, *, requantize: bool = False) -> nn.Module:
     """Put the active adapters into the weights, so that the model runs at the base's speed.
 
     Their updates are added up in float32 and rounded once. The base's own Parameters are kept
@@ -33,6 +36,9 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
         names: Adapters to merge instead of the active ones, or a mapping from each to a factor, as
             for :func:`hf_lora.activate`. The active ones are merged with the factors that they
             have.
+        requantize: Whether weights that bitsandbytes has packed in 4 bits, and packed experts, are
+            unpacked, added to and packed again in the same way. An update is often smaller than
+            what 4 bits can tell apart: a warning says how much of it is lost.
 
     Returns:
         The same model.
@@ -47,18 +53,25 @@ def merge(model: nn.Module, names: Names | None = None) -> nn.Module:
     The model is as it was after any of these.
     """
     with Transaction(model) as change:
-        put_in(model, names)
+        put_in(model, names, requantize=requantize)
         change.commit()
     return model
 
 
-def put_in(model: nn.Module, names: Names | None, later: Later | None = None) -> None:
+def put_in(
+    model: nn.Module,
+    names: Names | None,
+    later: Later | None = None,
+    *,
+    requantize: bool = False,
+) -> None:
     """Do what :func:`merge` does, as a part of a change.
 
     Args:
         model: A wrapped model.
         names: As for :func:`merge`.
         later: Where to put what can be merged at the end, instead of doing it here.
+        requantize: As for :func:`merge`.
     """
     inner, registry = wrapped(model)
     registry.settle_buffers()
@@ -80,10 +93,10 @@ def put_in(model: nn.Module, names: Names | None, later: Later | None = None) ->
     merged = (*now.merged, *chosen)
     check_compatible(registry, now.chosen, merged)
     registry.check_in_place(inner)
-    _check_layers(registry, {name for name, _ in chosen})
+    packed = _check_layers(registry, {name for name, _ in chosen}, requantize)
     changed, untied = len(registry.originals), len(registry.untied)
     try:
-        _put_all(registry, {name for name, _ in chosen}, merged, later)
+        losses = _put_all(registry, {name for name, _ in chosen}, merged, later, packed)
         changed_now = {id(original.module) for original in registry.originals}
         registry.untied += untie(inner, changed_now)
     except BaseException:
@@ -91,6 +104,7 @@ def put_in(model: nn.Module, names: Names | None, later: Later | None = None) ->
         raise
     registry.routing.merge(merged)
     _keep_first(registry)
+    _tell(losses)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -108,27 +122,58 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_layers(registry: Registry, chosen: set[str]) -> None:
-    problems = [
-        f"{path}: {fault}"
-        for path, module in registry.modules.items()
-        if chosen & set(module.lora_adapters()) and (fault := module.lora_merge_fault())
-    ]
+def _check_layers(registry: Registry, chosen: set[str], requantize: bool) -> set[str]:
+    """Return the paths of the layers that are packed again; raise if others cannot be merged."""
+    problems, packed = [], set()
+    for path, module in registry.modules.items():
+        fault = module.lora_merge_fault() if chosen & set(module.lora_adapters()) else None
+        if fault and requantize and isinstance(module, Factored):
+            other = requantize_fault(module)
+            if other is None:
+                packed.add(path)
+                continue
+            fault = f"{fault}; {other}"
+        if fault:
+            problems.append(f"{path}: {fault}")
     if problems:
         raise TargetError(
             listing(
                 "These layers cannot be merged into",
                 problems,
-                "Load a plain base into memory, load the adapter onto it, and merge that.",
+                "Load a plain base into memory, load the adapter onto it, and merge that; or "
+                "hf_lora.merge(model, requantize=True) rounds what bitsandbytes has packed in 4 "
+                "bits anew, and says what is lost.",
             )
+        )
+    return packed
+
+
+def _tell(losses: dict[str, Loss]) -> None:
+    if losses:
+        whole = Loss(*map(sum, zip(*losses.values(), strict=True)))
+        worst = max(losses, key=lambda path: losses[path].share)
+        warnings.warn(
+            f"{len(losses)} packed layers were merged into and rounded anew: the error is "
+            f"{whole.share:.0%} of the update (most: {losses[worst].share:.0%} in {worst}; 100% is "
+            "what the base without the adapter has). Not merged, nothing is lost.",
+            HfLoRAWarning,
+            stacklevel=4,
         )
 
 
 def _put_all(
-    registry: Registry, chosen: set[str], merged: Weights, later: Later | None = None
-) -> None:
-    """Put ``merged`` into every module that one of ``chosen`` is on."""
-    problems = []
+    registry: Registry,
+    chosen: set[str],
+    merged: Weights,
+    later: Later | None,
+    packed: Collection[str],
+) -> dict[str, Loss]:
+    """Put ``merged`` into every module that one of ``chosen`` is on.
+
+    Returns:
+        What is lost in those that are ``packed`` again.
+    """
+    problems, losses = [], {}
     made: dict[Hashable, torch.Tensor] = {}
     before = {id(original.module): original for original in registry.originals}
 
@@ -138,7 +183,12 @@ def _put_all(
 
     buffers = {id(m): (m, found) for m, found in registry.buffers.merged(chosen, merged, own)}
     for path, module in registry.modules.items():
-        if chosen & set(module.lora_adapters()):
+        if path in packed:
+            assert isinstance(module, Factored)
+            tensors, losses[path] = requantized(module, merged, before.get(id(module)))
+            _, moved = buffers.pop(id(module), (module, {}))
+            _replace(registry, module, tensors | moved)
+        elif chosen & set(module.lora_adapters()):
             if later is not None and later.take(module, merged, before.get(id(module))):
                 tensors = module.lora_merged_beside(merged, before.get(id(module)))
                 _, moved = buffers.pop(id(module), (module, {}))
@@ -158,6 +208,7 @@ def _put_all(
         _replace(registry, module, moved)
     if problems:
         raise StateError(listing("This merge would break the model", problems))
+    return losses
 
 
 def _replace(registry: Registry, module: nn.Module, merged: Tensors) -> None:

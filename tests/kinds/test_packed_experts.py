@@ -14,6 +14,7 @@ import hf_lora
 from hf_lora.errors import (
     BaseMismatchError,
     ConfigError,
+    HfLoRAWarning,
     SaveError,
     StateError,
     TargetError,
@@ -59,6 +60,17 @@ def twin(make: Callable[[], Any], **fields: Any) -> Any:
     return adapted(model, **fields)
 
 
+def both(make: Callable[[], Any]) -> tuple[Any, Any]:
+    """A model on packed experts and its twin, with the same adapter."""
+    model, exact = adapted(packed_model(make)), twin(make)
+    named = dict(exact.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(named[name])
+    return model, exact
+
+
 def stacks(model: Any) -> list[PackedStack]:
     return [p for p in model.parameters() if isinstance(p, PackedStack)]
 
@@ -70,12 +82,8 @@ def logits(model: Any) -> torch.Tensor:
 
 @every
 def test_outputs_and_gradients_are_those_of_what_four_bits_say(make: Callable[[], Any]):
-    model, exact = adapted(packed_model(make)), twin(make)
+    model, exact = both(make)
     named = dict(exact.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(named[name])
     ours, wide = model(TOKENS).logits, exact(TOKENS).logits
     torch.testing.assert_close(ours.double(), wide, rtol=1e-4, atol=1e-4)
     loss_of(ours).backward()
@@ -289,6 +297,31 @@ def test_several_adapters_activation_checkpointing_and_a_view_of_the_base():
     with hf_lora.no_adapter(model):
         assert torch.equal(logits(model), frozen)
     assert torch.equal(logits(hf_lora.base_view(model)), frozen)
+
+
+class TestMergingRoundsAnew:
+    def test_what_is_lost_is_told_and_unmerging_is_exact(self):
+        model, exact = both(qwen3_moe)
+        wanted, kept = logits(model), stacks(model)
+        with pytest.warns(HfLoRAWarning, match=r"2 packed layers .*: the error is \d+% of the upd"):
+            hf_lora.merge(model, requantize=True)
+        merged = logits(model)
+        assert not any(new is old for new, old in zip(stacks(model), kept, strict=True))
+        hf_lora.unmerge(model)
+        assert all(new is old for new, old in zip(stacks(model), kept, strict=True))
+        assert torch.equal(logits(model), wanted)
+        # as far as 4 bits go: what packing the exactly merged stacks gives
+        again = hf_lora.quantize_experts(hf_lora.merge_and_unwrap(exact).float())
+        torch.testing.assert_close(merged, logits(again), rtol=1e-3, atol=1e-3)
+
+    def test_for_good(self):
+        model = adapted(packed_model(qwen3_moe))
+        with pytest.warns(HfLoRAWarning, match="rounded anew"):
+            hf_lora.merge(model, requantize=True)
+        merged = logits(model)
+        model = hf_lora.merge_and_unwrap(model)
+        assert torch.equal(logits(model), merged)
+        assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 class TestWhatIsRefused:

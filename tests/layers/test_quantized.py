@@ -164,6 +164,38 @@ def test_a_merge_is_refused_and_changes_nothing(make: Callable[[], Net]):
     assert hf_lora.active_adapters(model) == ("default",)
 
 
+@pytest.mark.parametrize("options", [{}, {"quant_type": "nf4", "compress_statistics": False}])
+def test_a_merge_may_round_four_bits_anew_and_says_what_is_lost(options: dict):
+    model = four_bit(**options)
+    base = model(rows())
+    hf_lora.wrap(model, ["down", "up"], r=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.5)
+    before, kept, wanted = weights(model), model.down.weight, model(rows())
+    exact = [float_weight(layer) + layer.lora_delta("default") for layer in (model.down, model.up)]
+    with pytest.warns(HfLoRAWarning, match=r"2 packed layers .* rounded anew: the error is (\d+)%"):
+        hf_lora.merge(model, requantize=True)
+    for layer, total in zip((model.down, model.up), exact, strict=True):
+        after = float_weight(layer)
+        assert (after - total).norm() < 0.15 * total.norm()
+        assert layer.weight.quant_state.nested == kept.quant_state.nested
+    merged = model(rows())
+    assert (merged - wanted).norm() < (base - wanted).norm()
+    hf_lora.unmerge(model)
+    assert model.down.weight is kept
+    assert weights(model) == before
+    assert torch.equal(model(rows()), wanted)
+
+
+@pytest.mark.parametrize("make", [eight_bit, MODELS["torchao int8"]], ids=["8-bit", "torchao"])
+def test_other_packed_weights_are_not_rounded_anew(make: Callable[[], Net]):
+    model = hf_lora.wrap(make(), ["down"], r=2)
+    with pytest.raises(TargetError, match="not in 4 bits of bitsandbytes"):
+        hf_lora.merge(model, requantize=True)
+
+
 @each_model
 def test_wrapping_leaves_the_base_as_it_was(make: Callable[[], Net]):
     """Also the state that such a layer keeps beside its weight, which a trial run would change."""
