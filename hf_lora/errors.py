@@ -18,7 +18,7 @@ HfLoRAWarning (UserWarning)             something was resolved or left out, and 
 
 from collections.abc import Iterable
 
-from hf_lora.text import printable
+from hf_lora.text import grouped, printable
 
 _MOST_LINES = 20
 
@@ -90,10 +90,11 @@ def listing(headline: str, problems: Iterable[str], advice: str = "") -> str:
 
     Args:
         headline: What was attempted and failed, without a full stop.
-        problems: One line each; beyond 20 the rest is counted, not printed.
+        problems: One line each; those that differ in the number of a layer alone share one, and
+            beyond 20 the rest is counted, not printed.
         advice: What to do about it.
     """
-    lines = list(problems)
+    lines = grouped(problems)
     shown = [f"  - {line}" for line in lines[:_MOST_LINES]]
     if len(lines) > _MOST_LINES:
         shown.append(f"  - ... and {len(lines) - _MOST_LINES} more")

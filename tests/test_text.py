@@ -5,7 +5,8 @@ import warnings
 import pytest
 
 import hf_lora
-from hf_lora.text import printable, show, some
+from hf_lora.errors import listing
+from hf_lora.text import by_number, grouped, printable, show, some, wrapped
 
 NASTY = "\x1b[31mred\x07\r\u202eleft\u2028\ud800\0"
 
@@ -60,3 +61,47 @@ def test_names_are_shown_in_short_and_counted():
     assert some(["a", "b"]) == "'a', 'b'"
     assert some(map(str, range(1000))) == "'0', '1', '2', '3', '4' and 995 more"
     assert len(show("z" * 10**6)) < 130
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([f"h.{n}.fc: gone" for n in range(12)], ["h.{0-11}.fc: gone"]),
+        ([f"h.{n}.fc: gone" for n in (10, 0, 1, 2, 7)], ["h.{0-2,7,10}.fc: gone"]),
+        # few lines stay as they are, and so do those that say something else
+        ([f"h.{n}.fc: gone" for n in range(3)], [f"h.{n}.fc: gone" for n in range(3)]),
+        ([f"h.{n}.fc: {n} bad" for n in range(9)], [f"h.{n}.fc: {n} bad" for n in range(9)]),
+        # the same number twice in a line, and every number with every other
+        ([f"h.{n}.a: not b.{n}.c" for n in range(5)], ["h.{0-4}.a: not b.{0-4}.c"]),
+        (
+            [f"h.{n}.e.{m}.w: odd" for n in range(4) for m in range(8)],
+            ["h.{0-3}.e.{0-7}.w: odd"],
+        ),
+        # where some pairs are missing, one line for all would say too much
+        ([f"h.{n}.e.{m}.w: odd" for n in range(4) for m in range(n + 1)], None),
+        (["a", "b", *(f"h.{n}.x: y" for n in range(4)), "c"], ["a", "b", "h.{0-3}.x: y", "c"]),
+        ([], []),
+    ],
+)
+def test_lines_that_differ_in_a_layer_are_one(lines: list[str], expected: list[str] | None):
+    assert grouped(lines) == (lines if expected is None else expected)
+
+
+def test_an_error_names_each_kind_of_layer_once():
+    told = listing("It failed", (f"h.{n}.{m}: gone" for n in range(200) for m in ("a", "b")))
+    assert told.splitlines() == ["It failed:", "  - h.{0-199}.a: gone", "  - h.{0-199}.b: gone"]
+
+
+def test_paths_by_their_numbers():
+    paths = ["h.10.a", "h.2.a", "h", "a.b", "h.x", "0", "10", "9"]
+    assert sorted(paths, key=by_number) == ["0", "9", "10", "a.b", "h", "h.2.a", "h.10.a", "h.x"]
+
+
+def test_lines_end_between_words():
+    text = "  - a path: " + "word " * 20 + "\n| table   row |"
+    shown = wrapped(text, 40).split("\n")
+    assert max(map(len, shown)) <= 40
+    assert shown[-1] == "| table   row |"
+    assert " ".join(" ".join(shown[:-1]).split()) == text.split("\n")[0].strip()
+    assert all(line.startswith("      ") for line in shown[1:-1])
+    assert wrapped("x" * 100, 40) == "x" * 100

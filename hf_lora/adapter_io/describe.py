@@ -13,9 +13,11 @@ from hf_lora.files.fingerprint import from_json
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.files.sampled_layers import sampled_layers
 from hf_lora.planning.records import size, some_paths
-from hf_lora.text import printable
+from hf_lora.text import by_number, printable
 
-_BAR = 24
+_BAR, _LEAST_BAR = 24, 6
+_WIDTH, _BESIDE_BAR = 80, 24
+"""Of a line, and of what stands in it beside the path, the sizes and the bar."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ def describe(
     rows = {path: each.key for path, each in folder.rows.items()}
     total = len(folder.factors) + len(others) + len(rows)
     layers = []
-    for path in folder.factors:
+    for path in sorted(folder.factors, key=by_number):
         layers.append(_layer(folder, path, broken))
         progress(len(layers), total)
     trained: list[TrainedFacts] = []
@@ -289,6 +291,8 @@ def _norms(facts: Description) -> Iterable[str]:
     if not facts.layers:
         return
     rows = [("layer", "r", "in -> out", "norm of the update")]
+    longest = max(len(layer.path) + len(layer.sizes) for layer in facts.layers)
+    bar = min(_BAR, max(_LEAST_BAR, _WIDTH - longest - _BESIDE_BAR))
     most = max((layer.norm for layer in facts.layers if math.isfinite(layer.norm)), default=0.0)
     for layer in facts.layers:
         share = layer.norm / most if most and math.isfinite(layer.norm) else 0.0
@@ -297,7 +301,7 @@ def _norms(facts: Description) -> Iterable[str]:
                 layer.path or "(the model itself)",
                 str(layer.r),
                 layer.sizes,
-                f"{layer.norm:<10.4g} {'#' * math.ceil(_BAR * share)}",
+                f"{layer.norm:<10.4g} {'#' * math.ceil(bar * share)}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

@@ -14,7 +14,7 @@ from hf_lora.algebra.layers import Term, read_term
 from hf_lora.algebra.sources import Source, check_bases, check_layers, opened
 from hf_lora.functional.decompose import inner
 from hf_lora.functional.low_rank import Product
-from hf_lora.text import printable
+from hf_lora.text import by_number, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def similarity(
             check_bases(pair)
         layers = {}
         products: list[float] = []
-        for path in dict.fromkeys(path for each in pair for path in each.folder.factors):
+        for path in sorted({p for each in pair for p in each.folder.factors}, key=by_number):
             terms = [read_term(a, path) if path in a.folder.factors else None for a in pair]
             both = [{} if term is None else _products(term) for term in terms]
             norms = tuple(_norm(parts) for parts in both)

@@ -13,6 +13,7 @@ from hf_lora.cli import computing, making
 from hf_lora.cli.options import Json, OtherBase, Patterns, Revision, Subfolder
 from hf_lora.cli.options import command as _command
 from hf_lora.cli.output import execute
+from hf_lora.cli.schema import describe_schema
 from hf_lora.version import __version__
 
 app = typer.Typer(
@@ -92,6 +93,15 @@ def plan(
 
 app.command()(making.init)
 app.command()(making.train)
+
+
+@app.command()
+def schema(
+    name: Annotated[str | None, typer.Argument(help="Of one command; else of all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what --json of each command holds."""
+    execute(lambda: describe_schema(name), as_json=as_json)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,16 @@ OtherBase = Annotated[
 ]
 Patterns = list[str] | None
 
-# What these warn of when they are imported is about their own speed, not about the command.
-_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+# What these warn of when they are imported is about their own speed, not about the command; the
+# last tells each time that it tries again, and why it gave up is in our error.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree", "huggingface_hub")
 
 
 def command(module: str) -> Any:
     """Import the module that carries out a command; this takes seconds."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     with working("loading torch and transformers"):

@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 
 from hf_lora.errors import HfLoRAError, HfLoRAWarning
-from hf_lora.text import printable
+from hf_lora.text import printable, wrapped
 
+_NARROWEST = 40
 _INTERRUPTED = 130  # as shells have it
 
 
@@ -33,6 +34,9 @@ class Result:
 
     text: str
     """For people."""
+
+    as_it_is: bool = False
+    """Whether it is somebody's words, so that a terminal alone breaks its lines."""
 
     refused: bool = False
     """Whether what was found is a reason for exit code 1, such as a plan with problems."""
@@ -58,16 +62,31 @@ def execute(command: Callable[[], Result], *, as_json: bool) -> None:
         if as_json:
             _write(stdout, result.data)
         else:
-            print(printable(result.text, longest=None), file=stdout)
+            text = printable(result.text, longest=None)
+            print(text if result.as_it_is else fitted(text, stdout), file=stdout)
     if result.refused:
         raise typer.Exit(1)
 
 
 def tell(text: str, style: str | None = None) -> None:
-    """Say something on stderr, as it stands: no markup, no line breaks of ours."""
-    Console(stderr=True).print(
-        printable(text), style=style, markup=False, highlight=False, soft_wrap=True
-    )
+    """Say something on stderr, as it stands but for the ends of lines: no markup."""
+    words = fitted(printable(text), sys.stderr)
+    Console(stderr=True).print(words, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Return text with its lines broken between words where somebody sees them on a terminal.
+
+    A file, or another program, gets each line whole.
+    """
+    width = _width(stream)
+    return text if width is None else wrapped(text, width)
+
+
+def _width(stream: TextIO) -> int | None:
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return max(_NARROWEST, int(os.environ["COLUMNS"]))
+    return max(_NARROWEST, Console(file=stream).width) if stream.isatty() else None
 
 
 @contextlib.contextmanager

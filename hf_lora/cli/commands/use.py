@@ -57,7 +57,11 @@ def generate(
             with hf_lora.no_adapter(opened.model):
                 row["base"] = answer()
         rows.append(row)
-    return Result(data={"adapter": adapter, "base": opened.base, "answers": rows}, text=_text(rows))
+    return Result(
+        data={"adapter": adapter, "base": opened.base, "answers": rows},
+        text=_text(rows),
+        as_it_is=True,
+    )
 
 
 def _text(rows: list[dict[str, str]]) -> str:
