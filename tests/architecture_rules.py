@@ -30,6 +30,7 @@ LAYERS = (
     ("api",),
     ("auto_classes",),
     ("recipes",),
+    ("report",),
     ("public",),
     ("hf_lora",),  # __init__.py, which hands out the public names when they are asked for
     ("cli",),

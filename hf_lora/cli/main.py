@@ -119,6 +119,24 @@ def show(
 
 
 @app.command()
+def report(
+    adapters: Annotated[list[str], typer.Argument(help="Adapter folders, or ids on the Hub.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page, one file of HTML.")
+    ] = Path("report.html"),
+    base: Annotated[
+        str | None, typer.Option(help="Folder of the base: norms over those of its weights.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a page about adapters: where they act, spectra, losses, size, who can serve them."""
+    execute(
+        lambda: _command("hf_lora.cli.commands.report").run(adapters, output, base),
+        as_json=as_json,
+    )
+
+
+@app.command()
 def export(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, or its id on the Hub.")],
     client: Annotated[

@@ -105,6 +105,13 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "total": "cosine of all updates together",
             "layers": "path to cosine and both norms of each layer",
         },
+        "report": {
+            "page": "the file that was written",
+            "bytes": "of it",
+            "adapters": "of each name, norm, dead, clients, and layers: path, norm, values, "
+            "effective_rank, relative",
+            "similarities": "cosine of each with each, null where no layer is common",
+        },
         "push": {"url": "of the commit or pull request", "files": "that were pushed"},
         "pull": {"folder": "where it is"},
         "schema": {"COMMAND": "its fields, each with its meaning"},

@@ -1,0 +1,1 @@
+"""Pages for people, made of what is known of adapters."""
