@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_lora.cli import computing, making
+from hf_lora.cli import computing, looking, making
 from hf_lora.cli.options import Json, OtherBase, Patterns, Revision, Subfolder
 from hf_lora.cli.options import command as _command
 from hf_lora.cli.output import execute
-from hf_lora.cli.schema import describe_schema
 from hf_lora.version import __version__
 
 app = typer.Typer(
@@ -93,15 +92,9 @@ def plan(
 
 app.command()(making.init)
 app.command()(making.train)
-
-
-@app.command()
-def schema(
-    name: Annotated[str | None, typer.Argument(help="Of one command; else of all.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what --json of each command holds."""
-    execute(lambda: describe_schema(name), as_json=as_json)
+app.command()(looking.report)
+app.command()(looking.schema)
+app.command()(looking.skill)
 
 
 @app.command()
@@ -114,24 +107,6 @@ def show(
     """Show what an adapter holds and how much each layer changes. Needs no base model."""
     execute(
         lambda: _command("hf_lora.cli.commands.show").run(adapter, revision, subfolder),
-        as_json=as_json,
-    )
-
-
-@app.command()
-def report(
-    adapters: Annotated[list[str], typer.Argument(help="Adapter folders, or ids on the Hub.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page, one file of HTML.")
-    ] = Path("report.html"),
-    base: Annotated[
-        str | None, typer.Option(help="Folder of the base: norms over those of its weights.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a page about adapters: where they act, spectra, losses, size, who can serve them."""
-    execute(
-        lambda: _command("hf_lora.cli.commands.report").run(adapters, output, base),
         as_json=as_json,
     )
 

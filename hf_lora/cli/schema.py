@@ -114,6 +114,7 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         },
         "push": {"url": "of the commit or pull request", "files": "that were pushed"},
         "pull": {"folder": "where it is"},
+        "skill": {"skill": "the text of the file"},
         "schema": {"COMMAND": "its fields, each with its meaning"},
     }
 )
