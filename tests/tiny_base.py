@@ -81,6 +81,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command in this process: `run("plan", folder, code=1)` is its result, with `stdout`."""
     # the command silences transformers for as long as its process lives, and here others' tests
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    # where a terminal is said to be that wide, lines are broken
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def call(*arguments: Any, code: int = 0) -> Any:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
