@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ _BESIDE = (
 )  # fmt: skip
 """What belongs to an adapter although it is no adapter; everything else stays at home."""
 
+_PICTURE = "loss.png"
 _CHECKPOINT = re.compile(r"checkpoint-\d+|last-checkpoint")
 
 
@@ -88,6 +90,8 @@ def push_adapter_folder(
             known,
             extra={**(base_license(named, token) if named else {}), **known.extra},
             processor=any(entry.name.startswith("tokenizer") for entry in beside),
+            chat=_has_chat_template(root),
+            picture=_PICTURE if (root / _PICTURE).is_file() else None,
         )
         url = push_folder(
             root,
@@ -103,6 +107,17 @@ def push_adapter_folder(
     taken = {*(Path(file).parts[0] for file in files)}
     left_out = sorted(entry.name for entry in directory.iterdir() if entry.name not in taken)
     return Pushed(url, named, tuple(files), tuple(left_out))
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Say whether the tokenizer in a folder has one: in a file of its own, or in its settings."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
 def _folders(directory: Path) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from hf_lora.hub.card.facts import (
     folder_model_facts,
     model_facts,
 )
+from hf_lora.hub.card.snippet import BEGINNING, QUESTION
 from hf_lora.hub.card.text import card_text
 from hf_lora.model.registry import Registry
 
@@ -123,6 +124,7 @@ def _metadata(model: ModelFacts, base: str | None, repo_id: str, training: Train
         base_model_relation="adapter" if base else None,
         library_name=_FORMAT,
         pipeline_tag=task,
+        widget=_widget(model, training.chat),
         tags=[LIBRARY, "lora", "adapter", *model.tags, *tags],
         datasets=list(training.datasets) or None,
         metrics=sorted(_known_metrics(training)) or None,
@@ -130,6 +132,18 @@ def _metadata(model: ModelFacts, base: str | None, repo_id: str, training: Train
         **extra,
     )
     return data.to_yaml()
+
+
+def _widget(model: ModelFacts, chat: bool) -> list[dict[str, Any]] | None:
+    """Return what the Hub offers to try, if the model is to be asked something.
+
+    Never a row that it was trained on: somebody else's words may be in it.
+    """
+    if not model.generates:
+        return None
+    if chat:
+        return [{"messages": [{"role": "user", "content": QUESTION}]}]
+    return [{"text": BEGINNING}]
 
 
 def _known_metrics(training: Training) -> dict[str, int | float]:

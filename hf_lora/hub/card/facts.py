@@ -42,6 +42,12 @@ class Training:
     processor: bool = False
     """Whether the tokenizer, or what else prepares inputs, lies beside the adapter."""
 
+    chat: bool = False
+    """Whether that tokenizer has a chat template, so that the model is to be talked with."""
+
+    picture: str | None = None
+    """Name of a picture of the losses that lies beside the adapter."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFacts:

@@ -7,6 +7,10 @@ from hf_lora.hub.card.facts import ModelFacts
 from hf_lora.layers.names import DEFAULT
 
 _WIDTH = 88
+QUESTION = "Who are you?"
+BEGINNING = "Once upon a time"
+"""What a chat, and a text, begin with in examples: nothing of what an adapter was trained on."""
+
 MOST_LABELS = 32
 """More are counted, not named."""
 
@@ -15,7 +19,13 @@ Code = tuple[list[str], list[str]]
 
 
 def snippet(
-    model: ModelFacts, names: Sequence[str], *, base: str | None, repo_id: str, processor: bool
+    model: ModelFacts,
+    names: Sequence[str],
+    *,
+    base: str | None,
+    repo_id: str,
+    processor: bool,
+    chat: bool = False,
 ) -> list[str]:
     """Return the lines that load the adapters, and call the model where it is known how.
 
@@ -25,6 +35,7 @@ def snippet(
         base: Hub id of the base model, or None if others cannot have it.
         repo_id: Where the adapters are.
         processor: Whether the tokenizer lies beside them, and not only beside the base.
+        chat: Whether that tokenizer has a chat template.
     """
     first, *others = names
     whole = base is not None and model.loader is not None
@@ -36,7 +47,7 @@ def snippet(
     if others:
         lines.append(f'hf_lora.activate(model, "{others[-1]}")  # or a list: they add up')
     source = repo_id if processor else base
-    more, use = _use(model, source) if source and whole else ([], [])
+    more, use = _use(model, source, chat=chat) if source and whole else ([], [])
     return [*_imports([*imports, *more]), "", *lines, *use]
 
 
@@ -61,7 +72,7 @@ def _onto(model: ModelFacts, name: str, base: str | None, repo_id: str) -> Code:
     ]
 
 
-def _use(model: ModelFacts, source: str) -> Code:
+def _use(model: ModelFacts, source: str, *, chat: bool) -> Code:
     if model.task == "image-classification":
         return ["import PIL.Image", "from transformers import AutoImageProcessor"], [
             f'processor = AutoImageProcessor.from_pretrained("{source}")',
@@ -72,9 +83,19 @@ def _use(model: ModelFacts, source: str) -> Code:
         ]
     if model.reads != "input_ids":
         return [], []
-    if model.generates:
+    if model.generates and chat:
         call = [
-            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            "outputs = model.generate(**inputs, max_new_tokens=200)",
+            'answer = outputs[0, inputs["input_ids"].shape[1] :]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+    elif model.generates:
+        call = [
+            f'inputs = tokenizer("{BEGINNING}", return_tensors="pt")',
             "outputs = model.generate(**inputs, max_new_tokens=50)",
             "print(tokenizer.decode(outputs[0], skip_special_tokens=True))",
         ]

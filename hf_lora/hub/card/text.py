@@ -8,7 +8,7 @@ from hf_lora.hub.card.facts import AdapterFacts, ModelFacts, Training
 from hf_lora.hub.card.snippet import MOST_LABELS, are_made_up, snippet
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.names import DEFAULT
-from hf_lora.planning.clients import llama_cpp_reasons, vllm_reasons
+from hf_lora.planning.clients import llama_cpp_reasons, vllm_rank, vllm_reasons
 from hf_lora.planning.records import served_by, size
 
 
@@ -23,7 +23,14 @@ def card_text(
 ) -> str:
     """Return everything after the card's metadata; the arguments are those of ``adapter_card``."""
     names = [adapter.name for adapter in adapters]
-    code = snippet(model, names, base=base, repo_id=repo_id, processor=training.processor)
+    code = snippet(
+        model,
+        names,
+        base=base,
+        repo_id=repo_id,
+        processor=training.processor,
+        chat=training.chat,
+    )
     lines = [
         f"# {training.title or repo_id.rsplit('/', 1)[-1]}",
         "",
@@ -37,6 +44,7 @@ def card_text(
         "",
         *_with_peft(names, repo_id),
         "",
+        *_with_vllm(model, adapters, base, repo_id),
         *_besides(others),
         "## The adapters" if len(adapters) > 1 else "## The adapter",
         "",
@@ -59,12 +67,26 @@ def _with_peft(names: Sequence[str], repo_id: str) -> list[str]:
     ]
 
 
-def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
-    """Return what other clients make of the adapters, a line for each and each adapter."""
-    lines = ["## In other software", ""]
-    for adapter in adapters:
-        of = f"`{adapter.name}`: " if len(adapters) > 1 else ""
-        vllm = vllm_reasons(
+def _with_vllm(
+    model: ModelFacts, adapters: Sequence[AdapterFacts], base: str | None, repo_id: str
+) -> list[str]:
+    """Return how to serve the adapter, where vLLM takes it and it is the repo's own."""
+    adapter = adapters[0]
+    can = base is not None and model.generates and adapter.name == DEFAULT and adapter.slots
+    if not can or _vllm(adapter, model):
+        return []
+    rank = vllm_rank(adapter.slots)
+    name = repo_id.rsplit("/", 1)[-1]
+    words = [
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} \\",
+        f"    --lora-modules {name}={repo_id}",
+    ]
+    return [f"With vLLM, as the model `{name}`:", "", *_fenced("bash", words), ""]
+
+
+def _vllm(adapter: AdapterFacts, model: ModelFacts) -> list[str]:
+    return list(
+        vllm_reasons(
             model.classes,
             adapter.slots,
             adapter.trained,
@@ -73,6 +95,15 @@ def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
             biases=adapter.biases,
             rows=adapter.rows,
         )
+    )
+
+
+def _served(adapters: Sequence[AdapterFacts], model: ModelFacts) -> list[str]:
+    """Return what other clients make of the adapters, a line for each and each adapter."""
+    lines = ["## In other software", ""]
+    for adapter in adapters:
+        of = f"`{adapter.name}`: " if len(adapters) > 1 else ""
+        vllm = _vllm(adapter, model)
         llama_cpp = llama_cpp_reasons(
             model.classes,
             adapter.slots,
@@ -193,6 +224,8 @@ def _training(training: Training) -> list[str]:
     if training.hyperparameters:
         rows = [[name, _number(value)] for name, value in training.hyperparameters.items()]
         lines += ["## Training", "", *_table(["Setting", "Value"], rows), ""]
+    if training.picture:
+        lines += [f"![Losses in training, by step]({training.picture})", ""]
     return lines
 
 
