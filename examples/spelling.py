@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 PROMPT = "American: {}\nBritish:"
 NEW_WORDS = ["tokenization", "quantized", "hyperparameterization", "my favorite color"]
+AT_ONCE = 20
+"""Words that are answered together, between two steps of the bar."""
+
 Pairs = list[tuple[str, str]]
 
 
@@ -42,13 +46,15 @@ def encode(tokenizer, american: str, british: str) -> dict[str, list[int]]:
 @torch.inference_mode()
 def spell(model, tokenizer, words: list[str]) -> list[str]:
     """Return the first line that the model answers to each word, greedily."""
-    prompts = [PROMPT.format(word) for word in words]
-    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
     model.eval()
-    output = model.generate(**batch.to(model.device), max_new_tokens=12, do_sample=False)
-    answers = tokenizer.batch_decode(
-        output[:, batch.input_ids.shape[1] :], skip_special_tokens=True
-    )
+    answers: list[str] = []
+    for start in tqdm(range(0, len(words), AT_ONCE), "spelling", leave=False, disable=None):
+        prompts = [PROMPT.format(word) for word in words[start : start + AT_ONCE]]
+        batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        output = model.generate(**batch.to(model.device), max_new_tokens=12, do_sample=False)
+        answers += tokenizer.batch_decode(
+            output[:, batch.input_ids.shape[1] :], skip_special_tokens=True
+        )
     return [answer.strip().split("\n")[0] for answer in answers]
 
 

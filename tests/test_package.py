@@ -3,15 +3,18 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tomllib
 import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from tests.architecture_rules import LAZY, Package
@@ -28,17 +31,32 @@ def distributions(lines: list[str]) -> set[str]:
     return {canonical(Requirement(line).name) for line in lines}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("wheel")
+def build(kind: str, folder: Path, source: Path = ROOT) -> Path:
+    """Build a wheel or an sdist into a folder, without a network."""
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=ROOT,
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)],
+        cwd=source,
         check=True,
         capture_output=True,
     )
-    (path,) = folder.glob("*.whl")
-    return zipfile.ZipFile(path)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build("wheel", tmp_path_factory.mktemp("wheel")))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked archive of sources."""
+    archive = build("sdist", tmp_path_factory.mktemp("sdist"))
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    (inside,) = folder.iterdir()
+    return inside
 
 
 class TestWheel:
@@ -60,9 +78,89 @@ class TestWheel:
         assert "License-Expression: Apache-2.0" in text
         assert text.endswith((ROOT / "README.md").read_text())
 
+    def test_it_carries_the_recipes_that_init_copies(self, wheel: zipfile.ZipFile):
+        there = set(wheel.namelist())
+        for name in ("chat.yaml", "chat.jsonl", "completion.yaml", "opposites.jsonl", "text.yaml"):
+            assert f"hf_lora/recipes/examples/{name}" in there
+
+    def test_its_readme_is_rendered_as_the_index_would(self):
+        markdown = pytest.importorskip("readme_renderer.markdown")
+        shown = markdown.render((ROOT / "README.md").read_text())
+        assert shown is not None
+        assert "<table>" in shown
+        assert "<pre" in shown
+
+    def test_its_addresses_begin_with_one_of_them(self, wheel: zipfile.ZipFile):
+        urls = PROJECT["urls"]
+        assert {"Source", "Documentation", "Changelog", "Issues"} <= set(urls)
+        assert all(url.startswith(urls["Source"]) for url in urls.values())
+        (metadata,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
+        for label, url in urls.items():
+            assert f"Project-URL: {label}, {url}\n" in wheel.read(metadata).decode()
+
     def test_it_is_the_version_that_is_installed(self, wheel: zipfile.ZipFile):
         version = importlib.metadata.version("hf-lora")
         assert Path(wheel.filename or "").name.startswith(f"hf_lora-{version}-")
+
+
+class TestSdist:
+    def test_it_has_what_a_reader_of_the_sources_needs(self, sdist: Path):
+        top = {path.name for path in sdist.iterdir()}
+        assert top >= {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO", "hf_lora", "tests"}
+        for name in ("examples/quickstart.py", "examples/mkdocs.yml", "examples/docs/index.md"):
+            assert (sdist / name).is_file(), name
+
+    def test_it_has_nothing_that_git_does_not_have(self, sdist: Path):
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if listed.returncode:
+            pytest.skip("not a checkout of git")
+        found = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+        assert found - set(listed.stdout.splitlines()) == {"PKG-INFO"}
+
+    def test_the_wheel_that_it_makes_is_the_wheel(
+        self, sdist: Path, wheel: zipfile.ZipFile, tmp_path: Path
+    ):
+        copy = shutil.copytree(sdist, tmp_path / "copy")
+        made = zipfile.ZipFile(build("wheel", tmp_path / "made", copy))
+        assert {i.filename: i.CRC for i in made.infolist()} == {
+            i.filename: i.CRC for i in wheel.infolist()
+        }
+
+
+class TestBesideTheCode:
+    """What GitHub and the index show of the project."""
+
+    def test_the_changelog_and_the_citation_know_the_version(self):
+        version = importlib.metadata.version("hf-lora")
+        log = (ROOT / ".github/CHANGELOG.md").read_text()
+        versions = re.findall(r"^## (\d+\.\d+\.\d+)", log, re.MULTILINE)
+        assert versions[0] == version
+        assert versions == sorted(versions, key=lambda v: [*map(int, v.split("."))], reverse=True)
+        cited = yaml.safe_load((ROOT / ".github/CITATION.cff").read_text())
+        assert cited["version"] == version
+        assert cited["license"] == PROJECT["license"]
+        assert cited["repository-code"] == PROJECT["urls"]["Source"]
+
+    def test_issue_templates_are_forms_of_github(self):
+        for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+            form = yaml.safe_load(path.read_text())
+            if path.name == "config.yml":
+                assert set(form) <= {"blank_issues_enabled", "contact_links"}
+                continue
+            assert {"name", "description", "body"} <= set(form)
+            kinds = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
+            assert {part["type"] for part in form["body"]} <= kinds
+            ids = [part["id"] for part in form["body"] if "id" in part]
+            assert len(ids) == len(set(ids))
+
+    def test_a_security_policy_says_where_to_tell(self):
+        assert "Report a vulnerability" in (ROOT / ".github/SECURITY.md").read_text()
 
 
 class TestDependencies:

@@ -36,9 +36,10 @@ GROUPS = {
     "Train": ["train", "Trained", "optimizer_groups", "register", "base_view", "freeze", "unfreeze",
               "LoRATrainerMixin"],
     "Save, load, share": ["save", "load", "from_pretrained", "push_to_hub", "enable_auto",
-                          "disable_auto"],
+                          "disable_auto", "servable", "Servable", "export", "Exported"],
     "Several adapters": ["adapters", "add_adapter", "delete_adapter", "activate", "active_adapters",
                          "use_adapter", "no_adapter"],
+    "Arithmetic": ["combine", "subtract", "resize", "similarity", "DerivedAdapter", "Similarity"],
     "Merge": ["merge", "unmerge", "merge_and_unwrap", "merge_checkpoint", "MergeReport"],
     "Layers": ["LoRALayer", "LoRALinear", "apply_lora", "register_layer"],
 }  # fmt: skip

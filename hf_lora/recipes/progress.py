@@ -16,8 +16,13 @@ from hf_lora.text import printable
 
 
 def bars() -> Progress:
-    """Return progress bars for stderr: gone when done, and nothing without a terminal."""
-    console = Console(stderr=True, quiet=int(os.environ.get("RANK", "0")) > 0)
+    """Return progress bars for stderr: gone when done, and nothing without a terminal.
+
+    Nor in a notebook: there rich needs ipywidgets, and without them takes each line that is printed
+    meanwhile through itself, until the stack is full.
+    """
+    quiet = int(os.environ.get("RANK", "0")) > 0
+    console = Console(stderr=True, quiet=quiet, force_jupyter=False)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -26,7 +31,7 @@ def bars() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not (console.is_terminal or console.is_jupyter),
+        disable=not console.is_terminal,
     )
 
 
