@@ -12,11 +12,13 @@ from hf_lora.compat.accelerate import is_on_meta, present
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import gather_values, is_distributed
 from hf_lora.compat.offload_stores import entry_of
+from hf_lora.compat.quantized_layers import is_known
 from hf_lora.files.keys import without_wrappers
 from hf_lora.layers.hosts import features, has_float_weight
 from hf_lora.layers.quantized import float_values
 from hf_lora.layers.quantized import shape_of as packed_shape
 from hf_lora.layers.replaced import Replaced
+from hf_lora.layers.roles import OWN_BIAS
 from hf_lora.layers.trained import own_tensors, tensor_names
 from hf_lora.model.registry import find
 
@@ -43,7 +45,12 @@ class BaseTensor:
         Of a tensor that accelerate keeps elsewhere it is a place without numbers.
         """
         before = None if self.original is None else self.original.tensors.get(self.role)
-        return dict(own_tensors(self.module, (self.role,)))[self.role] if before is None else before
+        if before is not None:
+            return before
+        names = tensor_names(self.module)
+        # what packs a weight has other names: any of them says where it is
+        role = self.role if self.role in (*names, *vars(self.module)) else names[0]
+        return dict(own_tensors(self.module, (role,)))[role]
 
 
 class BaseTensors:
@@ -117,6 +124,13 @@ class BaseTensors:
 
 def _held(path: str, module: nn.Module, original: Replaced | None) -> Iterator[BaseTensor]:
     plain, linear = has_float_weight(module), features(module) is not None
+    sizes = features(module) if is_known(module) else None
+    if sizes is not None:
+        yield BaseTensor(path, "weight", module, sizes[::-1], True, original)
+        bias = getattr(module, OWN_BIAS, None)
+        if isinstance(bias, torch.Tensor):
+            yield BaseTensor(path, OWN_BIAS, module, _shape(bias), False, original)
+        return
     for role, tensor in own_tensors(module, tensor_names(module)):
         if is_lazy(tensor) or not (tensor.is_floating_point() or isinstance(tensor, nn.Parameter)):
             continue

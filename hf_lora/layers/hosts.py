@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lora.compat.deepspeed import shape_of
 from hf_lora.compat.dtensor import is_sharded
+from hf_lora.compat.quantized_layers import is_compressed
 from hf_lora.config import LoRAConfig
 from hf_lora.layers.instance_forward import has_foreign_forward
 from hf_lora.layers.kind import Adaptable, Patched, parameter_of
@@ -114,6 +115,11 @@ def why_not(module: nn.Module) -> str | None:
     fault = split_fault(module)
     if fault:
         return fault
+    if has_foreign_forward(module) and is_compressed(module):
+        return (
+            f"compressed-tensors has put a forward of its own on this {name}; load the base with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
     if has_foreign_forward(module):
         return f"the forward of this {name} was replaced on the instance, which would hide LoRA"
     if not isinstance(module, Patched) and taken_names(module, DEFAULT, (LORA_A, LORA_B)):

@@ -9,7 +9,9 @@ from torch.nn.parameter import is_lazy
 from hf_lora.compat import bitsandbytes
 from hf_lora.compat.deepspeed import numel_of
 from hf_lora.compat.dtensor import is_sharded
+from hf_lora.compat.quantized_layers import unpacked
 from hf_lora.functional.packed import PackedStack
+from hf_lora.layers.hosts import features
 from hf_lora.layers.kind import parameter_of
 
 
@@ -19,7 +21,9 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     None where the host's packing is not known here; the caller then does without.
     """
     weight = parameter_of(module, "weight")
-    if weight is None or weight.is_meta:
+    if weight is None or _is_of_eight_bits(weight):
+        return unpacked(module)
+    if weight.is_meta:
         return None
     if is_sharded(weight):
         return weight if weight.is_floating_point() else None
@@ -39,6 +43,9 @@ def float_values(module: nn.Module, at: range, name: str = "weight") -> torch.Te
     weight, for the moment.
     """
     weight = parameter_of(module, name)
+    if weight is None and name == "weight":
+        found = unpacked(module)
+        return None if found is None else found.reshape(-1)[at.start : at.stop : at.step]
     if weight is None or weight.is_meta or is_sharded(weight):
         return None
     positions = torch.arange(at.start, at.stop, at.step, device=weight.device)
@@ -52,6 +59,37 @@ def float_values(module: nn.Module, at: range, name: str = "weight") -> torch.Te
         return bitsandbytes.eight_bit_values(module, positions)
     whole = float_weight(module)
     return None if whole is None or whole.dtype.itemsize < 2 else whole.reshape(-1)[positions]
+
+
+def _is_of_eight_bits(weight: torch.Tensor) -> bool:
+    """Say whether a weight is a plain tensor of float8, which means nothing without its scale."""
+    plain = type(weight) is nn.Parameter and not weight.is_meta
+    return plain and weight.is_floating_point() and weight.dtype.itemsize == 1
+
+
+def packed_elsewhere(module: nn.Module) -> int:
+    """Return how many numbers a layer stands for beyond those that its parameters count.
+
+    GPTQ's layers keep theirs in buffers, and HQQ's several in one number of a parameter.
+    """
+    sizes = features(module)
+    packed = [t for t in _own(module) if not t.is_floating_point()]
+    if sizes is None or parameter_of(module, "weight") is not None or not packed:
+        return 0
+    counted = sum(t.numel() for t in packed if isinstance(t, nn.Parameter))
+    return sizes[0] * sizes[1] - counted
+
+
+def buffer_bytes(module: nn.Module) -> int:
+    """Return what the buffers of such a layer take: its weight is in them."""
+    if not packed_elsewhere(module):
+        return 0
+    return sum(map(stored_bytes, (t for t in _own(module) if not isinstance(t, nn.Parameter))))
+
+
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in held if tensor is not None]
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...] | None:

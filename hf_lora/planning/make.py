@@ -14,7 +14,7 @@ from hf_lora.layers.kind import parameter_of
 from hf_lora.layers.known_buffers import candidates
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.layers.probe import host_class
-from hf_lora.layers.quantized import numel, stored_bytes
+from hf_lora.layers.quantized import buffer_bytes, numel, packed_elsewhere, stored_bytes
 from hf_lora.layers.reading import out_projections, out_slot
 from hf_lora.layers.roles import OWN_BIAS, Place, Ties
 from hf_lora.layers.statistics import has_statistics
@@ -57,7 +57,7 @@ def make_plan(
         _trained(path, modules[path], config, owners, matches.ties, counted)
         for path in matches.trained
     )
-    size = sum(map(numel, owners.tensors()))
+    size = sum(map(numel, owners.tensors())) + sum(map(packed_elsewhere, modules.values()))
     biases = _biases(modules, config, targets, matches, owners, others, problems)
     problems += _conflicts(others, matches.chosen, matches.trained)
     full = {*matches.trained, *followers(matches.ties, matches.trained)}
@@ -107,7 +107,8 @@ def make_plan(
             )
         ),
         base_parameters=size,
-        base_bytes=sum(map(stored_bytes, owners.tensors())),
+        base_bytes=sum(map(stored_bytes, owners.tensors()))
+        + sum(map(buffer_bytes, modules.values())),
         towers=matches.towers,
         untouched=sum(map(numel, owners.outside(parts_adapted(targets), tops))),
         world=world,
