@@ -103,3 +103,27 @@ def test_seq2seq_learns_a_second_skill_and_keeps_the_first(tmp_path: Path) -> No
     assert before < 10
     assert after > 70  # half is chance
     assert_adapter(tmp_path / "outputs/seq2seq/adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("vision.py", "on their side"), ("vision_language.py", "inverted ones")]
+)
+def test_other_pictures_are_learned_and_the_base_is_kept(name: str, line: str, tmp_path: Path):
+    output = run(name, tmp_path)
+    before, after = shares(lines_with(line, output))
+    assert after >= before + 30
+    assert "the outputs are equal to the last bit" in output
+    assert_adapter(tmp_path / "outputs" / Path(name).stem / "adapter")
+
+
+def test_a_diffusion_transformer_draws_another_style(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the example is about its pipelines")
+    output = run("diffusion.py", tmp_path)
+    [base] = shares(lines_with("the base draws", output))
+    [adapted] = shares(lines_with("adapted it draws", output))
+    [without] = shares(lines_with("without the adapter", output))
+    assert adapted >= base + 20
+    assert without == base
+    assert "it draws the same" in output
+    lora = tmp_path / "outputs/diffusion/lora"
+    assert [file.name for file in lora.iterdir()] == ["pytorch_lora_weights.safetensors"]
