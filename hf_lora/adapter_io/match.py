@@ -93,7 +93,9 @@ def match_folder(
         AdapterMismatchError: Something does not fit; one line each.
         BaseMismatchError: Everything fits, but the base's weights are others.
         StateError: A layer that it is for has no data.
+        UnsupportedAdapterError: It is in a format that can only be shown.
     """
+    folder.check_usable()
     return _Matching(folder, model, missing, base or LoadedBase(model)).run(check_base)
 
 

@@ -181,6 +181,7 @@ def _source(
 ) -> Source:
     found = locate(adapter, revision=revision, subfolder=subfolder, token=token)
     folder = read_folder(found)
+    folder.check_usable()
     return Source(os.fspath(adapter), folder, read_base(base, folder, fetch=fetch))
 
 

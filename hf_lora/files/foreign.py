@@ -1,4 +1,4 @@
-"""Adapters in the formats of MLX, diffusers and kohya's scripts, seen as PEFT would have them.
+"""Adapters in the formats of MLX, diffusers, kohya's scripts and llama.cpp, in PEFT's notation.
 
 A file is known by its keys, whatever it is called:
 
@@ -10,6 +10,8 @@ A file is known by its keys, whatever it is called:
   is 1.
 - kohya's sd-scripts (``networks/lora.py``): ``lora_unet_`` or ``lora_te_`` and the path with ``_``
   for ``.``, then ``.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``; scaled by alpha / R.
+- llama.cpp (``src/llama-adapter.cpp``): a GGUF file with ``NAME.lora_a`` and ``NAME.lora_b``, and
+  one alpha. Names and order of rows are llama.cpp's own, so it can be shown and not loaded.
 
 Of a file with several components one is read, which is named as if it was a folder inside.
 """
@@ -26,12 +28,18 @@ import torch
 
 from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.data import CONFIG_FILE, WEIGHTS_FILE
+from hf_lora.files.gguf_file import GGUFFile
 from hf_lora.files.safe_json import is_number, parse_json, read_json
 from hf_lora.files.safetensors_io import TensorFile
 from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.text import show, some
 
-FOREIGN_FILES = ("adapters.safetensors", "pytorch_lora_weights.safetensors", "lora.safetensors")
+FOREIGN_FILES = (
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "lora.safetensors",
+    "adapter.gguf",
+)
 """What such files are called by those who write them, ourselves included."""
 
 METADATA = "lora_adapter_metadata"
@@ -46,9 +54,10 @@ FLAT = {
 }
 """How names begin in kohya's format, to the component of a pipeline that they are of."""
 
-_ENDING = ".safetensors"
+_ENDING, _GGUF = ".safetensors", ".gguf"
 _PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "wte")
+_LLAMA_CPP = re.compile(r"(?P<path>.+)\.weight\.lora_(?P<factor>[ab])")
 _MLX = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[ab])")
 _PROCESSOR = r"processor\.(?P<name>to_(?:q|k|v|out))_lora"
 _FACTOR = re.compile(
@@ -70,8 +79,8 @@ class _Stored(NamedTuple):
 class RenamedFile(TensorFile):
     """A file seen with other names for its tensors, some of them transposed, others left out."""
 
-    def __init__(self, path: Path, stored: Mapping[str, _Stored]):
-        super().__init__(path)
+    def __init__(self, file: TensorFile, stored: Mapping[str, _Stored]):
+        vars(self).update(vars(file))
         self._stored = stored
         held, types = self.shapes, self.dtypes
         self.shapes = {
@@ -83,7 +92,7 @@ class RenamedFile(TensorFile):
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for ``names``, as :meth:`TensorFile.read` does."""
         asked = list(names)
-        found = super().read(self._stored[name].key for name in asked)
+        found = super().read([self._stored[name].key for name in asked])
         for name, (_, tensor) in zip(asked, found, strict=True):
             yield name, tensor.t().contiguous() if self._stored[name].turned else tensor
 
@@ -115,6 +124,9 @@ class Foreign:
     told: tuple[str, ...] = ()
     """What was taken for granted."""
 
+    only_shown: str | None = None
+    """Why it can be looked at and nothing else, if that is so."""
+
     def slots(self, ranks: Mapping[str, int | None]) -> dict[str, LayerConfig] | None:
         """Return each layer's numbers, if they are not in the fields."""
         if self.scales is None:
@@ -143,6 +155,8 @@ def find_foreign(source: Path) -> Foreign | None:
     weights = _weights_at(source)
     if weights is None:
         return None
+    if weights.suffix == _GGUF:
+        return _llama_cpp(GGUFFile(weights))
     file = TensorFile(weights)
     if any(_MLX.fullmatch(key) for key in file.shapes):
         return _mlx(file)
@@ -153,7 +167,7 @@ def find_foreign(source: Path) -> Foreign | None:
 
 def _weights_at(source: Path) -> Path | None:
     if os.path.isfile(source):
-        return source if source.suffix == _ENDING else None
+        return source if source.suffix in (_ENDING, _GGUF) else None
     if not os.path.isdir(source) or os.path.lexists(source / WEIGHTS_FILE):
         return None
     named = [source / name for name in FOREIGN_FILES if os.path.isfile(source / name)]
@@ -196,8 +210,32 @@ def _mlx(file: TensorFile) -> Foreign:
     fields = _fields(paths)
     if isinstance(base, str) and base:
         fields["base_model_name_or_path"] = base
-    renamed = RenamedFile(file.path, stored)
+    renamed = RenamedFile(file, stored)
     return Foreign("MLX's format", renamed, fields, dict.fromkeys(paths, float(scale)))
+
+
+def _llama_cpp(file: GGUFFile) -> Foreign:
+    kind, way = (file.said.get(name) for name in ("general.type", "adapter.type"))
+    if (kind, way) != ("adapter", "lora"):
+        raise AdapterFileError(
+            f"{file.path} is a GGUF file of {show(kind)}, {show(way)}, and not of a LoRA adapter"
+        )
+    alpha = file.said.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not is_number(alpha) or alpha < 0:
+        raise AdapterFileError(f"{file.path}: adapter.lora.alpha is {show(alpha)}, not a strength")
+    found = {key: _LLAMA_CPP.fullmatch(key) for key in file.shapes}
+    _refuse(file, [key for key, match in found.items() if match is None])
+    pairs = {(m["path"], m["factor"].upper()): key for key, m in found.items() if m is not None}
+    stored = {f"{_PREFIX}{p}.lora_{f}.weight": _Stored(key) for (p, f), key in pairs.items()}
+    shapes = {path: file.shapes[key] for (path, factor), key in pairs.items() if factor == "A"}
+    scales = {p: alpha / s[0] if alpha and s and s[0] else 1.0 for p, s in shapes.items()}
+    return Foreign(
+        "llama.cpp's format",
+        RenamedFile(file, stored),
+        _fields(shapes),
+        scales,
+        only_shown="it has llama.cpp's names and order of rows; use what it was made of",
+    )
 
 
 def _diffusion(file: TensorFile, component: str | None) -> Foreign:
@@ -231,7 +269,7 @@ def _diffusion(file: TensorFile, component: str | None) -> Foreign:
         raise AdapterFileError(f"{file.path} holds no {chosen}, but {', '.join(parts)}")
     stored = parts[chosen]
     ranks = {_path(name): file.shapes[each.key][0] for name, each in stored.items() if _is_a(name)}
-    renamed = RenamedFile(file.path, stored)
+    renamed = RenamedFile(file, stored)
     said = _metadata(file, chosen)
     if said is not None:
         return Foreign("diffusers' format", renamed, {**said, "peft_type": "LORA"}, None)

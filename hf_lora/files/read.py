@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.config import LoRAConfig
-from hf_lora.errors import AdapterFileError, listing
+from hf_lora.errors import AdapterFileError, UnsupportedAdapterError, listing
 from hf_lora.files.attention import attention_slots, with_attention
 from hf_lora.files.biases import biased_slots, with_biases
 from hf_lora.files.bounded_regex import Budget
@@ -86,6 +86,16 @@ class AdapterFolder:
 
     format: str = "PEFT's format"
     """Whose format it is in, for people."""
+
+    only_shown: str | None = None
+    """Why it can be looked at and nothing else, if that is so."""
+
+    def check_usable(self) -> None:
+        """Raise UnsupportedAdapterError if it can be looked at only."""
+        if self.only_shown is not None:
+            raise UnsupportedAdapterError(
+                f"{self.directory} is in {self.format} and can only be shown: {self.only_shown}"
+            )
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -198,6 +208,7 @@ def read_folder(directory: Path) -> AdapterFolder:
         patience=patience,
         labels={} if own is None else read_labels(own.raw, shapes, str(weights)),
         format="PEFT's format" if foreign is None else foreign.format,
+        only_shown=foreign and foreign.only_shown,
     )
 
 

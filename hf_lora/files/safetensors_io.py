@@ -144,7 +144,9 @@ def _header_bytes(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> by
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """Where a tensor is in a file, after what comes before all of them."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -161,7 +163,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         with opened(path) as (file, size):
-            self._identity = _identity(file)
+            self._identity = identity(file)
             self._header = _read_header(file, size, path)
         fields = parse_json(self._header, f"{path}: the safetensors header")
         self.metadata = _metadata(fields.pop("__metadata__", None), path)
@@ -261,14 +263,15 @@ class TensorFile:
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[BinaryIO, int]]:
         with opened(self.path) as (file, size):
-            if _identity(file) != self._identity:
+            if identity(file) != self._identity:
                 raise AdapterFileError(
                     f"{self.path} was replaced while it was being read; load it again"
                 )
             yield file, size
 
 
-def _identity(file: BinaryIO) -> tuple[int, int, int, int]:
+def identity(file: BinaryIO) -> tuple[int, int, int, int]:
+    """Return what tells whether a file is still the same one."""
     found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -296,7 +299,7 @@ def _metadata(found: Any, path: Path) -> dict[str, str]:
     return found
 
 
-def _entries(fields: dict[str, Any], size: int, path: Path) -> dict[str, _Entry]:
+def _entries(fields: dict[str, Any], size: int, path: Path) -> dict[str, Entry]:
     """Check that the tensors fill the ``size`` bytes of data exactly, each as its shape says."""
     if len(fields) > _MOST_TENSORS:
         raise AdapterFileError(f"{path} holds {len(fields)} tensors, more than any adapter has")
@@ -306,7 +309,7 @@ def _entries(fields: dict[str, Any], size: int, path: Path) -> dict[str, _Entry]
         if fault:
             raise AdapterFileError(f"{path}: the tensor {show(name)} {fault}")
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        entries[name] = _Entry(_TYPES[dtype], tuple(shape), start, end)
+        entries[name] = Entry(_TYPES[dtype], tuple(shape), start, end)
     reached = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != reached:

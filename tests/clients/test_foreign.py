@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_lora
 from hf_lora.files.read import read_folder
+from tests.clients.gguf_base import write_base
 from tests.clients.test_diffusion import (
     FIELDS,
     LAYERS,
@@ -56,6 +57,53 @@ def test_mlx_both_ways(base: Path, tmp_path: Path, run: Run, fields: dict[str, A
     hf_lora.load(fresh, tmp_path / "mlx" / "adapters.safetensors")
     close(logits(fresh), logits(model))
     assert "in MLX's format" in run("show", tmp_path / "mlx").stdout
+
+
+def test_a_gguf_file_is_shown_and_nothing_else(base: Path, tmp_path: Path, run: Run):
+    adapted(
+        AutoModelForCausalLM.from_pretrained(base),
+        tmp_path / "adapter",
+        **ADAPTERS["with overrides"],
+    )
+    hf_lora.export(tmp_path / "adapter", tmp_path / "out", "llama.cpp")
+    saved = json.loads(run("show", tmp_path / "adapter", "--json").stdout)
+    for source in (tmp_path / "out", tmp_path / "out" / "adapter.gguf"):
+        found = json.loads(run("show", source, "--json").stdout)
+        assert found["format"] == "llama.cpp's format"
+        assert found["parameters"] == saved["parameters"]
+        assert sum(found["causes"].values()) == found["file_bytes"]
+        # the order of rows and where the scale is change no norm
+        norms = [sorted(layer["norm"] for layer in each["layers"]) for each in (found, saved)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        with pytest.raises(hf_lora.UnsupportedAdapterError, match="can only be shown"):
+            hf_lora.load(AutoModelForCausalLM.from_pretrained(base), source)
+        with pytest.raises(hf_lora.UnsupportedAdapterError, match="can only be shown"):
+            hf_lora.export(source, tmp_path / "again", "mlx")
+
+
+def test_damaged_gguf_files_raise_nothing_else(base: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted(model, tmp_path / "adapter", **ADAPTERS["one layer"])
+    hf_lora.export(tmp_path / "adapter", tmp_path / "out", "llama.cpp")
+    file = tmp_path / "out" / "adapter.gguf"
+    whole = file.read_bytes()
+    end = whole.index(b"lora_b") + 64
+    chance, refused = random.Random(0), 0
+    for _ in range(1000):
+        damaged = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            at = chance.randrange(end)
+            new = bytes([chance.choice([0, 1, 2, 8, 9, 127, 255])] * chance.choice([1, 4, 8]))
+            damaged[at : at + chance.choice([0, 1, 8])] = new
+        file.write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
+        try:
+            read_folder(file)
+        except hf_lora.AdapterFileError:
+            refused += 1
+    assert refused > 500
+    write_base(llama(), file, "llama")
+    with pytest.raises(hf_lora.AdapterFileError, match="and not of a LoRA adapter"):
+        read_folder(file)
 
 
 def test_untied_ends_in_mlx_are_what_they_are(tmp_path: Path):
