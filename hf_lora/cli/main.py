@@ -129,6 +129,12 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; else the adapter's own.")
     ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="llama.cpp: one GGUF of base and adapter together.")
+    ] = False,
+    converter: Annotated[
+        Path | None, typer.Option(help="llama.cpp's folder, whose convert_hf_to_gguf.py is run.")
+    ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     as_json: Json = False,
@@ -143,6 +149,8 @@ def export(
             output,
             base=base,
             dtype=dtype,
+            merged=merged,
+            converter=converter,
             revision=revision,
             subfolder=subfolder,
         ),

@@ -15,6 +15,7 @@ from hf_lora.clients.diffusion import (
     write_kohya,
 )
 from hf_lora.clients.llama_cpp import llama_cpp_faults, write_llama_cpp
+from hf_lora.clients.merged_gguf import find_converter, write_merged
 from hf_lora.clients.mlx import mlx_faults, write_mlx
 from hf_lora.clients.peft_folders import peft_faults, vllm_faults, write_peft, write_vllm
 from hf_lora.clients.records import Exported, Servable, Verdict
@@ -31,8 +32,8 @@ _MERGED = (
     "merge_checkpoint(base, adapter, output) makes a plain checkpoint of it, which it can use."
 )
 _CONVERTED = (
-    "merge_checkpoint(base, adapter, output) makes a plain checkpoint of it, of which llama.cpp's "
-    "convert_hf_to_gguf.py makes a GGUF file."
+    "merged=True makes one GGUF file of it and its base; so do merge_checkpoint(base, adapter, "
+    "output) and llama.cpp's convert_hf_to_gguf.py."
 )
 _FOLDED = (
     "merge_and_unwrap(model) makes a plain model of it, which saves and loads as its base does."
@@ -116,6 +117,8 @@ def export(
     *,
     base: Name | None = None,
     dtype: str | torch.dtype | None = None,
+    merged: bool = False,
+    converter: Name | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
@@ -139,6 +142,10 @@ def export(
         base: Folder of its base or id on the Hub, instead of what the adapter names; of a diffusion
             model the folder of the component, or of its pipeline. Only the configuration is read.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; by default that of the adapter.
+        merged: Whether to write the base with the adapter merged into it, for ``llama.cpp`` alone:
+            ``model.gguf``, through its own converter. For what no adapter file can say.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``, or the folder that it is in; by default
+            the one on the PATH. It is run.
         revision: Branch, tag or commit of the adapter on the Hub.
         subfolder: Folder inside, for adapters with a name.
         token: For private repos.
@@ -150,21 +157,27 @@ def export(
         UnsupportedAdapterError: The client cannot use it; all reasons are named, and what to do.
         AdapterFileError, HubError: As for :func:`hf_lora.load`.
         BaseLoadError: The base has no configuration that can be read.
-        ConfigError: There is no such client or type.
-        SaveError: ``output`` is there already, or cannot be written.
+        ConfigError: There is no such client, type or converter.
+        SaveError: ``output`` is there already, or cannot be written, or the converter failed.
     """
     if client not in CLIENTS:
         raise ConfigError(f"There is no client {client!r}; there are {', '.join(CLIENTS)}")
     wanted, target = _dtype(dtype), Path(output)
+    if merged and client != "llama.cpp":
+        raise ConfigError(f"merged=True is for llama.cpp; for {client}: {_MERGED}")
+    program = find_converter(converter) if merged or converter is not None else None
     check_free(target, _WHAT)
     source = _source(adapter, base, revision, subfolder, token, fetch=True)
-    faults = CLIENTS[client].faults(source)
+    faults = [] if merged else CLIENTS[client].faults(source)
     if faults:
         raise UnsupportedAdapterError(
             listing(f"{source.name} cannot be used by {client}", faults, CLIENTS[client].instead)
         )
     with new_folder(target, _WHAT) as folder:
-        notes = CLIENTS[client].write(source, folder, wanted)
+        if merged and program is not None:
+            notes = write_merged(source.folder.directory, base, folder, wanted, program)
+        else:
+            notes = CLIENTS[client].write(source, folder, wanted)
         files = sorted(path.name for path in folder.iterdir())
     told = tuple(note.replace("FOLDER", str(target)) for note in notes)
     return Exported(source.name, client, str(target), tuple(files), told)

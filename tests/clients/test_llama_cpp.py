@@ -176,6 +176,52 @@ def test_everything_that_llama_cpp_cannot_do_is_named_at_once(tmp_path: Path):
     adapted(model, tmp_path / "adapter", r=2, alpha=4, **fields)
     with pytest.raises(hf_lora.UnsupportedAdapterError) as caught:
         hf_lora.export(tmp_path / "adapter", tmp_path / "out", "llama.cpp")
-    for words in ("linear layers only", "trained in full, here norm", "convert_hf_to"):
+    for words in (
+        "linear layers only",
+        "trained in full, here norm",
+        "convert_hf_to",
+        "merged=True",
+    ):
         assert words in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+CONVERTER = """
+import pathlib, sys
+from safetensors import safe_open
+merged, _, out, _, kind = sys.argv[1:]
+if kind == "f16":
+    sys.exit("this model is not supported")
+with safe_open(pathlib.Path(merged) / "model.safetensors", "pt") as file:
+    found = float(file.get_tensor("model.layers.0.self_attn.q_proj.weight").sum())
+pathlib.Path(out).write_text(f"{kind} {found}")
+"""
+
+
+def test_a_merged_model_goes_through_llama_cpps_own_converter(
+    saved: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stand-in for it, which is no package: what it is given and what comes of it."""
+    base, adapter = saved
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    how: dict[str, Any] = {"base": base, "merged": True, "converter": tmp_path / "llama.cpp"}
+    done = hf_lora.export(adapter, tmp_path / "out", "llama.cpp", **how)
+    assert done.files == ("Modelfile", "model.gguf")
+    assert "FROM ./model.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    model = hf_lora.load(llama(), adapter)
+    with torch.no_grad():
+        weight = hf_lora.merge_and_unwrap(model).model.layers[0].self_attn.q_proj.weight.sum()
+    kind, found = (tmp_path / "out" / "model.gguf").read_text().split()
+    assert (kind, float(found)) == ("auto", pytest.approx(float(weight), rel=1e-4))
+    with pytest.raises(hf_lora.SaveError, match="exit code 1:\n  this model is not supported"):
+        hf_lora.export(adapter, tmp_path / "two", "llama.cpp", dtype="float16", **how)
+    monkeypatch.setenv("PATH", "")
+    for where, words in ((None, "is not on the PATH. Get it with"), (base, "There is no")):
+        with pytest.raises(hf_lora.ConfigError, match=words):
+            hf_lora.export(adapter, tmp_path / "two", "llama.cpp", merged=True, converter=where)
+    with pytest.raises(hf_lora.ConfigError, match=r"merged=True is for llama\.cpp; for mlx"):
+        hf_lora.export(adapter, tmp_path / "two", "mlx", merged=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter", "base", "llama.cpp", "out",
+    ]  # fmt: skip

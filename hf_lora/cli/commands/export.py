@@ -13,6 +13,8 @@ def run(
     *,
     base: str | None,
     dtype: str | None,
+    merged: bool,
+    converter: Path | None,
     revision: str | None,
     subfolder: str | None,
 ) -> Result:
@@ -25,5 +27,6 @@ def run(
     if client is None or output is None:
         found = servable(adapter, **where)
         return Result(data=found.to_dict(), text=str(found))
-    done = export(adapter, output, client, dtype=dtype, **where)
+    how = {"dtype": dtype, "merged": merged, "converter": converter}
+    done = export(adapter, output, client, **how, **where)
     return Result(data=done.to_dict(), text=str(done))
