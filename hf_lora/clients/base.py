@@ -1,5 +1,6 @@
 """What a client has to know of an adapter's base: its configuration, without its weights."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from hf_lora.errors import AdapterFileError, BaseLoadError
+from hf_lora.errors import AdapterFileError, BaseLoadError, HubError
 from hf_lora.files.read import AdapterFolder
 from hf_lora.files.safe_json import read_json
 from hf_lora.hub.errors import reading
@@ -65,32 +67,46 @@ def read_base(
 
     Raises:
         BaseLoadError: What was given has no configuration, or one that cannot be read.
-        HubError: The Hub refused or could not be reached.
+        HubError: The Hub was asked for what was given, and refused or could not be reached.
     """
-    named = adapter.base if base is None else base
+    if base is not None:
+        return _given(base, adapter)
+    with contextlib.suppress(HubError, BaseLoadError, HFValidationError):
+        return _named(adapter, fetch=fetch)
+    return None
+
+
+def _given(base: str | os.PathLike[str], adapter: AdapterFolder) -> BaseConfig:
+    if isinstance(base, os.PathLike) or os.path.exists(base):
+        folder = Path(base)
+        if not any((folder / name).is_file() for name in (CONFIG, PIPELINE)):
+            raise BaseLoadError(f"The base {base} has no {CONFIG}: it is no model's folder")
+        return _read(folder, str(base))
+    return _asked(base, adapter)
+
+
+def _named(adapter: AdapterFolder, *, fetch: bool) -> BaseConfig | None:
+    """Return the configuration of what an adapter names as its base, as far as it is there."""
+    named = adapter.base
     if named is None:
         return None
-    if isinstance(named, os.PathLike) or os.path.exists(named):
-        folder = Path(named)
-        if not (folder / CONFIG).is_file() and not (folder / PIPELINE).is_file():
-            if base is None:
-                return None
-            raise BaseLoadError(f"The base {named} has no {CONFIG}: it is no model's folder")
-        return _read(folder, str(named))
-    revision = adapter.revision if named == adapter.base else None
-    if base is None and not fetch:
-        try:
-            found = try_to_load_from_cache(named, CONFIG, revision=revision)
-        except HFValidationError:
-            return None
-        return _read(Path(found).parent, named) if isinstance(found, str) else None
+    if os.path.exists(named):
+        return _given(Path(named), adapter)
+    if fetch:
+        return _asked(named, adapter)
+    found = try_to_load_from_cache(named, CONFIG, revision=adapter.revision)
+    return _read(Path(found).parent, named) if isinstance(found, str) else None
+
+
+def _asked(repo_id: str, adapter: AdapterFolder) -> BaseConfig:
+    """Return the configuration of a base on the Hub."""
     try:
-        with reading(named, revision):
-            return _read(Path(_fetched(named, revision)).parent, named)
+        validate_repo_id(repo_id)
     except HFValidationError:
-        if base is None:
-            return None
-        raise BaseLoadError(f"{named!r} is neither a folder nor an id on the Hub") from None
+        raise BaseLoadError(f"{repo_id!r} is neither a folder nor an id on the Hub") from None
+    revision = adapter.revision if repo_id == adapter.base else None
+    with reading(repo_id, revision):
+        return _read(Path(_fetched(repo_id, revision)).parent, repo_id)
 
 
 def _fetched(repo_id: str, revision: str | None) -> str:
@@ -110,7 +126,8 @@ def _read(folder: Path, name: str) -> BaseConfig:
     if not isinstance(fields.get("model_type"), str):
         return BaseConfig(name, fields)
     try:
-        full = transformers.AutoConfig.from_pretrained(folder).to_dict()
+        # without the second argument it asks the terminal whether to run a stranger's code
+        full = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseLoadError(f"The base {name} cannot be read: {error}") from error
     return BaseConfig(name, {**fields, **full})

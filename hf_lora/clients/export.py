@@ -53,9 +53,12 @@ class _Client(NamedTuple):
     instead: str
     """What to do with one that cannot."""
 
+    asks: bool = True
+    """Whether it has to do with the base."""
+
 
 CLIENTS = {
-    "peft": _Client(peft_faults, write_peft, "as it is saved", _MERGED),
+    "peft": _Client(peft_faults, write_peft, "as it is saved", _MERGED, asks=False),
     "vllm": _Client(vllm_faults, write_vllm, "as it is saved", _MERGED),
     "llama.cpp": _Client(llama_cpp_faults, write_llama_cpp, "exported", _CONVERTED),
     "mlx": _Client(mlx_faults, write_mlx, "exported", _MERGED),
@@ -140,7 +143,8 @@ def export(
         output: A folder that is not there yet. It is there when all of it is, or not at all.
         client: One of those above.
         base: Folder of its base or id on the Hub, instead of what the adapter names; of a diffusion
-            model the folder of the component, or of its pipeline. Only the configuration is read.
+            model the folder of the component, or of its pipeline. Only the configuration is read;
+            where it cannot be had, what depends on it is refused.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; by default that of the adapter.
         merged: Whether to write the base with the adapter merged into it, for ``llama.cpp`` alone:
             ``model.gguf``, through its own converter. For what no adapter file can say.
@@ -167,7 +171,8 @@ def export(
         raise ConfigError(f"merged=True is for llama.cpp; for {client}: {_MERGED}")
     program = find_converter(converter) if merged or converter is not None else None
     check_free(target, _WHAT)
-    source = _source(adapter, base, revision, subfolder, token, fetch=True)
+    fetch = CLIENTS[client].asks
+    source = _source(adapter, base, revision, subfolder, token, fetch=fetch)
     faults = [] if merged else CLIENTS[client].faults(source)
     if faults:
         raise UnsupportedAdapterError(

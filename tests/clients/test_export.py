@@ -104,6 +104,31 @@ def test_an_adapter_whose_base_is_not_here_asks_for_it_where_it_matters(base: Pa
     assert hf_lora.servable(tmp_path / "adapter", base=moved)["llama.cpp"].works
 
 
+def test_a_base_that_cannot_be_had_stops_only_what_depends_on_it(base: Path, tmp_path: Path):
+    made(base, tmp_path / "adapter", **ADAPTERS["plain"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for name in ("nobody/has-this", "no\\name", "../" * 50, str(tmp_path / "gone"), "x" * 10_000):
+        said = json.loads(config.read_text())
+        config.write_text(json.dumps(said | {"base_model_name_or_path": name}))
+        for number, client in enumerate(("peft", "vllm", "mlx")):
+            out = tmp_path / f"{len(name)}-{number}"
+            assert hf_lora.export(tmp_path / "adapter", out, client).files
+        with pytest.raises(hf_lora.UnsupportedAdapterError, match="base="):
+            hf_lora.export(tmp_path / "adapter", tmp_path / "out", "llama.cpp")
+        assert hf_lora.servable(tmp_path / "adapter").base is None
+
+
+def test_no_code_of_a_bases_own_is_run(base: Path, tmp_path: Path):
+    made(base, tmp_path / "adapter", **ADAPTERS["plain"])
+    config = json.loads((base / "config.json").read_text())
+    strange = {"model_type": "strange", "auto_map": {"AutoConfig": "configuration.Strange"}}
+    (base / "config.json").write_text(json.dumps(config | strange))
+    (base / "configuration.py").write_text("raise SystemExit('ran')")
+    assert hf_lora.servable(tmp_path / "adapter").base is None
+    with pytest.raises(hf_lora.BaseLoadError, match="cannot be read"):
+        hf_lora.servable(tmp_path / "adapter", base=base)
+
+
 def test_what_is_refused_leaves_nothing(base: Path, tmp_path: Path):
     made(base, tmp_path / "adapter", **ADAPTERS["plain"])
     adapter = tmp_path / "adapter"
