@@ -22,6 +22,7 @@ from hf_lora.errors import (
     listing,
 )
 from hf_lora.files.data import CONFIG_FILE
+from hf_lora.files.foreign import KOHYA
 from hf_lora.files.header import BASE_CHANGED
 from hf_lora.files.patterns import endings, parents
 from hf_lora.files.peft_targets import (
@@ -118,6 +119,7 @@ class _Matching:
             folder.others,
             self.modules.keys() | self.owned.keys(),
             model,
+            flat=folder.format == KOHYA,
         )
         self.problems: list[str] = []
         self.advice = ""

@@ -64,7 +64,12 @@ class Renaming:
 
 
 def rename(
-    modules: Collection[str], tensors: Collection[str], known: Collection[str], model: nn.Module
+    modules: Collection[str],
+    tensors: Collection[str],
+    known: Collection[str],
+    model: nn.Module,
+    *,
+    flat: bool = False,
 ) -> Renaming:
     """Return how names in a file become names in ``model``.
 
@@ -73,11 +78,15 @@ def rename(
         tensors: Names of parameters and buffers in the file.
         known: All names of modules, parameters and buffers that the model has.
         model: The model.
+        flat: Whether the file's names have ``_`` for ``.``.
 
     Returns:
         The first way that finds all names; if there is none, the one that finds most.
     """
     real = {without_wrappers(name): name for name in known}
+    if flat:
+        way = _flat(real)
+        return Renaming(way, real, {way.module(name): name for name in modules})
     most, best = -1, KeyMapping(_same, _same, _same)
     for way in _ways([*modules, *tensors], real, model):
         hits = sum(way.module(name) in real for name in modules)
@@ -161,8 +170,6 @@ def _ways(names: list[str], real: Collection[str], model: nn.Module) -> Iterator
             yield _with_prefix(start, f"{prefix}.")
         for lead in _common_leads(names, real, start):
             yield _without_lead(start, lead)
-    if names and not any("." in name for name in names):
-        yield _flat(real)
 
 
 def _flat(real: Collection[str]) -> KeyMapping:

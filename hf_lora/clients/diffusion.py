@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_lora.clients.source import Source, only_factors
+from hf_lora.files.foreign import COMPONENT, METADATA
 from hf_lora.files.peft_format import plain_fields
 from hf_lora.files.safetensors_io import serialize
 from hf_lora.kinds.conv import CONVOLUTION
@@ -25,19 +26,17 @@ from hf_lora.planning.clients import one_alpha, scaling_for
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 KOHYA = "lora.safetensors"
-METADATA = "lora_adapter_metadata"
 
 _UNET, _TEXT = "unet", "text_encoder"
 _CLIP = "text_model."
 _TEXT_ENCODERS = ("CLIPText", "T5Encoder", "UMT5Encoder", "ChatGLM", "LlamaModel", "Gemma2Model")
-_COMPONENTS = ("unet", "transformer", "text_encoder", "prior")
 
 
 def component(source: Source) -> str | None:
     """Return which component of a pipeline an adapter is of; None if that cannot be told."""
     base = source.base
     folder = Path(base.name).name if base is not None else ""
-    if folder.startswith(_COMPONENTS):
+    if COMPONENT.fullmatch(folder):
         return folder
     kinds = _kinds(source)
     if base is not None and "_class_name" in base.fields:

@@ -87,4 +87,7 @@ def write_mlx(source: Source, folder: Path, dtype: torch.dtype | None) -> list[s
     with open(folder / WEIGHTS, "wb") as file:
         serialize(tensors, {"format": "pt"})(file)
     (folder / CONFIG_FILE).write_bytes(as_json(fields))
-    return [f"mlx_lm.generate --model {source.folder.base or 'BASE'} --adapter-path FOLDER"]
+    way = f"mlx_lm.generate --model {source.folder.base or 'BASE'} --adapter-path FOLDER"
+    if source.classes:
+        return [way]
+    return [way, "Its model is not known here (base=), nor whether mlx-lm calls layers the same."]

@@ -42,6 +42,9 @@ FOREIGN_FILES = (
 )
 """What such files are called by those who write them, ourselves included."""
 
+KOHYA = "kohya's format"
+"""The format whose names have ``_`` for ``.``, for people."""
+
 METADATA = "lora_adapter_metadata"
 """Where diffusers has a configuration in the header of a file."""
 
@@ -65,9 +68,10 @@ _FACTOR = re.compile(
     r"(?P<factor>A|B|down|up)\.weight"
 )
 _ALPHA = re.compile(rf"(?P<path>.+?)(?:\.{_PROCESSOR})?(?:\.down\.weight)?\.alpha")
-_COMPONENT = re.compile(
-    r"(?P<component>unet|prior|(?:transformer|text_encoder)(?:_[0-9]+)?|connectors)\.(?P<path>.+)"
-)
+COMPONENT = re.compile(r"unet|prior|connectors|(?:transformer|text_encoder)(?:_[0-9]+)?")
+"""What components of pipelines are called that adapters are made of."""
+
+_IN_COMPONENT = re.compile(rf"(?P<component>{COMPONENT.pattern})\.(?P<path>.+)")
 
 
 class _Stored(NamedTuple):
@@ -150,7 +154,7 @@ def find_foreign(source: Path) -> Foreign | None:
         UnsupportedAdapterError: There is one of a kind that hf_lora does not implement.
     """
     component = None
-    if not os.path.lexists(source) and _COMPONENT.fullmatch(f"{source.name}._"):
+    if not os.path.lexists(source) and COMPONENT.fullmatch(source.name):
         source, component = source.parent, source.name
     weights = _weights_at(source)
     if weights is None:
@@ -277,7 +281,7 @@ def _diffusion(file: TensorFile, component: str | None) -> Foreign:
     scales = {path: _scale(file, said_alpha.get(path), r) for path, r in ranks.items()}
     silent = [path for path in ranks if path not in said_alpha]
     told = (f"no alpha is said for {some(silent, 1)}: its updates are taken as they are",)
-    format_ = "kohya's format" if flat else "diffusers' format"
+    format_ = KOHYA if flat else "diffusers' format"
     return Foreign(format_, renamed, _fields(ranks), scales, told if silent else ())
 
 
@@ -286,7 +290,7 @@ def _split(key: str) -> tuple[str, str]:
     for begin, component in FLAT.items():
         if key.startswith(begin):
             return component, key.removeprefix(begin)
-    found = _COMPONENT.fullmatch(key)
+    found = _IN_COMPONENT.fullmatch(key)
     return (found["component"], found["path"]) if found else ("", key)
 
 

@@ -175,7 +175,9 @@ def test_a_component_that_is_not_known_is_asked_for(tmp_path: Path):
     adapted(model, tmp_path / "adapter", targets=["to_q"], r=2, alpha=4)
     with pytest.raises(hf_lora.UnsupportedAdapterError, match="component's folder with base="):
         hf_lora.export(tmp_path / "adapter", tmp_path / "out", "diffusers")
-    model.save_config(tmp_path / "unet")
-    hf_lora.export(tmp_path / "adapter", tmp_path / "out", "diffusers", base=tmp_path / "unet")
+    # a folder that happens to begin like a component is none; its class says what it is
+    model.save_config(tmp_path / "unet-of-mine")
+    where = {"base": tmp_path / "unet-of-mine"}
+    hf_lora.export(tmp_path / "adapter", tmp_path / "out", "diffusers", **where)
     names = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(name.startswith("unet.") for name in names)

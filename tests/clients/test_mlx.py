@@ -43,7 +43,8 @@ def in_mlx(model: Any, folder: Path | None = None) -> torch.Tensor:
         for name, tensor in model.state_dict().items()
         if ".lora" not in name and not (name == "lm_head.weight" and fields["tie_word_embeddings"])
     }
-    made.load_weights(list(made.sanitize(weights).items()))
+    weights = made.sanitize(weights) if hasattr(made, "sanitize") else weights
+    made.load_weights(list(weights.items()))
     if folder is not None:
         utils.load_adapters(made, str(folder))
     made.eval()

@@ -27,6 +27,5 @@ def run(
     if client is None or output is None:
         found = servable(adapter, **where)
         return Result(data=found.to_dict(), text=str(found))
-    how = {"dtype": dtype, "merged": merged, "converter": converter}
-    done = export(adapter, output, client, **how, **where)
+    done = export(adapter, output, client, dtype=dtype, merged=merged, converter=converter, **where)
     return Result(data=done.to_dict(), text=str(done))
