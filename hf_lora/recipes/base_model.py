@@ -43,9 +43,10 @@ def check_writes_text(config: Any) -> None:
     if "AutoModelForCausalLM" in remote or (made and saved in (None, made.__name__)):
         return
     raise ConfigError(
-        f"{config.name_or_path!r} is a {saved or type(config).__name__}, and hf-lora train trains "
-        "causal language models. Load it in Python with the class that it needs, hf_lora.wrap(...) "
-        "it, and train it with transformers' Trainer."
+        f"{config.name_or_path!r} is a {saved or type(config).__name__}, and a causal language "
+        "model is needed here. Classifiers are trained with task: classification. Anything else: "
+        "load it in Python with the class that it needs, hf_lora.wrap(...) it, and train it with "
+        "transformers' Trainer."
     )
 
 

@@ -2,10 +2,12 @@
 
 import os
 import time
+import warnings
 from typing import Any
 
 import torch
 
+from hf_lora.errors import HfLoRAWarning
 from hf_lora.planning.records import Plan
 
 _PASSES = 4
@@ -86,6 +88,23 @@ def faster_type(dtype: torch.dtype) -> str | None:
         return None
     slow = operations_per_second(torch.float32) > 2 * operations_per_second(dtype)
     return "float32" if slow else None
+
+
+def warn_if_slow(dtype: torch.dtype, instead: str) -> None:
+    """Warn if products of a base's type are slow here: it may take minutes for every token.
+
+    Args:
+        dtype: The base's, as it is stored, because nobody has said another.
+        instead: What to say, with the faster type's name in braces.
+    """
+    faster = faster_type(dtype)
+    if faster is not None:
+        stored = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{stored} is slow on this machine: {instead.format(faster)}",
+            HfLoRAWarning,
+            stacklevel=3,
+        )
 
 
 def operations_per_second(dtype: torch.dtype) -> float:

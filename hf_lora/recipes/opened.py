@@ -12,6 +12,7 @@ from hf_lora.errors import ConfigError
 from hf_lora.files.read import read_folder
 from hf_lora.hub.download import locate
 from hf_lora.recipes.base_model import SAFE, check_writes_text, explained
+from hf_lora.recipes.estimate import warn_if_slow
 
 TOKENIZER_FILE = "tokenizer_config.json"
 """What a tokenizer that was saved beside an adapter is told by."""
@@ -108,6 +109,8 @@ def open_adapter(
     folder = locate(source, revision=revision, subfolder=subfolder)
     model = from_pretrained(folder, base=base, dtype=dtype)
     check_writes_text(model.config)
+    if dtype == "auto":
+        warn_if_slow(model.dtype, "--dtype {} answers sooner")
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     name = base or read_folder(folder).base or model.config.name_or_path

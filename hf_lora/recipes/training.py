@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.progress import Progress
 
@@ -18,6 +19,7 @@ from hf_lora.planning.tokens import with_row_numbers
 from hf_lora.recipes.base_model import load_config, load_model, load_tokenizer
 from hf_lora.recipes.data import DataSet, Mix
 from hf_lora.recipes.dataset import Examples, load_examples
+from hf_lora.recipes.estimate import warn_if_slow
 from hf_lora.recipes.file import read_recipe
 from hf_lora.recipes.progress import bars, say
 from hf_lora.recipes.recipe import Recipe
@@ -50,6 +52,8 @@ def train_recipe(
         tokenizer = load_tokenizer(recipe.base)
         wanted = dataclasses.replace(recipe, lora=with_row_numbers(recipe.lora, tokenizer))
         examples = _examples(recipe, config, tokenizer, progress)
+        if recipe.base.dtype == "auto" and isinstance(config.dtype, torch.dtype):
+            warn_if_slow(config.dtype, "train sooner with --set base.dtype={}")
         waiting = progress.add_task("loading the weights", total=None)
         options = task.load_options(examples, tokenizer)
         model = load_model(recipe.base, task.loader, options)

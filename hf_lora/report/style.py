@@ -63,7 +63,7 @@ overflow-wrap:anywhere}
 .scale{display:inline-flex;align-items:center;gap:.5rem;white-space:nowrap}
 .scale i{width:110px;height:10px;border-radius:5px;background:linear-gradient(90deg,var(--cold),
 var(--hot))}
-figure{margin:0}.plot{width:100%;height:auto;display:block;overflow:visible}
+figure{margin:0}figure>.plot{max-width:760px}.plot{width:100%;height:auto;display:block;overflow:visible}
 .plot text{fill:var(--soft);font-size:12px;stroke:none}.plot .end{text-anchor:end}
 .plot .mid{text-anchor:middle}.plot .grid{stroke:var(--line);stroke-width:1}
 .plot polyline{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
@@ -90,7 +90,8 @@ white-space:nowrap}.sizes td{text-align:right}.sizes .stretch{width:45%}
 vertical-align:top}.clients thead th,.clients thead td{border:0}.clients tbody th{color:var(--ink)}
 .yes{color:var(--good)}.yes span{color:var(--soft)}.no summary{color:var(--bad);cursor:pointer}
 .no{max-width:30rem}.no ul,.no p{margin:.3rem 0;color:var(--soft)}
-@media (max-width:560px){.heat td{min-width:11px;height:22px}.heat tbody th{font-size:.78rem}
+@media (max-width:560px){.plot text{font-size:20px}
+.heat td{min-width:11px;height:22px}.heat tbody th{font-size:.78rem}
 .sizes .stretch{display:none}.sizes th{white-space:normal}}
 @media print{nav,.readout{display:none}.card,.panel{break-inside:avoid;box-shadow:none}}
 """

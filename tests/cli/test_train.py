@@ -383,7 +383,7 @@ class TestABaseThatIsNoCausalLanguageModel:
         model = model_class(model_class.config_class(**sizes))
         path = recipe(base={"model": str(self.saved(tmp_path / "other", model))})
         said = " ".join(run("train", path, code=1).stderr.split())
-        assert f"is a {name}, and hf-lora train trains causal language models" in said
+        assert f"is a {name}, and a causal language model is needed here" in said
         assert "hf_lora.wrap(...)" in said
         assert not (tmp_path / "out").exists()
 

@@ -175,3 +175,9 @@ def test_a_dry_run_shows_what_is_learned(run: Run, recipe: Any, task: str, rows:
     else:
         assert "| chosen: «The inner size of the two matrices.»\n  | rejected: «It is" in shown
     assert "60" in shown.partition("steps: ")[2].split(",")[0]
+
+
+def test_what_is_next_fits_the_task(run: Run, recipe: Any):
+    told = run("train", recipe("classification", MOODS), "--steps", 1).stdout
+    words = [line.split()[1] for line in told.split("next:\n")[1].splitlines()]
+    assert words == ["show", "report", "push"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_lora.cli.output import Result, plain
 from hf_lora.files.data import WEIGHTS_FILE
+from hf_lora.files.read import read_folder
 from hf_lora.planning.records import size
 from hf_lora.recipes.going_on import TrainingStopped
 from hf_lora.recipes.history import HISTORY_FILE, PICTURE
@@ -85,6 +86,8 @@ def _beside(folder: Path) -> list[str]:
 def _next(folder: Path) -> list[str]:
     """Return commands that somebody with a fresh adapter may want."""
     named = shlex.quote(str(folder))
+    if read_folder(folder).fields.get("task_type") not in (None, "CAUSAL_LM"):  # writes no text
+        return [f"show {named}", f"report {named} -o report.html", f"push {named} USER/NAME"]
     return [
         f'generate {named} --compare --prompt "..."',
         f"chat {named}",
