@@ -1,26 +1,31 @@
 """The tutorial notebook runs from top to bottom, and shows what it says it shows.
 
-It is committed with its outputs, so that it can be read where nothing runs, but without execution
-counts and messages on stderr. After a change, `python tests/examples/test_tutorial.py` runs it and
-writes the outputs again.
+After a change, `python -m tests.examples.test_tutorial` runs it and writes the outputs again.
 """
 
 import base64
 import io
 import json
-import os
-from pathlib import Path
 
 import matplotlib.image
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "tutorial.ipynb"
+from tests.examples.notebooks import (
+    FOLDER,
+    assert_same_prints,
+    assert_small_and_tidy,
+    code_cells,
+    pictures,
+    printed,
+    read,
+    refresh,
+    run,
+    tidy,
+)
+
+NOTEBOOK = FOLDER / "tutorial.ipynb"
 MOST_BYTES = 300_000
-# Cells that train: their numbers depend on the processor, so they are checked by their meaning.
-VARIES = "varies"
 
 # Every cell on one loaded core; the limit of an ordinary test is too short for that.
 pytestmark = pytest.mark.timeout(1800)
@@ -41,75 +46,15 @@ print(json.dumps({
 """
 
 
-def read() -> nbformat.NotebookNode:
-    """Return the notebook as it is committed."""
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
-def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Execute every cell; raise at the first that fails."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    client = NotebookClient(
-        notebook,
-        timeout=1500,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
-    )
-    return client.execute(env=environment)
-
-
-def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Take out what differs from run to run, and what only says how this machine is set up."""
-    for cell in code_cells(notebook):
-        cell.execution_count = None
-        cell.metadata.pop("execution", None)
-        outputs = []
-        for output in cell.outputs:
-            if output.output_type == "stream" and output.name == "stderr":
-                continue
-            if output.output_type == "stream" and outputs and outputs[-1].output_type == "stream":
-                outputs[-1].text += output.text
-                continue
-            if output.output_type == "execute_result":
-                output.execution_count = None
-            outputs.append(output)
-        cell.outputs = outputs
-    # which Python it ran on is nobody's business
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    return notebook
-
-
-def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def printed(cell: nbformat.NotebookNode) -> str:
-    """Return what a cell wrote to stdout."""
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
-
-
-def pictures(cell: nbformat.NotebookNode) -> list[str]:
-    """Return the cell's PNG images as they are stored."""
-    shown = [output.data for output in cell.outputs if output.output_type == "display_data"]
-    return [data["image/png"] for data in shown if "image/png" in data]
-
-
 @pytest.fixture(scope="module")
 def committed() -> nbformat.NotebookNode:
-    return read()
+    return read(NOTEBOOK)
 
 
 @pytest.fixture(scope="module")
 def executed() -> tuple[nbformat.NotebookNode, dict]:
     """Run the notebook once; return it with fresh outputs, and what its variables came to."""
-    notebook = read()
+    notebook = read(NOTEBOOK)
     notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
     tidy(run(notebook))
     return notebook, json.loads(printed(notebook.cells.pop()))
@@ -117,11 +62,7 @@ def executed() -> tuple[nbformat.NotebookNode, dict]:
 
 def test_it_prints_what_is_committed(committed, executed) -> None:
     fresh, _ = executed
-    for old, new in zip(code_cells(committed), code_cells(fresh), strict=True):
-        if VARIES not in old.metadata.get("tags", ()):
-            assert printed(new) == printed(old), f"stale; see the top of this file\n{old.source}"
-        assert bool(printed(new)) == bool(printed(old)), old.source
-        assert len(pictures(new)) == len(pictures(old)), old.source
+    assert_same_prints(committed, fresh)
 
 
 def test_the_numbers_of_the_chapters(executed) -> None:
@@ -186,17 +127,9 @@ def test_every_picture_shows_something(executed) -> None:
         assert pixels[..., :3].std() > 0.05
 
 
-def test_what_is_committed_is_small_and_tidy(committed) -> None:
-    assert NOTEBOOK.stat().st_size < MOST_BYTES
-    assert tidy(read()) == committed
-    assert str(ROOT) not in NOTEBOOK.read_text()
-    assert all(cell.outputs for cell in code_cells(committed) if "print(" in cell.source)
-
-
-def refresh() -> None:
-    """Run the notebook and write it with its outputs."""
-    nbformat.write(tidy(run(read())), NOTEBOOK)
+def test_what_is_committed_is_small_and_tidy() -> None:
+    assert_small_and_tidy(NOTEBOOK, MOST_BYTES)
 
 
 if __name__ == "__main__":
-    refresh()
+    refresh(NOTEBOOK)
