@@ -2,6 +2,8 @@
 
 from hf_lora.adapter_io.save import save
 from hf_lora.algebra.combine import combine, resize, subtract
+from hf_lora.algebra.diff import Diff, diff
+from hf_lora.algebra.extract import extract
 from hf_lora.algebra.record import DerivedAdapter
 from hf_lora.algebra.similarity import Similarity, similarity
 from hf_lora.api import apply_lora, from_pretrained, load, plan, push_to_hub, unwrap, wrap
@@ -53,6 +55,7 @@ __all__ = [
     "BaseMismatchError",
     "ConfigError",
     "DerivedAdapter",
+    "Diff",
     "Exported",
     "GradientError",
     "HfLoRAError",
@@ -83,9 +86,11 @@ __all__ = [
     "combine",
     "delete_adapter",
     "dequantize_experts",
+    "diff",
     "disable_auto",
     "enable_auto",
     "export",
+    "extract",
     "freeze",
     "from_pretrained",
     "load",

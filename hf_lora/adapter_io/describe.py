@@ -2,21 +2,27 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.nn.functional as F
 
 from hf_lora.config import LoRAConfig
 from hf_lora.errors import listing
 from hf_lora.files.biases import biases_beside
+from hf_lora.files.data import LayerTensors
 from hf_lora.files.fingerprint import from_json
 from hf_lora.files.read import AdapterFolder, read_folder
 from hf_lora.files.sampled_layers import sampled_layers
+from hf_lora.functional.decompose import effective_rank, spaces, spectrum
+from hf_lora.layers.layer_config import LayerConfig
 from hf_lora.planning.records import size, some_paths
 from hf_lora.text import by_number, printable
 
 _BAR, _LEAST_BAR = 24, 6
-_WIDTH, _BESIDE_BAR = 80, 24
+_WIDTH, _BESIDE_BAR = 80, 35
 """Of a line, and of what stands in it beside the path, the sizes and the bar."""
 
 
@@ -38,6 +44,14 @@ class LayerFacts:
     bytes: int
     norm: float
     """Frobenius norm of the update ``s · B A``; nan if a number in it is not finite."""
+
+    values: tuple[float, ...] = ()
+    """Its singular values, the largest first; of several matrices (experts, groups) the root mean
+    square of theirs. Empty if a number is not finite, or the update is no product."""
+
+    effective_rank: float | None = None
+    """How many of them count: the exponential of the entropy of their shares (Roy and Vetterli,
+    2007), between 1 and the rank; 0 if the update is zero, None if there are none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +226,7 @@ def _layer(folder: AdapterFolder, path: str, broken: list[str]) -> LayerFacts:
     broken.extend(bad)
     tensors = {role: values[key] for role, key in held.keys.items()}
     widths = held.layout.widths and held.layout.widths(held.shapes)
+    values_of = None if bad else _singular_values(held, tensors, slot)
     return LayerFacts(
         path=path,
         r=slot.r,
@@ -224,7 +239,24 @@ def _layer(folder: AdapterFolder, path: str, broken: list[str]) -> LayerFacts:
         dtype=_name(next(iter(tensors.values())).dtype),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         norm=math.nan if bad else held.layout.norm(tensors, slot),
+        values=() if values_of is None else tuple(values_of.tolist()),
+        effective_rank=None if values_of is None else effective_rank(values_of),
     )
+
+
+def _singular_values(
+    held: LayerTensors, tensors: Mapping[str, torch.Tensor], slot: LayerConfig
+) -> torch.Tensor | None:
+    """Return the singular values of an update, float64, from its factors."""
+    if held.layout.split is None:
+        return None
+    squares: list[torch.Tensor] = []
+    for product in held.layout.split(tensors, slot).values():
+        found = spaces([product])
+        squares += spectrum(found, found.cores[0]).values.square()
+    most = max(len(each) for each in squares)
+    stacked = torch.stack([F.pad(each, (0, most - len(each))) for each in squares])
+    return slot.scaling * stacked.mean(0).sqrt()
 
 
 def _fingerprint(found: Any) -> dict[str, Any] | None:
@@ -290,7 +322,7 @@ def _about_the_base(facts: Description) -> str:
 def _norms(facts: Description) -> Iterable[str]:
     if not facts.layers:
         return
-    rows = [("layer", "r", "in -> out", "norm of the update")]
+    rows = [("layer", "r", "effective", "in -> out", "norm of the update")]
     longest = max(len(layer.path) + len(layer.sizes) for layer in facts.layers)
     bar = min(_BAR, max(_LEAST_BAR, _WIDTH - longest - _BESIDE_BAR))
     most = max((layer.norm for layer in facts.layers if math.isfinite(layer.norm)), default=0.0)
@@ -300,11 +332,12 @@ def _norms(facts: Description) -> Iterable[str]:
             (
                 layer.path or "(the model itself)",
                 str(layer.r),
+                "-" if layer.effective_rank is None else f"{layer.effective_rank:.1f}",
                 layer.sizes,
                 f"{layer.norm:<10.4g} {'#' * math.ceil(bar * share)}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         yield "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
 

@@ -6,7 +6,6 @@ weights add up to 1: the base's part is in it once.
 """
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +96,7 @@ def place_inside(path: str, adapted: Collection[str]) -> str:
 class _Comparing:
     def __init__(self, adapters: Sequence[Adapter], method: Method):
         self.adapters = adapters
-        self.total = math.fsum(adapter.weight for adapter in adapters)
+        self.total = sum(adapter.weight for adapter in adapters)
         self.averages = method.is_linear and abs(self.total - 1) <= _SUM
         self.problems: list[str] = []
         self.averaged: list[str] = []

@@ -1,6 +1,7 @@
 """``combine``, ``subtract`` and ``resize``: adapters made of adapters, exactly or nearest."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -184,6 +185,9 @@ def _derived(
     used = [adapter for adapter in adapters if adapter.weight]
     held = beside(used, how)
     layers = _layers(used, how, dtype)
+    norms = {path: layer.norm for path, layer in layers.items()}
+    if not all(map(math.isfinite, norms.values())):
+        raise ConfigError("The weights are so large that the result is no finite number")
     adapted = layers.keys()
     tensors: dict[str, torch.Tensor] = {}
     slots = {}
@@ -198,7 +202,6 @@ def _derived(
         held.tensors.update(moved)
     data = assembled(used, slots, tensors, held)
     check_finite(data.tensors)
-    norms = {path: layer.norm for path, layer in layers.items()}
     error = relative({path: layer.residual for path, layer in layers.items()}, norms)
     told = [f"{a.name} has the weight 0 and was left out" for a in adapters if not a.weight]
     return DerivedAdapter(title, data, error, norms, (*told, *held.told))

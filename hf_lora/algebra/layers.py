@@ -171,21 +171,22 @@ class _Sum:
     def layer(self, rank: int, slot: LayerConfig, dtype: torch.dtype | None) -> Layer:
         """Return the layer with tensors of a rank."""
         made: dict[str, Product] = {}
-        squares = lost = 0.0
+        norms: list[float] = []
+        lost: list[float] = []
         for part, each in self.parts.items():
             own = dtype or _type(each)
             exact, norm, missing = self._exact(part, each, rank // self.groups, slot.scaling)
             rounded = Product(exact.left.to(own), exact.right.to(own))
             made[part] = rounded
             off = rounding(exact, rounded) * slot.scaling
-            squares += norm**2
-            lost += missing**2 + off**2
+            norms.append(norm)
+            lost += [missing, off]
         held = max((term.held for term in self.terms), key=lambda held: len(held.shapes))
         assert held.layout.join is not None
         tensors = dict(held.layout.join(made, held.shapes))
         if any(LORA_BIAS in term.tensors for term in self.terms):
             tensors[LORA_BIAS] = self._bias(slot, dtype)
-        return Layer(slot, held, tensors, math.sqrt(squares), math.sqrt(lost))
+        return Layer(slot, held, tensors, math.hypot(*norms), math.hypot(*lost))
 
     def _exact(
         self, part: str, each: Sequence[tuple[float, Product]], rank: int, scaling: float

@@ -60,7 +60,8 @@ def weighed(
     if isinstance(adapters, Mapping) and weights is not None:
         raise ConfigError("The weights are given twice: in the mapping of adapters and as weights=")
     named = list(adapters)
-    given = list(adapters.values()) if isinstance(adapters, Mapping) else weights
+    given: Any = list(adapters.values()) if isinstance(adapters, Mapping) else weights
+    given = given.tolist() if hasattr(given, "tolist") else given  # an array or a tensor
     numbers = [1.0] * len(named) if given is None else list(given)
     problems = [] if named else ["no adapter is named"]
     if len(numbers) != len(named):

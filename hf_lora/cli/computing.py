@@ -1,4 +1,4 @@
-"""The commands that compute with adapters: ``combine``, ``resize``, ``similarity``."""
+"""The commands that compute with adapters, from ``combine`` to ``diff``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -76,3 +76,43 @@ def similarity(
 ) -> None:
     """Compare what two adapters do to each layer: the cosine of their updates, and their norms."""
     execute(lambda: command(_RUN).similar(one, other, check_base=check_base), as_json=as_json)
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="Folder of the base model, or its id on the Hub.")],
+    tuned: Annotated[str, typer.Argument(help="Of the model that was fine-tuned in full.")],
+    output: Output,
+    rank: Rank = None,
+    energy: Energy = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the tensors; else as the model's.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Of the base on the Hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the tuned model on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that came with the tuned model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make an adapter of what a full fine-tuning changed, reading both models tensor by tensor."""
+    execute(
+        lambda: command(_RUN).extracted(
+            base,
+            tuned,
+            output,
+            rank=rank,
+            energy=energy,
+            dtype=dtype,
+            base_revision=base_revision,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        ),
+        as_json=as_json,
+    )
+
+
+def diff(
+    one: Annotated[str, typer.Argument(help="Adapter or model: a folder, or its id on the Hub.")],
+    other: Annotated[str, typer.Argument(help="Another of the same kind.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two adapters or two models: configurations, layers, and which tensors are equal."""
+    execute(lambda: command(_RUN).differing(one, other), as_json=as_json)

@@ -102,11 +102,17 @@ def show(
     adapter: Annotated[str, typer.Argument(help="Adapter folder, or its id on the Hub.")],
     revision: Revision = None,
     subfolder: Subfolder = None,
+    heatmap: Annotated[
+        Path | None, typer.Option(help="Picture of update / weight by block and module.")
+    ] = None,
+    base: OtherBase = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter holds and how much each layer changes. Needs no base model."""
     execute(
-        lambda: _command("hf_lora.cli.commands.show").run(adapter, revision, subfolder),
+        lambda: _command("hf_lora.cli.commands.show").run(
+            adapter, revision, subfolder, heatmap=heatmap, base=base
+        ),
         as_json=as_json,
     )
 
@@ -213,6 +219,8 @@ def merge(
 app.command()(computing.combine)
 app.command()(computing.resize)
 app.command()(computing.similarity)
+app.command()(computing.extract)
+app.command()(computing.diff)
 
 
 Dtype = Annotated[str, typer.Option(help="Type to load the base in; auto: as it is stored.")]

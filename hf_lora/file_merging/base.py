@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from hf_lora.adapter_io.base_check import NO_ROWS, Rows, base_differences
+from hf_lora.adapter_io.base_check import NO_ROWS, Rows, base_differences, take_fingerprint
 from hf_lora.adapter_io.base_loading import choose_class
 from hf_lora.adapter_io.base_weights import BaseTensors
 from hf_lora.adapter_io.labels import label_arguments
@@ -130,6 +130,15 @@ class CheckpointBase(LoadedBase):
     def _differences(self, asked: "_Asked", shards: Collection[str]) -> list[str]:
         base = _Stored(self, shards)
         return base_differences(asked.fingerprint, base, asked.names, asked.others, asked.rows)
+
+    def fingerprint(self, trained: Collection[str], moved: Collection[str] = ()) -> dict[str, Any]:
+        """Return the fingerprint of what the checkpoint has, as an adapter's header holds it.
+
+        Args:
+            trained: Paths of the modules that an adapter has in full.
+            moved: Names of tensors that are no part of the base.
+        """
+        return take_fingerprint(_Stored(self, self.checkpoint.at_hand), trained, moved)
 
     def read(self, name: str) -> torch.Tensor | None:
         """Return all of a tensor of the model; None if the checkpoint does not have all of it."""

@@ -36,6 +36,7 @@ from tests.tiny import Net, scramble
         ({"weights": [1.0]}, "2 adapters and 1 weights"),
         ({"weights": [1.0, float("inf")]}, "no finite weight"),
         ({"weights": [1.0, "2"]}, "no finite weight"),
+        ({"weights": [1.7e308, 1.7e308]}, "so large"),
         ({"weights": [0.0, 0]}, "every weight is zero"),
         ({"dtype": "int8"}, "dtype"),
     ],

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import hf_lora
 from tests.algebra.zoo import saved
-from tests.tiny_base import Run
+from tests.tiny_base import Run, tiny_model
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,6 +35,26 @@ def test_resize_says_what_is_lost(run: Run, tmp_path: Path):
 def test_similarity_compares(run: Run, tmp_path: Path):
     folder = saved(tmp_path / "a", 1, ["linear"])
     assert json.loads(run("similarity", folder, folder, "--json").stdout)["total"] == 1.0
+
+
+def test_extract_makes_an_adapter_of_two_models(run: Run, tmp_path: Path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    options = ["-o", tmp_path / "out", "--rank", 1, "--json"]
+    found = json.loads(run("extract", tmp_path / "base", tmp_path / "tuned", *options).stdout)
+    assert list(found["layers"]) == ["model.layers.0.mlp.up_proj"]
+    assert found["error"] < 1e-4
+    hf_lora.load(tiny_model(), tmp_path / "out")
+
+
+def test_diff_tells_what_differs(run: Run, tmp_path: Path):
+    one, other = (saved(tmp_path / str(i), i, ["linear"]) for i in range(2))
+    found = json.loads(run("diff", one, other, "--json").stdout)
+    assert found == hf_lora.diff(one, other).to_dict()
+    assert "to the byte" in run("diff", one, one).stdout
 
 
 def test_a_refusal_is_said_and_nothing_is_written(run: Run, tmp_path: Path):

@@ -158,3 +158,37 @@ def test_neither_a_folder_nor_an_id(run: Run):
     assert "neither a folder nor a repo id" in run("show", "a/b/c/d", code=1).stderr
     # an id, while the tests are offline
     assert "nobody/nothing" in run("show", "nobody/nothing", code=1).stderr
+
+
+def test_singular_values_and_how_many_of_them_count(run: Run, adapter: Path, base: Path):
+    found = json.loads(run("show", adapter, "--json").stdout)
+    model = wrapped(base)
+    for layer in found["layers"]:
+        module = model.get_submodule(layer["path"])
+        delta = module.scaling * (module.lora_B.double() @ module.lora_A.double()).detach()
+        values = torch.linalg.svdvals(delta)[: layer["r"]]
+        assert layer["values"] == pytest.approx(values.tolist(), rel=1e-6, abs=1e-12)
+        shares = values / values.sum() if values.any() else values
+        entropy = -float(torch.xlogy(shares, shares).sum())
+        wanted = pytest.approx(float(torch.tensor(entropy).exp()), rel=1e-5)
+        assert layer["effective_rank"] == (wanted if values.any() else 0)
+
+
+def test_a_heatmap_is_of_update_over_weight_where_the_base_is_here(
+    run: Run, adapter: Path, base: Path, tmp_path: Path
+):
+    picture = tmp_path / "map.png"
+    found = json.loads(run("show", adapter, "--heatmap", picture, "--json").stdout)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    norms = {layer["path"]: layer["norm"] for layer in found["layers"]}
+    assert found["shares"].keys() == norms.keys()
+    for path, share in found["shares"].items():
+        weight = float(model.state_dict()[f"{path}.weight"].double().norm())
+        assert share == pytest.approx(norms[path] / weight, rel=1e-5)
+
+
+def test_a_heatmap_is_of_the_update_where_it_is_not(run: Run, adapter: Path, tmp_path: Path):
+    said = run("show", adapter, "--heatmap", tmp_path / "map.png", "--base", "me/not-here").stdout
+    assert "the base is not here" in said
+    assert (tmp_path / "map.png").is_file()

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora.algebra.combine import combine, resize
+from hf_lora.algebra.diff import diff
+from hf_lora.algebra.extract import extract
 from hf_lora.algebra.record import DerivedAdapter
 from hf_lora.algebra.similarity import similarity
 from hf_lora.cli.options import weighed
@@ -28,6 +30,15 @@ def resized(adapter: str, output: Path, **how: Any) -> Result:
     return _saved(resize(adapter, **how), output)
 
 
+def extracted(base: str, tuned: str, output: Path, **how: Any) -> Result:
+    """Make an adapter of a fine-tuned model and save it.
+
+    Raises:
+        HfLoRAError: As for :func:`hf_lora.extract`, or the folder cannot be written.
+    """
+    return _saved(extract(base, tuned, **how), output)
+
+
 def similar(one: str, other: str, *, check_base: bool) -> Result:
     """Compare two adapters.
 
@@ -35,6 +46,16 @@ def similar(one: str, other: str, *, check_base: bool) -> Result:
         HfLoRAError: As for :func:`hf_lora.similarity`.
     """
     found = similarity(one, other, check_base=check_base)
+    return Result(data=found.to_dict(), text=str(found))
+
+
+def differing(one: str, other: str) -> Result:
+    """Compare two adapters or two checkpoints.
+
+    Raises:
+        HfLoRAError: As for :func:`hf_lora.diff`.
+    """
+    found = diff(one, other)
     return Result(data=found.to_dict(), text=str(found))
 
 
