@@ -8,6 +8,16 @@ from hf_lora.errors import ConfigError
 
 _ERROR = "instead of all this, with exit code 1 (130: Ctrl-C): its type and message"
 
+_MADE = {
+    "title": "what was done",
+    "base": "the base that it names",
+    "error": "how far it is from what was asked for, as a share of that: 0 where it is exact",
+    "layers": "path to r, alpha, norm and error of each layer",
+    "trained": "modules that it has in full",
+    "told": "what is worth knowing, a line each",
+    "directory": "the folder that was written",
+}
+
 SCHEMAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "init": {
@@ -74,6 +84,11 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "file_bytes": "of the file",
             "causes": "what it is made of, to bytes",
         },
+        "show --heatmap": {
+            "heatmap": "the picture that was written, beside all that show says",
+            "heatmap_of": "what its colours mean",
+            "shares": "path to norm of the update over that of the weight, where the base is here",
+        },
         "generate": {
             "adapter": "as it was named",
             "base": "where the base came from",
@@ -104,6 +119,19 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "other": "the second",
             "total": "cosine of all updates together",
             "layers": "path to cosine and both norms of each layer",
+        },
+        "combine": _MADE,
+        "resize": _MADE,
+        "extract": _MADE,
+        "diff": {
+            "kind": "adapters or checkpoints",
+            "one": "the first",
+            "other": "the second",
+            "equal": "whether they differ in nothing",
+            "config": "field to what each says",
+            "only_in_one": "names that the other lacks",
+            "only_in_other": "names that the first lacks",
+            "compared": "what both have: name, equal, distance, cosine, norms",
         },
         "report": {
             "page": "the file that was written",

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_lora.wrap(model, r=4)
     scramble(model)
     hf_lora.save(model, place / "adapter")
+    shutil.copytree(place / "adapter", place / "other")
+    hf_lora.merge_checkpoint(place / "base", place / "adapter", place / "tuned")
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     (place / "typos.json").write_text(json.dumps(TYPOS))
     return place
@@ -86,6 +89,11 @@ CASES = {
     "eval": ("eval adapter rows.jsonl", 0),
     "export": ("export adapter", 0),
     "similarity": ("similarity adapter adapter", 0),
+    "combine": ("combine adapter other=0.5 -o combined", 0),
+    "resize": ("resize adapter --rank 1 -o resized", 0),
+    "extract": ("extract base tuned -o extracted --rank 4", 0),
+    "diff": ("diff adapter adapter", 0),
+    "diff_bases": ("diff base wide", 0),
     "merge": ("merge adapter --base base -o merged", 0),
     "another_base": ("eval adapter rows.jsonl --base wide", 1),
     "fewer_layers": ("eval adapter rows.jsonl --base low", 1),
@@ -137,11 +145,16 @@ DOCUMENTED = {
     "train": "train run.yaml --steps 1 -o another",
     "plan": "plan base",
     "show": "show adapter",
+    "show --heatmap": "show adapter --heatmap map.png --base base",
     "eval": "eval adapter rows.jsonl",
     "generate": "generate adapter -p rank --max-new-tokens 1",
     "merge": "merge adapter --base base -o merged2",
     "export": "export adapter",
     "similarity": "similarity adapter adapter",
+    "combine": "combine adapter other=0.5 -o combined",
+    "resize": "resize adapter --rank 1 -o resized",
+    "extract": "extract base tuned -o extracted --rank 2",
+    "diff": "diff adapter adapter",
     "schema": "schema",
 }
 
